@@ -1,0 +1,152 @@
+"""Every setting of a GRPO run, its default, its help text and its checks, in one place.
+
+The command line is read off these fields (`common.cli`), a run stores them in `training_config.json`,
+and evaluation and serving read them back from there. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from common.errors import UserErrors
+
+LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PACKAGED_MODEL = "packaged/SmolLM2-135M-Instruct"
+
+
+def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
+    """A dataclass field that carries what the command line needs to know about it."""
+    return field(default=default, metadata={"group": group, "help": help, **extra})
+
+
+@dataclass(kw_only=True)
+class TrainingArgs:
+    """Settings of `grpo_training.py`. Lengths are tokens, times are seconds, weights are unitless."""
+
+    # fmt: off
+    base_model: str = setting("meta-llama/Llama-3.1-8B-Instruct", "model", "Hub id or folder of the base model (planner and frozen worker)", metavar="MODEL")
+    adapter_path: str | None = setting(None, "model", "start from this LoRA adapter, such as a supervised one", metavar="DIR")
+    use_4bit: bool | None = setting(None, "model", "NF4 double-quantised base; without either flag: 4-bit on a GPU, fp32 without one", flag="--4bit")
+    lora_r: int = setting(16, "model", "LoRA rank", positive=True)
+    lora_alpha: int = setting(32, "model", "LoRA scale numerator: the update is multiplied by alpha / r", positive=True)
+    lora_dropout: float = setting(0.0, "model", "LoRA dropout; rollouts run in train mode, so it is noise on the policy too", fraction=True)
+    lora_layers: int | None = setting(None, "model", "adapt only the last N layers (default: all)", positive=True)
+
+    dataset: str = setting("openai/gsm8k", "data", "Hub id; or a .jsonl/.parquet file or folder with question and answer columns; or generated problems: reasoning-gym:TASK[?option=value&…]")
+    dataset_config: str | None = setting("main", "data", "configuration of a Hub data set", metavar="NAME")
+    dataset_split: str = setting("train", "data", "split to train on", metavar="NAME")
+    max_samples: int = setting(1000, "data", "use at most this many questions", positive=True)
+
+    lr: float = setting(1e-5, "training", "peak learning rate (AdamW)", positive=True)
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting("linear", "training", "learning rate after warm-up")
+    warmup_steps: int = setting(0, "training", "steps of linear warm-up", minimum=0)
+    batch_size: int = setting(1, "training", "completions per device and forward/backward pass", positive=True)
+    grad_accum: int = setting(8, "training", "passes per optimiser step; batch-size × processes × grad-accum completions are generated per step", positive=True)
+    max_steps: int = setting(500, "training", "optimiser steps", positive=True)
+    num_iterations: int = setting(1, "training", "optimiser passes over each generated batch (μ in the GRPO paper)", positive=True)
+    beta: float = setting(0.0, "training", "weight of the KL penalty against the base model", minimum=0)
+    max_grad_norm: float = setting(1.0, "training", "gradients are clipped to this norm", positive=True)
+    gradient_checkpointing: bool | None = setting(None, "training", "recompute activations to save memory (default: on a GPU only)")
+    seed: int = setting(42, "training", "seed of initialisation, data order and sampling", minimum=0)
+
+    num_generations: int = setting(4, "planner", "completions per question (the GRPO group, G)", minimum=2)
+    temperature: float = setting(0.7, "planner", "sampling temperature of the planner", positive=True)
+    top_p: float = setting(1.0, "planner", "nucleus sampling of the planner", positive=True, fraction=True)
+    max_completion_length: int = setting(512, "planner", "longest plan; a plan cut off here is invalid", positive=True)
+    max_subproblems: int = setting(8, "planner", "a plan with more is invalid", positive=True)
+    max_subproblem_chars: int = setting(500, "planner", "a plan with a longer subproblem is invalid", positive=True)
+    planner_style: Literal["full", "short"] = setting("full", "planner", "wording of the planner's system message; 'short' suits small fine-tuned models")
+
+    worker_max_tokens: int = setting(256, "worker", "longest answer of the frozen worker to one call", positive=True)
+    worker_style: Literal["instruct", "few-shot"] = setting("instruct", "worker", "zero-shot instructions, or few-shot turns (for small models)")
+    worker_batch_tokens: int = setting(32768, "worker", "padded tokens (prompt and answer) of one worker micro-batch; lower it if memory runs out", positive=True)
+    worker_cache_size: int = setting(20000, "worker", "greedy answers remembered across steps; 0 remembers none", minimum=0)
+
+    correctness_weight: float = setting(1.0, "reward", "weight of a correct final answer", minimum=0)
+    token_weight: float = setting(0.2, "reward", "weight of token efficiency, 1 − tokens / max-tokens", minimum=0)
+    independence_weight: float = setting(0.3, "reward", "weight of the independence of the subproblems", minimum=0)
+    max_tokens: int = setting(1000, "reward", "normaliser of token efficiency (planner and worker tokens of one question)", positive=True)
+    format_weight: float = setting(0.0, "reward", "credit for nearly valid JSON in an invalid plan; 0 keeps the documented formula", minimum=0)
+    gate_on_correct: bool = setting(False, "reward", "pay efficiency and independence only when the answer is correct")
+    embedding_model: str = setting("sentence-transformers/all-MiniLM-L6-v2", "reward", "sentence encoder behind the independence score", metavar="MODEL")
+
+    output_dir: str = setting("./grpo_planner_adapter", "output", "where everything the run makes is written", metavar="DIR")
+    save_steps: int = setting(50, "output", "steps between checkpoints", positive=True)
+    save_total_limit: int = setting(3, "output", "checkpoints kept", positive=True)
+    wandb: bool = setting(True, "output", "log to Weights & Biases (offline when not logged in)")
+    wandb_project: str = setting("recursive-reasoner-grpo", "output", "W&B project", metavar="NAME")
+    wandb_run_name: str | None = setting(None, "output", "W&B run name", metavar="NAME")
+    # fmt: on
+
+    def validate(self, *, world_size: int | None = None) -> None:
+        """Check every value and every rule between values that needs neither a file nor a model.
+
+        Raises:
+            UserErrors: with all problems found, one line each.
+        """
+        problems = [problem for spec in fields(self) if (problem := _problem_with(spec, getattr(self, spec.name)))]
+        if not problems:
+            processes = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+            problems += _divisibility_problem(self, processes)
+            if self.correctness_weight + self.token_weight + self.independence_weight == 0:
+                problems.append("all three reward weights are 0, so every reward would be: raise one of them")
+            if self.format_weight and self.format_weight >= self.correctness_weight:
+                problems.append(
+                    f"--format-weight {self.format_weight:g} would pay an invalid plan as much as a correct "
+                    f"answer (--correctness-weight {self.correctness_weight:g}): use a smaller one"
+                )
+        if problems:
+            raise UserErrors(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainingArgs:
+        """Settings as stored by `to_dict`; names this version does not know are dropped."""
+        known = {spec.name for spec in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def flag_of(name: str, metadata: Any) -> str:
+    """The command-line flag of a field: `max_steps` → `--max-steps`."""
+    return str(metadata.get("flag", "--" + name.replace("_", "-")))
+
+
+def _problem_with(spec: Any, value: Any) -> str | None:
+    """What is wrong with one number, or None. Types and choices are checked by the parser."""
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    flag = flag_of(spec.name, spec.metadata)
+    found = f"found {value}"
+    if not math.isfinite(value):
+        return f"{flag} must be a finite number, {found}"
+    if spec.metadata.get("positive") and value <= 0:
+        return f"{flag} must be greater than 0, {found}"
+    if spec.metadata.get("fraction") and not 0 <= value <= 1:
+        return f"{flag} must lie between 0 and 1, {found}"
+    minimum = spec.metadata.get("minimum")
+    if minimum is not None and value < minimum:
+        return f"{flag} must be at least {minimum}, {found}"
+    return None
+
+
+def _divisibility_problem(args: TrainingArgs, processes: int) -> list[str]:
+    """GRPO groups must fill a generation batch exactly; TRL says so only after the model is loaded."""
+    per_pass = args.batch_size * processes
+    generation_batch = per_pass * args.grad_accum
+    if generation_batch % args.num_generations == 0:
+        return []
+    step = args.num_generations // math.gcd(args.num_generations, per_pass)
+    below = args.grad_accum // step * step
+    choices = [str(value) for value in (below, below + step) if value > 0]
+    where = f" × {processes} processes" if processes > 1 else ""
+    return [
+        f"--batch-size {args.batch_size}{where} × --grad-accum {args.grad_accum} = {generation_batch} completions "
+        f"per step do not divide into groups of --num-generations {args.num_generations}: "
+        f"use --grad-accum {' or '.join(choices)}, or another --num-generations"
+    ]

@@ -1,0 +1,106 @@
+"""Command lines read off a settings dataclass, and how a script ends.
+
+Shared by the entry scripts, so that flags, defaults, error lines and exit codes look the same everywhere:
+0 done, 1 the run failed, 2 bad input, 130/143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn
+
+from common.args import flag_of
+from common.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, without the usage text in front of it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add one flag per dataclass field, grouped, with its default in the help text.
+
+    Only flags that the user gave end up in the namespace, so that a preset can lie between
+    the defaults and what was asked for explicitly.
+    """
+    groups: dict[str, Any] = {}
+    hints = typing.get_type_hints(settings)
+    for spec in fields(settings):
+        group = spec.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        hint = hints[spec.name]
+        options = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if isinstance(hint, types.UnionType):
+            hint = options[0]
+        shown = "" if spec.default in (None, MISSING) else f" (default: {spec.default})"
+        kwargs: dict[str, Any] = {
+            "dest": spec.name,
+            "default": argparse.SUPPRESS,
+            "help": (spec.metadata["help"] + shown).replace("%", "%%"),
+        }
+        if hint is bool:
+            kwargs["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is typing.Literal:
+            kwargs["choices"] = typing.get_args(hint)
+        else:
+            kwargs["type"] = hint
+            kwargs["metavar"] = spec.metadata.get("metavar", {int: "N", float: "X"}.get(hint, "TEXT"))
+        groups[group].add_argument(flag_of(spec.name, spec.metadata), **kwargs)
+
+
+def given_settings(namespace: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """The settings that the user gave on the command line."""
+    names = {spec.name for spec in fields(settings)}
+    return {name: value for name, value in vars(namespace).items() if name in names}
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal, on stderr, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
+    """Run a script's `main` and exit: user errors become one line each and their exit code.
+
+    With `--debug` every error keeps its traceback. An unforeseen error is one line too (its type and
+    message), with exit code 1, and says how to see the rest.
+    """
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    program = os.path.basename(sys.argv[0])  # noqa: PTH119 - pathlib costs import time and gives the same
+    try:
+        code = main(None)
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        for line in str(error).splitlines():
+            print(f"{program}: error: {line}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print(f"{program}: stopped", file=sys.stderr)
+        code = 130
+    except Exception as error:  # noqa: BLE001 - the last line of defence, shown and counted as a failure
+        if "--debug" in sys.argv:
+            raise
+        first = str(error).strip().splitlines()
+        print(
+            f"{program}: error: {type(error).__name__}: {first[0] if first else '(no message)'} "
+            "(--debug shows where)",
+            file=sys.stderr,
+        )
+        code = 1
+    sys.exit(code)
