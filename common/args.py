@@ -29,7 +29,7 @@ class TrainingArgs:
     # fmt: off
     base_model: str = setting("meta-llama/Llama-3.1-8B-Instruct", "model", "Hub id or folder of the base model (planner and frozen worker)", metavar="MODEL")
     adapter_path: str | None = setting(None, "model", "start from this LoRA adapter, such as a supervised one", metavar="DIR")
-    use_4bit: bool | None = setting(None, "model", "NF4 double-quantised base; without either flag: 4-bit on a GPU, fp32 without one", flag="--4bit")
+    use_4bit: bool | None = setting(None, "model", "NF4 double-quantised base; without either flag: 4-bit on a GPU, fp32 without one")
     lora_r: int = setting(16, "model", "LoRA rank", positive=True)
     lora_alpha: int = setting(32, "model", "LoRA scale numerator: the update is multiplied by alpha / r", positive=True)
     lora_dropout: float = setting(0.0, "model", "LoRA dropout; rollouts run in train mode, so it is noise on the policy too", fraction=True)
@@ -112,16 +112,16 @@ class TrainingArgs:
         return cls(**{name: value for name, value in values.items() if name in known})
 
 
-def flag_of(name: str, metadata: Any) -> str:
+def flag_of(name: str) -> str:
     """The command-line flag of a field: `max_steps` → `--max-steps`."""
-    return str(metadata.get("flag", "--" + name.replace("_", "-")))
+    return {"use_4bit": "--4bit"}.get(name, "--" + name.replace("_", "-"))
 
 
 def _problem_with(spec: Any, value: Any) -> str | None:
     """What is wrong with one number, or None. Types and choices are checked by the parser."""
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    flag = flag_of(spec.name, spec.metadata)
+    flag = flag_of(spec.name)
     found = f"found {value}"
     if not math.isfinite(value):
         return f"{flag} must be a finite number, {found}"
@@ -150,3 +150,30 @@ def _divisibility_problem(args: TrainingArgs, processes: int) -> list[str]:
         f"per step do not divide into groups of --num-generations {args.num_generations}: "
         f"use --grad-accum {' or '.join(choices)}, or another --num-generations"
     ]
+
+
+# `--demo`: a run for a laptop without a GPU, network or account. Explicit flags override it.
+DEMO: dict[str, Any] = {
+    "base_model": PACKAGED_MODEL,
+    "dataset": "reasoning-gym:chain_sum?min_terms=3&max_terms=3&min_digits=1&max_digits=1",
+    "max_samples": 300,
+    "output_dir": "./demo_adapter",
+    "lora_layers": 10,
+    "lr": 2e-4,
+    "batch_size": 16,
+    "grad_accum": 2,
+    "max_steps": 12,
+    "num_generations": 8,
+    "temperature": 1.0,
+    "max_completion_length": 48,
+    "planner_style": "short",
+    "worker_style": "few-shot",
+    "worker_max_tokens": 40,
+    "max_tokens": 200,
+    "wandb": False,
+}
+# What may differ when a run is continued: nothing that changes its data, its model or its reward.
+RESUMABLE = {
+    "max_steps", "save_steps", "save_total_limit", "output_dir", "wandb", "wandb_project", "wandb_run_name",
+    "worker_batch_tokens", "worker_cache_size", "gradient_checkpointing",
+}  # fmt: skip

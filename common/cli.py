@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -59,13 +60,33 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
         else:
             kwargs["type"] = hint
             kwargs["metavar"] = spec.metadata.get("metavar", {int: "N", float: "X"}.get(hint, "TEXT"))
-        groups[group].add_argument(flag_of(spec.name, spec.metadata), **kwargs)
+        groups[group].add_argument(flag_of(spec.name), **kwargs)
 
 
 def given_settings(namespace: argparse.Namespace, settings: type) -> dict[str, Any]:
     """The settings that the user gave on the command line."""
     names = {spec.name for spec in fields(settings)}
     return {name: value for name, value in vars(namespace).items() if name in names}
+
+
+def settings_table(settings: Any, defaults: Any) -> str:
+    """The settings of a run, one group a line; `*` marks what differs from the default."""
+    groups: dict[str, list[str]] = {}
+    for spec in fields(settings):
+        value = getattr(settings, spec.name)
+        mark = "*" if value != getattr(defaults, spec.name) else ""
+        groups.setdefault(spec.metadata["group"], []).append(f"{spec.name}{mark}={value}")
+    width = max(map(len, groups))
+    return "\n".join(
+        textwrap.fill(
+            f"{group:<{width}}  " + "  ".join(values),
+            width=120,
+            subsequent_indent=" " * (width + 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for group, values in groups.items()
+    )
 
 
 def say(message: str) -> None:
@@ -93,13 +114,12 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{program}: stopped", file=sys.stderr)
         code = 130
-    except Exception as error:  # noqa: BLE001 - the last line of defence, shown and counted as a failure
+    except Exception as error:  # the last line of defence: shown, and a failure
         if "--debug" in sys.argv:
             raise
         first = str(error).strip().splitlines()
         print(
-            f"{program}: error: {type(error).__name__}: {first[0] if first else '(no message)'} "
-            "(--debug shows where)",
+            f"{program}: error: {type(error).__name__}: {first[0] if first else '(no message)'} (--debug shows where)",
             file=sys.stderr,
         )
         code = 1

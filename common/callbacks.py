@@ -1,0 +1,509 @@
+"""Trainer callbacks: what a run writes, shows and listens to while it trains.
+
+ReportCallback     metrics.jsonl and training_curves.png
+WandbCallback      the same numbers to W&B, with a histogram of rewards and a table of examples
+ProgressCallback   one progress bar, or plain lines in a log file
+CollapseWarning    a warning when the reward rises because every plan has become the same
+StopOnSignal       Ctrl-C and SIGTERM end the run after a checkpoint
+
+All get their numbers through `on_log`, so they need nothing from the trainer but its logs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from common.report import append_jsonl, plot_training_curves, truncate_jsonl_after
+from common.wandb_log import wandb_name
+
+__all__ = ["CollapseWarning", "ProgressCallback", "ReportCallback", "StopOnSignal", "WandbCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+def step_metrics(logs: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The numbers of a training step's log, or None where `logs` is an evaluation or the final summary.
+
+    A metric without a value in this step (TRL logs None or NaN) is kept as None.
+    """
+    if not logs or "train_runtime" in logs or any(name.startswith("eval_") for name in logs):
+        return None
+    metrics: dict[str, Any] = {}
+    for name, value in logs.items():
+        number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
+        if number is None or (isinstance(number, (int, float)) and not isinstance(number, bool)):
+            metrics[name] = None if number is None or not math.isfinite(number) else number
+    return metrics
+
+
+class ReportCallback(TrainerCallback):
+    """Writes `metrics.jsonl`, one line per logged step, and redraws `training_curves.png`.
+
+    When training resumes, lines after the checkpoint's step go first. A fresh run appends to what is
+    there: whether to overwrite an old run is the script's question, asked before training.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str], plot_every: int = 10, title: str | None = None) -> None:
+        self.metrics_path = Path(output_dir) / "metrics.jsonl"
+        self.plot_path = Path(output_dir) / "training_curves.png"
+        self.plot_every = plot_every  # in steps; 0 draws only at the end
+        self.title = title
+        self._plotted_at = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and state.global_step > 0:
+            truncate_jsonl_after(self.metrics_path, state.global_step)
+        self._plotted_at = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        metrics = step_metrics(logs) if state.is_world_process_zero else None
+        if metrics is None:
+            return
+        own = {"step": state.global_step, "time": round(time.time(), 3)}
+        append_jsonl(self.metrics_path, {**own, **{k: v for k, v in metrics.items() if k not in own}})
+        if self.plot_every and state.global_step - self._plotted_at >= self.plot_every:
+            self._plot(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.metrics_path.exists():
+            self._plot(state.global_step)
+
+    def _plot(self, step: int) -> None:
+        self._plotted_at = step
+        title = {} if self.title is None else {"title": self.title}
+        try:
+            plot_training_curves(self.metrics_path, self.plot_path, **title)
+        except Exception as error:  # noqa: BLE001  (a picture is not worth a training run)
+            logger.warning("could not draw %s: %s: %s", self.plot_path, type(error).__name__, error)
+
+
+class CollapseWarning(TrainerCallback):
+    """Warns when the reward rises while nearly all plans are the same text.
+
+    That is the known way to cheat this reward (DESIGN §6): one template for every question scores
+    well on efficiency and independence, and correctness is gone. Compares the last `window` logged
+    steps with the `window` before them; speaks at most once per `quiet_steps` steps.
+    """
+
+    def __init__(self, window: int = 10, threshold: float = 0.2, quiet_steps: int = 20) -> None:
+        self.window = window
+        self.threshold = threshold
+        self.quiet_steps = quiet_steps
+        self._history: deque[tuple[float, float]] = deque(maxlen=2 * window)  # (distinct plans, reward)
+        self._warned_at: int | None = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        metrics = step_metrics(logs) if state.is_world_process_zero else None
+        if metrics is None or metrics.get("distinct_plans") is None or metrics.get("reward") is None:
+            return
+        self._history.append((metrics["distinct_plans"], metrics["reward"]))
+        if len(self._history) < 2 * self.window:
+            return
+        before, last = list(self._history)[: self.window], list(self._history)[self.window :]
+        distinct = _mean(d for d, _ in last)
+        reward_before, reward_last = _mean(r for _, r in before), _mean(r for _, r in last)
+        quiet = self._warned_at is not None and state.global_step - self._warned_at < self.quiet_steps
+        if distinct < self.threshold and reward_last > reward_before and not quiet:
+            self._warned_at = state.global_step
+            logger.warning(
+                "step %d: the plans collapse: only %.0f%% of them differ over the last %d logged steps while the "
+                "reward rose from %.3f to %.3f; look at the plans, gate the reward on correctness or warm up first",
+                state.global_step,
+                100 * distinct,
+                self.window,
+                reward_before,
+                reward_last,
+            )
+
+
+class ProgressCallback(TrainerCallback):
+    """One progress bar on stderr, with reward and rates; plain lines where stderr is no terminal.
+
+    Replaces the Trainer's own reporters, which print every metric of every step: the script sets
+    `disable_tqdm=True`, so that the Trainer installs its PrinterCallback instead of its progress bar,
+    and then calls `trainer.remove_callback(PrinterCallback)`.
+
+    Without a terminal (nohup, CI, a job scheduler) a line appears after ten steps or about ten
+    seconds, whichever comes first, and after the first and the last step.
+    """
+
+    SECONDS_PER_LINE = 10.0
+    STEPS_PER_LINE = 10
+    SHOWN = (
+        ("reward", "reward", ".3f"),
+        ("correct", "correctness", ".0%"),
+        ("invalid", "invalid_plan_rate", ".0%"),
+        ("decomposed", "decomposition_rate", ".0%"),
+    )
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._plain = False
+        self._shown: dict[str, str] = {}
+        self._first_step = 0
+        self._started = 0.0
+        self._line_step: int | None = None
+        self._line_time = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._first_step, self._started, self._line_step = state.global_step, time.monotonic(), None
+        self._plain = not sys.stderr.isatty()
+        if not self._plain:
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+        elif not control.should_log:  # otherwise on_log follows at once, with this step's numbers
+            self._print_line(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        metrics = step_metrics(logs)
+        if metrics is None:
+            return
+        shown = {
+            label: format(metrics[name], style) for label, name, style in self.SHOWN if metrics.get(name) is not None
+        }
+        if not shown and metrics.get("loss") is not None:  # supervised training has only a loss
+            shown = {"loss": format(metrics["loss"], ".3f")}
+        self._shown = shown
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+        else:
+            self._print_line(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._line_step != state.global_step:
+            self._print_line(state, force=True)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands; also for runs that end with an exception."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._plain = False
+
+    def _print_line(self, state: TrainerState, force: bool = False) -> None:
+        if not self._plain or state.global_step == 0:
+            return
+        now = time.monotonic()
+        due = (
+            self._line_step is None
+            or state.global_step - self._line_step >= self.STEPS_PER_LINE
+            or now - self._line_time >= self.SECONDS_PER_LINE
+            or state.global_step >= state.max_steps
+        )
+        if not (due or force) or self._line_step == state.global_step:
+            return
+        self._line_step, self._line_time = state.global_step, now
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        parts += [f"{label} {value}" for label, value in self._shown.items()]
+        done = state.global_step - self._first_step
+        if done > 0:
+            pace = (now - self._started) / done
+            parts.append(f"{pace:.1f} s/step")
+            left = max(0, state.max_steps - state.global_step)
+            parts.append(f"{tqdm.format_interval(pace * left)} left")
+        print("  ".join(parts), file=sys.stderr, flush=True)
+
+
+class StopOnSignal(TrainerCallback):
+    """Turns the first SIGINT or SIGTERM into a checkpoint and a clean end after the current step.
+
+        with StopOnSignal() as stop:
+            trainer.add_callback(stop)
+            trainer.train()
+        if stop.received: ...   # signal.SIGINT or signal.SIGTERM
+
+    A second signal raises KeyboardInterrupt at once. With several processes all stop at the same
+    step, even if only one of them got the signal: one that left alone would hang the others.
+    """
+
+    _NOTICE = b"\nsaving a checkpoint after this step; press again to quit at once\n"
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+        self._pid = 0
+
+    def __enter__(self) -> StopOnSignal:
+        self._pid = os.getpid()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # Python lets only the main thread do this; a notebook's may be another
+                logger.warning("not in the main thread: %s will end the run without a checkpoint", number.name)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, previous in self._previous.items():
+            # None: a handler that was not set from Python and cannot be set again from it.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Runs between any two instructions of the main thread, which may hold the lock of a stream or
+        # of logging at that moment: so nothing here but os.write and assignments.
+        if os.getpid() != self._pid:  # a forked child (a data loader's worker) inherits the handler
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        with contextlib.suppress(OSError):  # stderr may be closed
+            os.write(2, self._NOTICE)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self._any_process_stops(args):
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def _any_process_stops(self, args: TrainingArguments) -> bool:
+        import torch
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self.received is not None
+        flag = torch.tensor([int(self.received is not None)], device=args.device)  # (1,)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+class WandbCallback(TrainerCallback):
+    """Logs every step to a W&B run: metrics, `reward/distribution` and the table `examples`.
+
+    Metric names follow `common.wandb_log.wandb_name`; the x axis is `train/global_step`. The reward
+    function hands its samples to `add_samples`; each logged step then adds a histogram of their
+    rewards and up to `rows_per_step` rows from the lowest to the highest reward.
+
+    The table is logged in increments, so that it keeps the rows of all steps (under one key W&B would
+    show only the latest table). W&B shows the last 100 increments of a run, so long runs put several
+    steps into one: `on_train_end` or `close` sends what is left.
+
+    A failure of W&B is logged once as a warning and never ends the training.
+    """
+
+    COLUMNS = (
+        "step",
+        "reward",
+        "correct",
+        "question",
+        "plan",
+        "solutions",
+        "answer",
+        "gold",
+        "completion",
+        "other",
+    )
+    MAX_INCREMENTS = 90
+
+    def __init__(self, run: Any, rows_per_step: int = 8) -> None:
+        self.run = run
+        self.rows_per_step = rows_per_step
+        self._samples: list[Mapping[str, Any]] = []
+        self._table: Any = None
+        self._unsent_rows = 0
+        self._logs_since_table = 0
+        self._warned = False
+        self._step = 0
+
+    def add_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Take the samples of one batch; they are logged with the step they belong to.
+
+        Keys used: step, question, completion, plan (dict or None), solutions, answer, gold, correct,
+        reward (None where the worker failed). Other keys go to the column `other` as JSON.
+        """
+        self._samples.extend(samples)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        self._step = state.global_step
+        with self._never_fatal():
+            metrics = step_metrics(logs)
+            if metrics is None:  # an evaluation, or the totals at the end of training
+                self._log(_numbers(logs))
+                return
+            data = _numbers(metrics)
+            samples, self._samples = self._samples, []
+            self._log({**data, **self._histogram(samples), **self._examples(samples, args, state)})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._step = state.global_step
+            self.flush()
+
+    def flush(self) -> None:
+        """Send table rows that wait for their increment."""
+        with self._never_fatal():
+            if self._samples:  # a batch whose step was never logged (the run was stopped)
+                self._add_rows(self._samples)
+                self._samples = []
+            if self._unsent_rows:
+                self._log(self._take_table())
+
+    def close(self) -> None:
+        """Flush and finish the run; for `finally`, also after an interrupted training."""
+        self.flush()
+        with self._never_fatal():
+            self.run.finish()
+
+    def _log(self, data: dict[str, Any]) -> None:
+        if data:
+            self.run.log({**data, "train/global_step": self._step})
+
+    def _histogram(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        import wandb
+
+        rewards = [float(s["reward"]) for s in samples if _is_finite(s.get("reward"))]
+        return {"reward/distribution": wandb.Histogram(rewards)} if rewards else {}
+
+    def _examples(
+        self, samples: list[Mapping[str, Any]], args: TrainingArguments, state: TrainerState
+    ) -> dict[str, Any]:
+        self._add_rows(samples)
+        self._logs_since_table += 1
+        logs_in_run = max(1, state.max_steps // max(1, int(state.logging_steps or 1)))
+        if not self._unsent_rows or self._logs_since_table < math.ceil(logs_in_run / self.MAX_INCREMENTS):
+            return {}
+        return self._take_table()
+
+    def _add_rows(self, samples: list[Mapping[str, Any]]) -> None:
+        import wandb
+
+        if self._table is None:
+            # Cells are text or None throughout, but a model's output should never meet a type check.
+            self._table = wandb.Table(columns=list(self.COLUMNS), log_mode="INCREMENTAL", allow_mixed_types=True)
+        by_step: dict[Any, list[Mapping[str, Any]]] = {}
+        for sample in samples:
+            by_step.setdefault(sample.get("step", self._step), []).append(sample)
+        for step, of_step in by_step.items():
+            for sample in _spread(of_step, self.rows_per_step):
+                self._table.add_data(*self._row(step, sample))
+                self._unsent_rows += 1
+
+    def _row(self, step: Any, sample: Mapping[str, Any]) -> list[Any]:
+        reward = sample.get("reward")
+        correct = sample.get("correct")
+        other = {key: value for key, value in sample.items() if key not in self.COLUMNS}
+        return [
+            step,
+            float(reward) if reward is not None and _is_finite(reward) else None,
+            None if correct is None else bool(correct),
+            *(_cell(sample.get(name)) for name in self.COLUMNS[3:9]),
+            _cell(other) if other else "",
+        ]
+
+    def _take_table(self) -> dict[str, Any]:
+        self._unsent_rows = self._logs_since_table = 0
+        return {"examples": self._table}
+
+    @contextlib.contextmanager
+    def _never_fatal(self) -> Any:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  (whatever wandb raises: training goes on)
+            if not self._warned:
+                self._warned = True
+                logger.warning("W&B logging failed, training goes on: %s: %s", type(error).__name__, error)
+
+
+def _numbers(logs: Mapping[str, Any]) -> dict[str, float]:
+    return {wandb_name(name): value for name, value in logs.items() if _is_finite(value)}
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def _spread(samples: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """`count` of the samples, evenly from the lowest reward to the highest: failures and successes."""
+    ordered = sorted(samples, key=lambda s: s["reward"] if _is_finite(s.get("reward")) else -math.inf)
+    if len(ordered) <= count:
+        return ordered
+    if count <= 1:
+        return ordered[-count:] if count else []
+    return [ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count)]
+
+
+def _cell(value: object) -> str | None:
+    """Text for a table cell; half a surrogate pair, which no encoder takes, becomes a question mark."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "replace").decode("utf-8")

