@@ -1,20 +1,20 @@
 """Trainer callbacks: what a run writes, shows and listens to while it trains.
 
 ReportCallback     metrics.jsonl and training_curves.png
-WandbCallback      the same numbers to W&B, with a histogram of rewards and a table of examples
 ProgressCallback   one progress bar, or plain lines in a log file
 CollapseWarning    a warning when the reward rises because every plan has become the same
 StopOnSignal       Ctrl-C and SIGTERM end the run after a checkpoint
 
-All get their numbers through `on_log`, so they need nothing from the trainer but its logs.
+All get their numbers through `on_log`, so they need nothing from the trainer but its logs. The one for
+W&B is in `common.wandb_log`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
+import numbers
 import os
 import signal
 import sys
@@ -29,9 +29,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from common.report import append_jsonl, plot_training_curves, truncate_jsonl_after
-from common.wandb_log import wandb_name
 
-__all__ = ["CollapseWarning", "ProgressCallback", "ReportCallback", "StopOnSignal", "WandbCallback"]
+__all__ = ["CollapseWarning", "ProgressCallback", "ReportCallback", "StopOnSignal", "step_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +44,11 @@ def step_metrics(logs: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     metrics: dict[str, Any] = {}
     for name, value in logs.items():
-        number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
-        if number is None or (isinstance(number, (int, float)) and not isinstance(number, bool)):
-            metrics[name] = None if number is None or not math.isfinite(number) else number
+        if value is None:
+            metrics[name] = None
+        elif isinstance(value, numbers.Real) and not isinstance(value, bool):  # numpy's scalars are Real too
+            number = int(value) if isinstance(value, numbers.Integral) else float(value)
+            metrics[name] = number if math.isfinite(number) else None
     return metrics
 
 
@@ -186,12 +187,19 @@ class ProgressCallback(TrainerCallback):
         self._first_step, self._started, self._line_step = state.global_step, time.monotonic(), None
         self._plain = not sys.stderr.isatty()
         if not self._plain:
+            try:
+                sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            except (OSError, ValueError):
+                sized = False
             self._bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
-                desc="training",
-                unit="step",
-                dynamic_ncols=True,
+                # No rate and no word before it: the numbers must fit into 80 columns, the bar takes the rest.
+                bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
+                # A terminal of unknown size (docker exec -t, script) reports 0 by 0: tqdm would draw nothing.
+                dynamic_ncols=sized,
+                ncols=None if sized else 80,
+                nrows=None if sized else 24,
                 file=sys.stderr,
             )
 
@@ -219,7 +227,7 @@ class ProgressCallback(TrainerCallback):
             shown = {"loss": format(metrics["loss"], ".3f")}
         self._shown = shown
         if self._bar is not None:
-            self._bar.set_postfix(shown)
+            self._bar.set_postfix_str(" ".join(f"{label} {value}" for label, value in shown.items()))
         else:
             self._print_line(state)
 
@@ -330,180 +338,6 @@ class StopOnSignal(TrainerCallback):
         return bool(flag.item())
 
 
-class WandbCallback(TrainerCallback):
-    """Logs every step to a W&B run: metrics, `reward/distribution` and the table `examples`.
-
-    Metric names follow `common.wandb_log.wandb_name`; the x axis is `train/global_step`. The reward
-    function hands its samples to `add_samples`; each logged step then adds a histogram of their
-    rewards and up to `rows_per_step` rows from the lowest to the highest reward.
-
-    The table is logged in increments, so that it keeps the rows of all steps (under one key W&B would
-    show only the latest table). W&B shows the last 100 increments of a run, so long runs put several
-    steps into one: `on_train_end` or `close` sends what is left.
-
-    A failure of W&B is logged once as a warning and never ends the training.
-    """
-
-    COLUMNS = (
-        "step",
-        "reward",
-        "correct",
-        "question",
-        "plan",
-        "solutions",
-        "answer",
-        "gold",
-        "completion",
-        "other",
-    )
-    MAX_INCREMENTS = 90
-
-    def __init__(self, run: Any, rows_per_step: int = 8) -> None:
-        self.run = run
-        self.rows_per_step = rows_per_step
-        self._samples: list[Mapping[str, Any]] = []
-        self._table: Any = None
-        self._unsent_rows = 0
-        self._logs_since_table = 0
-        self._warned = False
-        self._step = 0
-
-    def add_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Take the samples of one batch; they are logged with the step they belong to.
-
-        Keys used: step, question, completion, plan (dict or None), solutions, answer, gold, correct,
-        reward (None where the worker failed). Other keys go to the column `other` as JSON.
-        """
-        self._samples.extend(samples)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        self._step = state.global_step
-        with self._never_fatal():
-            metrics = step_metrics(logs)
-            if metrics is None:  # an evaluation, or the totals at the end of training
-                self._log(_numbers(logs))
-                return
-            data = _numbers(metrics)
-            samples, self._samples = self._samples, []
-            self._log({**data, **self._histogram(samples), **self._examples(samples, args, state)})
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            self._step = state.global_step
-            self.flush()
-
-    def flush(self) -> None:
-        """Send table rows that wait for their increment."""
-        with self._never_fatal():
-            if self._samples:  # a batch whose step was never logged (the run was stopped)
-                self._add_rows(self._samples)
-                self._samples = []
-            if self._unsent_rows:
-                self._log(self._take_table())
-
-    def close(self) -> None:
-        """Flush and finish the run; for `finally`, also after an interrupted training."""
-        self.flush()
-        with self._never_fatal():
-            self.run.finish()
-
-    def _log(self, data: dict[str, Any]) -> None:
-        if data:
-            self.run.log({**data, "train/global_step": self._step})
-
-    def _histogram(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
-        import wandb
-
-        rewards = [float(s["reward"]) for s in samples if _is_finite(s.get("reward"))]
-        return {"reward/distribution": wandb.Histogram(rewards)} if rewards else {}
-
-    def _examples(
-        self, samples: list[Mapping[str, Any]], args: TrainingArguments, state: TrainerState
-    ) -> dict[str, Any]:
-        self._add_rows(samples)
-        self._logs_since_table += 1
-        logs_in_run = max(1, state.max_steps // max(1, int(state.logging_steps or 1)))
-        if not self._unsent_rows or self._logs_since_table < math.ceil(logs_in_run / self.MAX_INCREMENTS):
-            return {}
-        return self._take_table()
-
-    def _add_rows(self, samples: list[Mapping[str, Any]]) -> None:
-        import wandb
-
-        if self._table is None:
-            # Cells are text or None throughout, but a model's output should never meet a type check.
-            self._table = wandb.Table(columns=list(self.COLUMNS), log_mode="INCREMENTAL", allow_mixed_types=True)
-        by_step: dict[Any, list[Mapping[str, Any]]] = {}
-        for sample in samples:
-            by_step.setdefault(sample.get("step", self._step), []).append(sample)
-        for step, of_step in by_step.items():
-            for sample in _spread(of_step, self.rows_per_step):
-                self._table.add_data(*self._row(step, sample))
-                self._unsent_rows += 1
-
-    def _row(self, step: Any, sample: Mapping[str, Any]) -> list[Any]:
-        reward = sample.get("reward")
-        correct = sample.get("correct")
-        other = {key: value for key, value in sample.items() if key not in self.COLUMNS}
-        return [
-            step,
-            float(reward) if reward is not None and _is_finite(reward) else None,
-            None if correct is None else bool(correct),
-            *(_cell(sample.get(name)) for name in self.COLUMNS[3:9]),
-            _cell(other) if other else "",
-        ]
-
-    def _take_table(self) -> dict[str, Any]:
-        self._unsent_rows = self._logs_since_table = 0
-        return {"examples": self._table}
-
-    @contextlib.contextmanager
-    def _never_fatal(self) -> Any:
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001  (whatever wandb raises: training goes on)
-            if not self._warned:
-                self._warned = True
-                logger.warning("W&B logging failed, training goes on: %s: %s", type(error).__name__, error)
-
-
-def _numbers(logs: Mapping[str, Any]) -> dict[str, float]:
-    return {wandb_name(name): value for name, value in logs.items() if _is_finite(value)}
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _mean(values: Iterable[float]) -> float:
     listed = list(values)
     return sum(listed) / len(listed)
-
-
-def _spread(samples: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """`count` of the samples, evenly from the lowest reward to the highest: failures and successes."""
-    ordered = sorted(samples, key=lambda s: s["reward"] if _is_finite(s.get("reward")) else -math.inf)
-    if len(ordered) <= count:
-        return ordered
-    if count <= 1:
-        return ordered[-count:] if count else []
-    return [ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count)]
-
-
-def _cell(value: object) -> str | None:
-    """Text for a table cell; half a surrogate pair, which no encoder takes, becomes a question mark."""
-    if value is None:
-        return None
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "replace").decode("utf-8")

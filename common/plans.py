@@ -190,16 +190,18 @@ def json_objects(text: str) -> list[dict[str, object]]:
     (2) In one reading, a token that cannot follow ends every object still open, because reading from any of
     their braces would meet that same token; so a reading never goes back.
     """
-    found: list[tuple[int, dict[str, object]]] = []
+    found: dict[int, dict[str, object]] = {}
     first_string = _read_objects(text, 0, found)
     if first_string is not None:
         _read_objects(text, first_string + 1, found)
-    found.sort(key=lambda pair: pair[0])  # inner objects were complete before outer ones
-    return [value for _, value in found]
+    return [value for _, value in sorted(found.items(), key=lambda item: item[0])]  # outer ones were found last
 
 
-def _read_objects(text: str, begin: int, found: list[tuple[int, dict[str, object]]]) -> int | None:
-    """Add (start, object) for each object of one reading from `begin`; return where its first string opens."""
+def _read_objects(text: str, begin: int, found: dict[int, dict[str, object]]) -> int | None:
+    """Add start: object for each object of one reading from `begin`; return where its first string opens.
+
+    After a quote that nothing closes both readings are outside strings, and find the same objects.
+    """
     first_string: int | None = None
     stack: list[_Open] = []  # open containers, the bottom one always an object
     allowed = ""
@@ -239,7 +241,7 @@ def _read_objects(text: str, begin: int, found: list[tuple[int, dict[str, object
             else:  # the bracket that closes the top container
                 stack.pop()
                 if isinstance(top.container, dict):
-                    found.append((top.start, top.container))
+                    found[top.start] = top.container
                 if stack:
                     allowed = stack[-1].add(top.container)
         else:

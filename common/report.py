@@ -250,7 +250,7 @@ def plot_training_curves(
     FigureCanvasAgg(figure)  # Agg without pyplot: no global state, no display needed
     axes = figure.subplots(2, 2)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.815, bottom=0.07, wspace=0.16, hspace=0.5)
-    figure.text(0.0125, 0.966, title, fontsize=17, weight="bold", color=_INK, va="center")
+    figure.text(0.0125, 0.966, title, fontsize=17, weight="bold", color=_INK, va="center", parse_math=False)
     figure.text(0.0125, 0.93, _subtitle(records, window), fontsize=10.5, color=_MUTED, va="center")
     for panel, ax in zip(_PANELS, axes.flat, strict=True):
         _draw_panel(ax, panel, records, window)
@@ -415,7 +415,7 @@ def format_table(
         cells = [[row.get(name) for name in names] for row in mappings]
     else:
         names = list(headers or [])
-        cells = [list(row) for row in rows]  # type: ignore[arg-type]
+        cells = [list(row) for row in rows]
         if any(len(row) != len(names) for row in cells):
             raise ValueError(f"every row needs {len(names)} cells, one per header")
     if not names:

@@ -167,7 +167,7 @@ def batch_metrics(results: Sequence[PipelineResult], weights: RewardWeights) -> 
         "subproblems_per_plan": _mean([len(result.plan.subproblems) for result in split if result.plan]),
         "correct_decomposed": _mean([result.correct for result in split]),
         "correct_direct": _mean([result.correct for result in direct]),
-        **_gaming_metrics(split),
+        **_gaming_metrics([result for result in results if result.decomposed]),
     }
     return {name: value for name, value in metrics.items() if value is not None}
 

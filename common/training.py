@@ -11,6 +11,7 @@ import transformers
 from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from common import artifacts, callbacks, models, prompts, wandb_log
 from common.args import TrainingArgs
@@ -110,7 +111,7 @@ def build_trainer(
         executor, reward_weights(args), eos_ids=end_token_ids(base, tokenizer), sink=samples
     )
     fold = not prompts.accepts_system(tokenizer)
-    trainer = GRPOTrainer(
+    trainer = PlannerTrainer(
         model=base,
         reward_funcs=[reward],
         args=grpo_config(args),
@@ -128,6 +129,34 @@ def build_trainer(
     if args.adapter_path is not None:
         models.load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), args.adapter_path)
     return trainer
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, whose order depends on the seed and the epoch alone.
+
+    TRL's own draws each epoch's order from a generator that goes on from the epoch before, so a run that is
+    resumed in its second epoch would see the first epoch's order again.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+class PlannerTrainer(GRPOTrainer):
+    """`GRPOTrainer` whose data order survives a resume in any epoch."""
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        args = self.args
+        return EpochSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=args.seed,
+        )
 
 
 def planner_row(item: Question, style: str, fold_system: bool) -> dict[str, Any]:

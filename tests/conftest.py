@@ -1,0 +1,142 @@
+"""Real models for the tests: the packaged SmolLM2-135M, and a tiny Llama taught in seconds to write plans."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported anywhere: these tests share two cores with others.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTIONS = [f"What is {a} + {b} + {c}?" for a, b, c in [(2, 3, 4), (5, 6, 7), (8, 2, 5), (9, 4, 3)]]
+
+
+def run_script(script: str, *flags: str, timeout: float = 600, env: dict[str, str] | None = None):
+    """Run an entry script as a user would; returns the completed process with text output."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *flags],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer) of SmolLM2-135M-Instruct, fp32."""
+    from common.args import PACKAGED_MODEL
+    from common.models import load_base, load_tokenizer
+
+    tokenizer = load_tokenizer(PACKAGED_MODEL)
+    return load_base(PACKAGED_MODEL, four_bit=False).eval(), tokenizer
+
+
+@pytest.fixture(scope="session")
+def questions_file(tmp_path_factory) -> Path:
+    """A data set file in GSM8K's schema."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"question": q, "answer": f"#### {sum(map(int, q[8:-1].split(' + ')))}"} for q in QUESTIONS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_planner(tmp_path_factory) -> str:
+    """Folder of a two-layer Llama that writes a few kinds of valid plans (and some invalid ones) when sampled.
+
+    Its base weights are trained, so that GRPO on it has rewards that differ within a group, in seconds.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from common.args import PACKAGED_MODEL
+    from common.models import load_tokenizer
+    from common.plans import Plan
+    from common.prompts import planner_messages, render
+
+    tokenizer = load_tokenizer(PACKAGED_MODEL)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    rows, labels = [], []
+    for question in QUESTIONS:
+        a, b, c = question[8:-1].split(" + ")
+        prompt = tokenizer(render(tokenizer, planner_messages(question, "short")), add_special_tokens=False).input_ids
+        for plan in (
+            Plan(False, ()),
+            Plan(True, (f"What is {a} + {b}?",)),
+            Plan(True, (f"What is {a} + {b}?", f"What is {b} + {c}?")),
+        ):
+            target = [*tokenizer(plan.to_json()).input_ids, tokenizer.eos_token_id]
+            rows.append(prompt + target)
+            labels.append([-100] * len(prompt) + target)
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    gold = torch.tensor([row + [-100] * (width - len(row)) for row in labels])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(80):
+        hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden[gold[:, 1:] != -100])  # the vocabulary is most of this model's work
+        loss = torch.nn.functional.cross_entropy(logits, gold[:, 1:][gold[:, 1:] != -100])
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert loss.item() < 0.5, f"the tiny planner did not learn its plans: loss {loss.item():.2f}"
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-planner"
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_args(tiny_planner, questions_file, tmp_path):
+    """Settings of a GRPO run of seconds on the tiny planner."""
+    from common.args import TrainingArgs
+
+    return TrainingArgs(
+        base_model=tiny_planner,
+        dataset=str(questions_file),
+        output_dir=str(tmp_path / "run"),
+        planner_style="short",
+        worker_style="few-shot",
+        worker_max_tokens=8,
+        max_completion_length=60,
+        batch_size=4,
+        grad_accum=2,
+        num_generations=4,
+        max_steps=3,
+        temperature=1.0,
+        lr=1e-3,
+        lr_schedule="constant",
+        save_steps=2,
+        wandb=False,
+        use_4bit=False,
+    )

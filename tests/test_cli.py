@@ -1,0 +1,203 @@
+"""The command line: fast, light, and clear about wrong input."""
+
+from __future__ import annotations
+
+import ast
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+from common.args import DEMO, RESUMABLE, TrainingArgs
+from common.errors import UserErrors
+
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "sentence_transformers", "bitsandbytes", "wandb", "numpy"}
+
+
+def test_importing_the_key_classes_and_help_stay_light():
+    code = (
+        "import sys; from grpo_training import TrainingArgs, FrozenWorker, PipelineExecutor, PipelineRewardFunction\n"
+        "import grpo_training\n"
+        "try: grpo_training.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        f"heavy = set(sys.modules) & {HEAVY!r}\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--base-model", "--no-4bit", "--gate-on-correct", "--worker-max-tokens", "--resume"):
+        assert flag in done.stdout
+
+
+def test_help_takes_under_a_third_of_a_second_of_cpu():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run_script("grpo_training.py", "--help").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
+
+
+def test_documented_defaults():
+    documented = {
+        "base_model": "meta-llama/Llama-3.1-8B-Instruct", "lora_r": 16, "lora_alpha": 32, "lr": 1e-5, "batch_size": 1,
+        "grad_accum": 8, "max_steps": 500, "num_generations": 4, "temperature": 0.7, "correctness_weight": 1.0,
+        "token_weight": 0.2, "independence_weight": 0.3, "max_samples": 1000, "output_dir": "./grpo_planner_adapter",
+        "wandb_project": "recursive-reasoner-grpo", "max_tokens": 1000, "format_weight": 0.0, "gate_on_correct": False,
+        "dataset": "openai/gsm8k",
+    }  # fmt: skip
+    defaults = TrainingArgs().to_dict()
+    assert {name: defaults[name] for name in documented} == documented
+
+
+def test_presets_name_real_settings():
+    assert set(DEMO) <= set(TrainingArgs().to_dict())
+    assert set(TrainingArgs().to_dict()) >= RESUMABLE
+    TrainingArgs(**DEMO).validate(world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accum", "group", "processes", "legal"),
+    [
+        (1, 4, 4, 1, True),
+        (1, 8, 4, 1, True),
+        (1, 2, 4, 1, False),
+        (1, 6, 4, 1, False),
+        (1, 2, 4, 2, True),
+        (3, 4, 4, 1, True),
+    ],
+)
+def test_groups_must_fill_the_generation_batch(batch, accum, group, processes, legal):
+    args = TrainingArgs(batch_size=batch, grad_accum=accum, num_generations=group)
+    if legal:
+        args.validate(world_size=processes)
+        return
+    with pytest.raises(UserErrors) as caught:
+        args.validate(world_size=processes)
+    # Whatever the message recommends must itself be legal.
+    values = str(caught.value).split("use --grad-accum ")[1].split(",")[0].split(" or ")
+    for value in values:
+        TrainingArgs(batch_size=batch, grad_accum=int(value), num_generations=group).validate(world_size=processes)
+
+
+BAD_ROWS = {
+    "broken.jsonl": ('{"question": "a", "answer": "#### 1"}\n{"question": \n', "broken.jsonl:2"),
+    "columns.jsonl": ('{"problem": "a", "solution": "#### 1"}\n', "problem, solution"),
+    "nonumber.jsonl": ('{"question": "a", "answer": "#### 1"}\n\n{"question": "b", "answer": "#### many"}\n', "nonumber.jsonl:3"),
+    "nomarker.jsonl": ('{"question": "b", "answer": "7"}\n', "####"),
+    "list.jsonl": ("[1, 2]\n", "list.jsonl:1"),
+    "empty.jsonl": ("\n", "empty"),
+    "bad.parquet": ("not parquet", "not a parquet file"),
+    "words.csv": ("question,answer\n", "neither .jsonl nor .parquet"),
+}  # fmt: skip
+
+
+def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+    """name → (flags, what the one line must say)."""
+    cases: dict[str, tuple[list[str], str]] = {
+        "unknown flag": (["--learning-rat", "1"], "--learning-rat"),
+        "not a number": (["--lr", "fast"], "fast"),
+        "nan": (["--lr", "nan"], "finite"),
+        "negative": (["--max-steps", "0"], "--max-steps must be greater than 0, found 0"),
+        "one generation": (["--num-generations", "1"], "at least 2"),
+        "indivisible": (["--grad-accum", "6"], "--grad-accum 4 or 8"),
+        "unknown choice": (["--worker-style", "loud"], "few-shot"),
+        "no such file": (["--dataset", "./none.jsonl"], "none.jsonl does not exist"),
+        "no such task": (["--dataset", "reasoning-gym:chain_sun"], "chain_sum"),
+        "no adapter": (["--adapter-path", str(tmp_path / "none")], "not a folder"),
+        "resume nothing": (["--resume", "--output-dir", str(tmp_path / "none")], "--resume"),
+        "all weights 0": (
+            ["--correctness-weight", "0", "--token-weight", "0", "--independence-weight", "0"],
+            "weights",
+        ),
+    }
+    for name, (text, message) in BAD_ROWS.items():
+        (tmp_path / name).write_text(text)
+        cases[name] = (["--dataset", str(tmp_path / name)], message)
+    (tmp_path / "file").write_text("")
+    cases["output is a file"] = (["--output-dir", str(tmp_path / "file")], "is a file")
+    empty = tmp_path / "empty-adapter"
+    empty.mkdir()
+    cases["adapter without files"] = (["--adapter-path", str(empty)], "adapter_config.json is missing")
+    other = tmp_path / "other-base"
+    other.mkdir()
+    (other / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/Other-7B"})
+    )
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    whole = len(header).to_bytes(8, "little") + header + b"\0\0\0\0"
+    (other / "adapter_model.safetensors").write_bytes(whole)
+    cases["adapter of another base"] = (["--adapter-path", str(other)], "x/Other-7B")
+    cut = tmp_path / "cut-adapter"
+    cut.mkdir()
+    (cut / "adapter_config.json").write_text((other / "adapter_config.json").read_text())
+    (cut / "adapter_model.safetensors").write_bytes(whole[:-2])
+    cases["cut-off adapter"] = (["--adapter-path", str(cut)], "promises")
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "metrics.jsonl").write_text("{}\n")
+    cases["existing run"] = (["--output-dir", str(used)], "--overwrite")
+    return cases
+
+
+def test_wrong_input_is_one_line_exit_code_2_and_quick(tmp_path, questions_file):
+    for name, (flags, message) in wrong_input(tmp_path).items():
+        started = time.perf_counter()
+        base = [] if "--dataset" in flags else ["--dataset", str(questions_file)]
+        if "--output-dir" not in flags:
+            base += ["--output-dir", str(tmp_path / "out")]
+        done = run_script("grpo_training.py", *base, *flags)
+        assert done.returncode == 2, (name, done.returncode, done.stderr)
+        assert message in done.stderr, (name, done.stderr)
+        assert len(done.stderr.strip().splitlines()) == 1, (name, done.stderr)
+        assert time.perf_counter() - started < 2, name
+        assert not (tmp_path / "out").exists(), f"{name}: nothing may be written before the input is right"
+    assert (tmp_path / "used" / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_several_problems_are_told_at_once(questions_file):
+    done = run_script("grpo_training.py", "--dataset", str(questions_file), "--lr", "0", "--temperature", "-1")
+    assert done.returncode == 2
+    assert "--lr" in done.stderr and "--temperature" in done.stderr
+
+
+def test_an_unreachable_model_is_one_line_that_names_the_ways_out(questions_file, tmp_path):
+    done = run_script(
+        "grpo_training.py", "--base-model", "nobody/no-such-model", "--dataset", str(questions_file),
+        "--output-dir", str(tmp_path / "run"), "--no-wandb",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "nobody/no-such-model" in done.stderr.splitlines()[-1]
+    assert "packaged/" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+LIGHT = ("errors", "prompts", "plans", "grading", "cli", "args", "artifacts", "data")
+LAYERS = (
+    LIGHT,
+    ("worker", "models", "similarity", "decoding", "report"),
+    ("pipeline", "callbacks", "wandb_log"),
+    ("rewards", "evaluation"),
+    ("training",),
+)
+
+
+def test_imports_go_one_way():
+    layer = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+    for path in sorted((ROOT / "common").glob("*.py")):
+        if path.stem == "__init__":
+            continue
+        assert path.stem in layer, f"common/{path.name} has no place in the layers"
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module == "common":
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("common."):
+                names = [node.module.removeprefix("common.")]
+            for name in names:
+                assert layer[name] <= layer[path.stem], f"common/{path.name} imports common.{name}"
+                if path.stem in LIGHT:
+                    assert name in LIGHT

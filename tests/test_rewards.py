@@ -1,0 +1,226 @@
+"""The executor's two waves and the exact formula, on a worker that answers from a table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.pipeline import PipelineExecutor, PipelineItem
+from common.plans import Plan
+from common.rewards import PipelineRewardFunction, RewardWeights, batch_metrics, reward_of, token_efficiency
+from common.similarity import Embeddings, independence_score
+from common.worker import Generation, WorkerStats
+
+EOS = 9
+
+
+class TableWorker:
+    """Answers by the last user message; what it is not told to answer, it fails on. Records its batches."""
+
+    style = "few-shot"
+
+    def __init__(self, table: dict[str, str]) -> None:
+        self.table = table
+        self.batches: list[list[str]] = []
+
+    def generate(self, requests):
+        asked = [request[-1]["content"] for request in requests]
+        self.batches.append(asked)
+        return [
+            Generation(self.table[text], 10, True) if text in self.table else Generation("", 0, False, "out of memory")
+            for text in asked
+        ]
+
+    def take_stats(self) -> WorkerStats:
+        return WorkerStats(requests=4, generated=1)
+
+
+def vectors(texts: list[str]) -> np.ndarray:
+    """Axis 0 for texts that start with 'x', axis 1 for the others: cosine 1 or 0."""
+    return np.array([[1.0, 0.0] if text.startswith("x") else [0.0, 2.0] for text in texts])
+
+
+def combine_text(question: str, parts: list[str], solutions: list[str]) -> str:
+    from common.prompts import combine_messages
+
+    return combine_messages(question, parts, solutions, "few-shot")[-1]["content"]
+
+
+SPLIT = Plan(True, ("x one", "y two"), "add").to_json()
+TABLE = {"Q": "The answer is 7", "x one": "3", "y two": "4", combine_text("Q", ["x one", "y two"], ["3", "4"]): "so 7"}
+
+
+def executor(table: dict[str, str] | None = None, **kwargs) -> tuple[PipelineExecutor, TableWorker]:
+    worker = TableWorker(TABLE if table is None else table)
+    return PipelineExecutor(worker, Embeddings(vectors), **kwargs), worker
+
+
+def test_the_whole_batch_takes_two_waves():
+    run, worker = executor()
+    results = run.execute_batch(
+        [
+            PipelineItem(SPLIT, "Q", "#### 7", 20),
+            PipelineItem(Plan(False, ()).to_json(), "Q", "#### 8", 5),
+            PipelineItem("not a plan", "Q", "#### 7", 5),
+            PipelineItem(SPLIT, "Q", "#### 7", 20),
+        ]
+    )
+    assert worker.batches == [
+        ["x one", "y two", "Q", "x one", "y two"],
+        [combine_text("Q", ["x one", "y two"], ["3", "4"])] * 2,
+    ]
+    assert [result.correct for result in results] == [True, False, False, True]
+    # every sample is charged its own tokens, shared or not
+    assert [result.total_tokens for result in results] == [20 + 30, 5 + 10, 5, 20 + 30]
+    assert [result.answer for result in results] == ["7", "7", None, "7"]
+
+
+def test_exact_formula():
+    run, _ = executor()
+    weights = RewardWeights(correctness=1.0, token=0.2, independence=0.3, max_tokens=100)
+    right = run.execute_pipeline(SPLIT, "Q", "#### 7", planner_tokens=20)
+    wrong = run.execute_pipeline(SPLIT, "Q", "#### 6", planner_tokens=20)
+    direct = run.execute_pipeline(Plan(False, ()).to_json(), "Q", "#### 7", planner_tokens=20)
+    assert right.independence == pytest.approx(1.0)  # orthogonal
+    assert reward_of(right, weights) == pytest.approx(1.0 + 0.2 * (1 - 50 / 100) + 0.3 * 1.0)
+    assert reward_of(wrong, weights) == pytest.approx(0.2 * (1 - 50 / 100) + 0.3 * 1.0)
+    assert reward_of(direct, weights) == pytest.approx(1.0 + 0.2 * (1 - 30 / 100) + 0.3 * 0.5)
+
+
+def test_invalid_plans_earn_nothing_and_a_truncated_plan_is_invalid():
+    run, _ = executor()
+    items = [PipelineItem("{", "Q", "#### 7", 3), PipelineItem(SPLIT, "Q", "#### 7", 3, finished=False)]
+    for result in run.execute_batch(items):
+        assert result.plan is None
+        assert reward_of(result, RewardWeights()) == 0.0
+
+
+def test_format_credit_and_gate_change_nothing_while_off_and_what_they_say_when_on():
+    run, _ = executor()
+    near = run.execute_pipeline('{"should_decompose": true, "subproblems": [', "Q", "#### 7")
+    assert 0 < reward_of(near, RewardWeights(format=0.1)) < 0.1
+    wrong = run.execute_pipeline(SPLIT, "Q", "#### 6")
+    right = run.execute_pipeline(SPLIT, "Q", "#### 7")
+    gate = RewardWeights(gate_on_correct=True)
+    assert reward_of(wrong, gate) == 0.0
+    assert reward_of(right, gate) == reward_of(right, RewardWeights())
+
+
+def test_evaluation_solves_directly_what_has_no_valid_plan():
+    run, worker = executor(invalid_plan="direct")
+    result = run.execute_pipeline("nonsense", "Q", "#### 7")
+    assert result.plan is None and result.correct
+    assert worker.batches[0] == ["Q"]
+
+
+@pytest.mark.parametrize(("tokens", "value"), [(0, 1.0), (50, 0.5), (100, 0.0), (250, 0.0)])
+def test_token_efficiency_is_clamped(tokens, value):
+    assert token_efficiency(tokens, 100) == value
+
+
+def test_independence_is_one_minus_the_mean_pairwise_cosine():
+    generator = np.random.default_rng(0)
+    for count in (2, 3, 5):
+        raw = generator.normal(size=(count, 8))
+        found = Embeddings(lambda texts, raw=raw: raw).vectors([str(i) for i in range(count)])
+        unit = raw / np.linalg.norm(raw, axis=1, keepdims=True)
+        pairs = [unit[i] @ unit[j] for i in range(count) for j in range(i)]
+        expected = min(1.0, max(0.0, 1 - sum(pairs) / len(pairs)))
+        assert independence_score([str(i) for i in range(count)], found) == pytest.approx(expected)
+    same = {"a": np.array([1.0, 0.0])}
+    assert independence_score(["a", "a"], same) == 0.0
+    assert independence_score(["a"], same) == 0.5
+    assert independence_score([], {}) == 0.5
+
+
+def test_each_distinct_subproblem_is_encoded_once():
+    encoded: list[str] = []
+
+    def counting(texts: list[str]) -> np.ndarray:
+        encoded.extend(texts)
+        return vectors(texts)
+
+    run = PipelineExecutor(TableWorker(TABLE), Embeddings(counting))
+    for _ in range(2):
+        run.execute_batch([PipelineItem(SPLIT, "Q", "#### 7")] * 3)
+    assert sorted(encoded) == ["Q", "x one", "y two"]
+
+
+def reward_call(reward: PipelineRewardFunction, completions: list[str], logged: dict[str, float]) -> list[float | None]:
+    ids = [[1, 2, EOS]] * len(completions)
+    return reward(
+        prompts=[[]] * len(completions),
+        completions=[[{"role": "assistant", "content": text}] for text in completions],
+        completion_ids=ids,
+        question=["Q"] * len(completions),
+        answer=["steps\n#### 7"] * len(completions),
+        log_metric=logged.__setitem__,
+    )
+
+
+def test_a_failed_worker_masks_only_its_samples_and_is_counted():
+    table = {key: value for key, value in TABLE.items() if key != "y two"}
+    run, _ = executor(table)
+    logged: dict[str, float] = {}
+    records: list[dict] = []
+    reward = PipelineRewardFunction(run, RewardWeights(), eos_ids=frozenset({EOS}), sink=records.extend)
+    values = reward_call(reward, [SPLIT, Plan(False, ()).to_json()], logged)
+    assert values[0] is None and values[1] > 1
+    assert logged["worker_failures"] == 1
+    assert logged["correctness"] == 1.0  # over the samples that were scored
+    assert records[0]["error"] == "out of memory" and records[0]["reward"] is None
+    assert records[1]["solutions"] == [] and records[1]["final"] == "The answer is 7"
+
+
+def test_a_run_in_which_everything_fails_stops_with_a_clear_message():
+    run, _ = executor({})
+    reward = PipelineRewardFunction(run, RewardWeights(), eos_ids=frozenset({EOS}))
+    with pytest.raises(UserError, match=r"3 batches in a row.*out of memory"):
+        for _ in range(3):
+            assert reward_call(reward, [SPLIT] * 2, {}) == [None, None]
+    # a batch that works in between starts the count anew
+    mixed = PipelineRewardFunction(run, RewardWeights(), eos_ids=frozenset({EOS}))
+    for _ in range(4):
+        run.worker.table = {}
+        reward_call(mixed, [SPLIT], {})
+        run.worker.table = TABLE
+        reward_call(mixed, [SPLIT], {})
+
+
+def test_metrics_of_template_plans_and_of_cheating_show():
+    def item(question: str, *parts: str, gold: int = 42) -> PipelineItem:
+        return PipelineItem(Plan(True, parts).to_json(), question, f"#### {gold}")
+
+    questions = ["How much is 1 + 2?", "How much is 3 + 4?", "How much is 5 + 6?"]
+    template = [item(question, "x first", "y second") for question in questions]
+    tailored = [item(question, question[9:], "y") for question in questions]
+    run, _ = executor({})
+    found = batch_metrics(run.execute_batch(template), RewardWeights())
+    assert found["distinct_plans"] == 0.0 and found["distinct_subproblems"] == 0.0
+    found = batch_metrics(run.execute_batch(tailored), RewardWeights())
+    assert found["distinct_plans"] == 1.0
+    assert found["distinct_subproblems"] == 3 / 6  # "y" stands in all three
+    assert "correctness" not in found  # nothing was scored: no number rather than a zero
+
+
+def test_plans_that_repeat_the_question_or_hold_the_answer_are_noticed():
+    table = {"how much is 1 + 2": "3", "It is 3": "3", "half": "1"}
+    for parts in (["how much is 1 + 2"], ["It is 3"], ["half"]):
+        table[combine_text("How much is 1 + 2?", parts, [table[parts[0]]])] = "3"
+    run, _ = executor(table)
+
+    def metrics(part: str) -> dict[str, float]:
+        result = run.execute_pipeline(Plan(True, (part,)).to_json(), "How much is 1 + 2?", "#### 3")
+        return batch_metrics([result], RewardWeights())
+
+    assert metrics("how much is 1 + 2")["subproblem_repeats_question"] == 1.0
+    assert metrics("half")["subproblem_repeats_question"] == 0.0
+    assert metrics("It is 3")["plan_contains_answer"] == 1.0
+    assert metrics("half")["plan_contains_answer"] == 0.0
+
+
+def test_a_bad_gold_answer_is_an_error_and_not_a_wrong_answer():
+    run, _ = executor()
+    with pytest.raises(ValueError, match="####"):
+        run.execute_pipeline(SPLIT, "Q", "7")

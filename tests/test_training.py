@@ -1,0 +1,232 @@
+"""Real GRPO runs: real TRL and PEFT, a real frozen worker, checkpoints, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUESTIONS, ROOT, run_script
+
+from common import artifacts, prompts
+from common.data import load_questions
+from common.report import read_jsonl
+from common.worker import FrozenWorker
+
+
+def flags(args) -> list[str]:
+    """The command line of some settings."""
+    from common.args import TrainingArgs, flag_of
+
+    defaults = TrainingArgs().to_dict()
+    found = []
+    for name, value in args.to_dict().items():
+        if value == defaults[name] or name == "use_4bit":
+            continue
+        flag = flag_of(name)
+        found += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
+    return [*found, "--no-4bit"]
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
+def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, four_bit):
+    """The worker trap (DESIGN §4.1): inside reward calls, with checkpointing on and dropout."""
+    from common.models import load_base, load_tokenizer
+    from common.training import build_trainer
+
+    tiny_args.use_4bit = four_bit
+    tiny_args.gradient_checkpointing = True
+    tiny_args.lora_dropout = 0.2
+    tokenizer = load_tokenizer(tiny_args.base_model)
+    questions = load_questions(tiny_args.dataset, limit=10)
+    trainer = build_trainer(tiny_args, questions, tokenizer)
+    separate = FrozenWorker(load_base(tiny_args.base_model, four_bit=four_bit).eval(), tokenizer, max_tokens=24)
+    asked = [prompts.planner_messages(question, "short") for question in QUESTIONS]  # what it can answer
+    expected = separate.generate(asked)
+    assert len({answer.text for answer in expected}) > 1
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base_before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    adapters: list[torch.Tensor] = []
+    reward = trainer.reward_funcs[0]
+    getter = reward.executor.worker._model
+
+    def probing(**kwargs):
+        assert model.training and torch.is_grad_enabled(), "the trap is only set in train mode with gradients on"
+        scored = reward(**kwargs)
+        fresh = FrozenWorker(getter, tokenizer, max_tokens=24)  # without the memory of earlier calls
+        assert fresh.generate(asked) == expected
+        assert model.training and torch.is_grad_enabled(), "the guard must put everything back"
+        adapters.append(torch.cat([p.detach().flatten().float() for p in model.parameters() if p.requires_grad]))
+        return [float(number % 2) if value is not None else None for number, value in enumerate(scored)]
+
+    probing.__name__ = "probing"
+    trainer.reward_funcs[0] = probing
+    trainer.train()
+    assert len(adapters) == tiny_args.max_steps
+    assert all(not torch.equal(before, after) for before, after in zip(adapters, adapters[1:], strict=False))
+    for name, parameter in model.named_parameters():
+        if name in base_before:
+            assert torch.equal(parameter, base_before[name]), f"{name} of the base model has moved"
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_planner, questions_file, tmp_path_factory):
+    """One run of four steps through the command line, with a checkpoint after two."""
+    from common.args import TrainingArgs
+
+    args = TrainingArgs(
+        base_model=tiny_planner, dataset=str(questions_file), output_dir=str(tmp_path_factory.mktemp("run") / "out"),
+        planner_style="short", worker_style="few-shot", worker_max_tokens=8, max_completion_length=60, batch_size=4,
+        grad_accum=2, num_generations=4, max_steps=4, temperature=1.0, lr=1e-3, lr_schedule="constant", save_steps=2,
+        wandb=False,
+    )  # fmt: skip
+    done = run_script("grpo_training.py", *flags(args))
+    assert done.returncode == 0, done.stderr
+    return args, Path(args.output_dir), done
+
+
+def test_a_run_leaves_every_artifact(finished_run):
+    args, folder, done = finished_run
+    for name in (
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json", "tokenizer.json",
+        "special_tokens_map.json", "chat_template.jinja", "training_config.json", "metrics.jsonl", "samples.jsonl",
+        "training_curves.png", "checkpoint-2", "checkpoint-4",
+    ):  # fmt: skip
+        assert (folder / name).exists(), name
+    assert not list(folder.glob(".saving*"))
+    record = json.loads((folder / "training_config.json").read_text())
+    assert record["settings"] == args.to_dict() | {"use_4bit": False}
+    assert record["versions"]["trl"].startswith("1.16") and record["seed"] == 42 and record["data_fingerprint"]
+    assert str(folder) in done.stdout and "--lora-modules recursive_reasoner=" in done.stdout
+    assert "no GPU found" in done.stderr
+
+
+def test_metrics_and_samples_tell_what_happened(finished_run):
+    args, folder, _ = finished_run
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    for name in (
+        "loss", "reward", "reward_std", "correctness", "decomposition_rate", "invalid_plan_rate", "planner_tokens",
+        "worker_tokens", "independence", "subproblems_per_plan", "cache_hit_rate", "worker_seconds",
+        "worker_failures", "entropy", "frac_reward_zero_std",
+    ):  # fmt: skip
+        assert any(line.get(name) is not None for line in metrics), name
+    samples = read_jsonl(folder / "samples.jsonl")
+    per_step = args.batch_size * args.grad_accum
+    assert [sample["step"] for sample in samples] == [step for step in (1, 2, 3, 4) for _ in range(per_step)]
+    for step, line in enumerate(metrics, start=1):
+        rows = [sample for sample in samples if sample["step"] == step]
+        assert line["reward"] == pytest.approx(sum(row["reward"] for row in rows) / len(rows), abs=1e-5)
+        assert line["invalid_plan_rate"] == pytest.approx(sum(row["plan"] is None for row in rows) / len(rows))
+    split = next(sample for sample in samples if sample["plan"] and sample["plan"]["should_decompose"])
+    assert len(split["solutions"]) == len(split["plan"]["subproblems"]) and split["final"] is not None
+
+
+def test_the_saved_adapter_loads_in_plain_peft_and_differs_from_the_base(finished_run):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    args, folder, _ = finished_run
+    weights = adapter_weights(folder)
+    assert any(name.endswith("lora_B.weight") and value.abs().max() > 0 for name, value in weights.items())
+    projections = {name.split(".")[-3] for name in weights}
+    assert projections == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(args.base_model), str(folder)).eval()
+    prompt = tokenizer(prompts.render(tokenizer, prompts.planner_messages(QUESTIONS[0], "short")), return_tensors="pt")
+    with_adapter = model(**prompt).logits
+    with model.disable_adapter():
+        assert not torch.equal(model(**prompt).logits, with_adapter)
+
+
+def test_resume_gives_the_same_result_as_never_having_stopped(finished_run, tmp_path):
+    """Same step, data order, optimiser state and random numbers: the last two steps come out bit by bit."""
+    _, folder, _ = finished_run
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "checkpoint-4")
+    # A newer checkpoint that was cut off while being written must not be taken.
+    shutil.copytree(copy / "checkpoint-2", copy / "checkpoint-3")
+    whole = (copy / "checkpoint-3" / "optimizer.pt").read_bytes()
+    (copy / "checkpoint-3" / "optimizer.pt").write_bytes(whole[: len(whole) // 2])
+    done = run_script("grpo_training.py", "--output-dir", str(copy), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_jsonl(copy / "metrics.jsonl")] == [1, 2, 3, 4]
+    keys = ("question", "completion", "reward", "step")
+    expected = [[row[key] for key in keys] for row in read_jsonl(folder / "samples.jsonl")]
+    assert [[row[key] for key in keys] for row in read_jsonl(copy / "samples.jsonl")] == expected
+    expected_weights = adapter_weights(folder)
+    assert all(torch.equal(value, expected_weights[name]) for name, value in adapter_weights(copy).items())
+
+
+def test_resume_refuses_what_would_make_it_another_run(finished_run, tmp_path):
+    _, folder, _ = finished_run
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    done = run_script("grpo_training.py", "--output-dir", str(copy), "--resume", "--lora-r", "4")
+    assert done.returncode == 2 and "--lora-r 4 differs" in done.stderr
+    done = run_script("grpo_training.py", "--output-dir", str(copy), "--no-wandb")
+    assert done.returncode == 2 and "already holds a run" in done.stderr
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_training_goes_on_from_an_adapter(finished_run, tiny_args):
+    _, folder, _ = finished_run
+    tiny_args.adapter_path = str(folder)
+    tiny_args.max_steps = 1
+    tiny_args.lr = 1e-9  # nothing moves, so what is saved is what was loaded
+    done = run_script("grpo_training.py", *flags(tiny_args))
+    assert done.returncode == 0, done.stderr
+    before, after = adapter_weights(folder), adapter_weights(Path(tiny_args.output_dir))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tiny_args, number):
+    tiny_args.max_steps = 500
+    tiny_args.save_steps = 400
+    folder = Path(tiny_args.output_dir)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "grpo_training.py"), *flags(tiny_args)],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=dict(os.environ),
+    )  # fmt: skip
+    deadline = time.monotonic() + 180
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors
+    assert f"--output-dir {folder} --resume" in errors
+    (checkpoint,) = artifacts.complete_checkpoints(folder)
+    steps = artifacts.checkpoint_step(checkpoint)
+    assert len(read_jsonl(folder / "metrics.jsonl")) == steps
+    assert not (folder / "adapter_model.safetensors").exists(), "an unfinished run must not look finished"
+    done = run_script("grpo_training.py", "--output-dir", str(folder), "--resume", "--max-steps", str(steps + 1))
+    assert done.returncode == 0, done.stderr
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] == steps + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_a_gpu_run_is_4bit_by_default(tiny_args):
+    tiny_args.use_4bit = None
+    done = run_script("grpo_training.py", *[flag for flag in flags(tiny_args) if flag != "--no-4bit"])
+    assert done.returncode == 0, done.stderr
+    assert json.loads((Path(tiny_args.output_dir) / "training_config.json").read_text())["four_bit"] is True

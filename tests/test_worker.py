@@ -1,0 +1,152 @@
+"""The frozen worker on a real model: same texts as plain generation, charged, remembered, and truly frozen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common import prompts
+from common.decoding import greedy_decode, shared_prefix_length
+from common.worker import FrozenWorker, end_token_ids, frozen
+
+SUMS = ["What is 7 + 8 + 5?", "What is 3 + 9?", "What is 21 + 30 + 4?", "What is 2 + 2 + 2 + 2?", "What is 6 + 9 + 1?"]
+
+
+def plain_generate(model, tokenizer, texts: list[str], max_new_tokens: int) -> list[list[int]]:
+    """One unpadded `generate` call per prompt: the slowest and plainest reference."""
+    outputs = []
+    for text in texts:
+        batch = tokenizer([text], return_tensors="pt", add_special_tokens=False)
+        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        outputs.append(ids[0, batch.input_ids.shape[1] :].tolist())
+    return outputs
+
+
+def test_batched_decoding_equals_one_plain_generate_call_per_prompt(smollm2):
+    model, tokenizer = smollm2
+    requests = [prompts.direct_messages(question, "few-shot") for question in SUMS]
+    requests += [prompts.direct_messages("Say hello.", "instruct")]  # shares little with the others
+    texts = [prompts.render(tokenizer, request) for request in requests]
+    expected = plain_generate(model, tokenizer, texts, 24)
+    eos = end_token_ids(model, tokenizer)
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    for chosen in (range(len(texts)), range(len(SUMS)), [2]):  # mixed, long shared prefix, single
+        found = greedy_decode(
+            model, [ids[i] for i in chosen], max_new_tokens=24, eos_ids=eos, pad_id=tokenizer.pad_token_id
+        )
+        assert found == [expected[i] for i in chosen]
+
+
+def test_tokens_count_the_end_token_and_no_padding(smollm2):
+    model, tokenizer = smollm2
+    worker = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=24)
+    short = worker.solve_subproblem("What is 3 + 9?", "")
+    assert short.finished
+    # pad is eos for this model: a count by id would drop the end token or count the padding
+    assert short.tokens == len(tokenizer(short.text, add_special_tokens=False).input_ids) + 1
+    cut = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=3).solve_subproblem("What is 3 + 9?", "")
+    assert (cut.tokens, cut.finished) == (3, False)
+    together = worker.generate([prompts.direct_messages(q, "few-shot") for q in SUMS])
+    alone = [FrozenWorker(model, tokenizer, style="few-shot", max_tokens=24).solve_directly(q) for q in SUMS]
+    assert together == alone
+
+
+def test_identical_prompts_run_once_and_are_remembered_within_bounds(smollm2):
+    model, tokenizer = smollm2
+    worker = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=8, cache_size=2)
+    ask = [prompts.direct_messages(q, "few-shot") for q in SUMS[:2]]
+    first = worker.generate([*ask, *ask, ask[0]])
+    stats = worker.take_stats()
+    assert (stats.requests, stats.generated) == (5, 2)
+    assert stats.cache_hit_rate == pytest.approx(3 / 5)
+    assert worker.generate(ask) == first[:2]
+    assert worker.take_stats().generated == 0
+    worker.generate([prompts.direct_messages(SUMS[2], "few-shot")])  # pushes the oldest out
+    worker.take_stats()
+    worker.generate(ask)
+    assert worker.take_stats().generated >= 1
+    assert len(worker._cache) <= 2
+
+
+def test_micro_batches_of_a_token_budget_give_the_same_answers(smollm2):
+    model, tokenizer = smollm2
+    ask = [prompts.direct_messages(q, "few-shot") for q in SUMS]
+    whole = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=16).generate(ask)
+    small = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=16, batch_tokens=1)  # one prompt each
+    assert small.generate(ask) == whole
+
+
+def test_a_prompt_that_cannot_be_answered_fails_alone(smollm2):
+    model, tokenizer = smollm2
+    worker = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=8)
+    limit = model.config.max_position_embeddings
+    good, bad = worker.generate(
+        [prompts.direct_messages(SUMS[0], "few-shot"), prompts.direct_messages("word " * limit, "few-shot")]
+    )
+    assert good.error is None and good.text
+    assert bad.error is not None and str(limit) in bad.error
+    assert worker.take_stats().failures == 1
+
+
+class _FailsOnMarkedPrompts(torch.nn.Module):
+    """A real model whose forward raises, as an out-of-memory does, when a marked token is in the batch."""
+
+    def __init__(self, model, marked: int) -> None:
+        super().__init__()
+        self.inner, self.marked = model, marked
+        self.config, self.generation_config = model.config, model.generation_config
+
+    def forward(self, input_ids, **kwargs):
+        if (input_ids == self.marked).any():
+            raise torch.OutOfMemoryError("no memory for this one")
+        return self.inner(input_ids=input_ids, **kwargs)
+
+
+def test_out_of_memory_fails_only_the_prompt_that_causes_it(smollm2):
+    model, tokenizer = smollm2
+    marked = tokenizer("zebra", add_special_tokens=False).input_ids[0]
+    worker = FrozenWorker(_FailsOnMarkedPrompts(model, marked), tokenizer, style="few-shot", max_tokens=8)
+    ask = [prompts.direct_messages(q, "few-shot") for q in [*SUMS[:3], "zebra", SUMS[3]]]
+    answers = worker.generate(ask)
+    assert [answer.error is None for answer in answers] == [True, True, True, False, True]
+    assert "no memory" in answers[3].error
+    reference = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=8).generate(ask[:3])
+    assert answers[:3] == reference
+    # a failure is not remembered: the prompt may work later
+    assert len(worker._cache) == 4
+
+
+def test_frozen_restores_every_module_after_an_error(smollm2):
+    model, _ = smollm2
+    model.train()
+    model.lm_head.eval()
+    try:
+        with pytest.raises(RuntimeError, match="inside"), frozen(model) as base:
+            assert not any(module.training for module in base.modules())
+            assert not torch.is_grad_enabled()
+            raise RuntimeError("inside")
+        assert model.model.training and not model.lm_head.training
+        assert torch.is_grad_enabled()
+    finally:
+        model.eval()
+
+
+def test_shared_prefix_leaves_a_token_to_every_prompt():
+    assert shared_prefix_length([[1, 2, 3], [1, 2, 4]]) == 2
+    assert shared_prefix_length([[1, 2], [1, 2, 3]]) == 1
+    assert shared_prefix_length([[5], [5]]) == 0
+    assert shared_prefix_length([[1, 2, 3]] * 2) == 2
+    assert shared_prefix_length([[2, 1], [3, 1]]) == 0
+
+
+def test_templates_without_a_system_role_still_get_the_instructions(smollm2):
+    _, tokenizer = smollm2
+    assert prompts.accepts_system(tokenizer)
+    strict = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    strict.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    assert not prompts.accepts_system(strict)
+    text = prompts.render(strict, prompts.fold_system(prompts.planner_messages("How many?", "full")))
+    assert "should_decompose" in text and "How many?" in text
