@@ -1,4 +1,4 @@
-"""Batched greedy decoding over any Hugging Face causal LM: the inner loop of the frozen worker.
+"""Batched decoding over any Hugging Face causal LM: the inner loop of the frozen worker.
 
 Three things make it cheaper than one padded `generate` call, with the same tokens out:
 the part that all prompts share (system text, few-shot turns) is run once and its KV cache branched;
@@ -32,15 +32,17 @@ def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
 
 
 @torch.no_grad()
-def greedy_decode(
+def decode(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     eos_ids: frozenset[int],
     pad_id: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt.
+    """A continuation of each prompt: token by token the most likely one, or sampled.
 
     Args:
         model: a causal LM in eval mode; its forward takes `past_key_values` and `logits_to_keep`.
@@ -48,6 +50,8 @@ def greedy_decode(
         max_new_tokens: longest continuation, end-of-sequence token included.
         eos_ids: tokens that end a continuation.
         pad_id: fills the left of shorter prompts; it may equal an end token.
+        temperature: 0 takes the most likely token; above 0 tokens are sampled at this temperature.
+        generator: of the samples, on the model's device.
 
     Returns:
         B token lists; each ends with the end-of-sequence token unless it was cut off.
@@ -83,7 +87,11 @@ def greedy_decode(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        chosen = logits.argmax(dim=-1)  # (B,)
+        if temperature > 0:
+            odds = torch.softmax(logits.float() / temperature, dim=-1)  # (B, V)
+            chosen = torch.multinomial(odds, 1, generator=generator).squeeze(1)  # (B,)
+        else:
+            chosen = logits.argmax(dim=-1)  # (B,)
         for index, token in zip(alive, chosen.tolist(), strict=True):
             if not done[index]:
                 outputs[index].append(token)

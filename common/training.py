@@ -141,20 +141,20 @@ class EpochSampler(RepeatSampler):
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate before each epoch."""
         if self.shuffle:
-            self.generator.manual_seed(self.seed + epoch)
+            self.generator.manual_seed((self.seed or 0) + epoch)
 
 
 class PlannerTrainer(GRPOTrainer):
     """`GRPOTrainer` whose data order survives a resume in any epoch."""
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        args = self.args
+        args: Any = self.args
         return EpochSampler(
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.num_generations,
+            data_source=dataset or self.train_dataset,  # type: ignore[arg-type]
+            mini_repeat_count=args.num_generations,
             batch_size=args.generation_batch_size // self.num_generations,
             repeat_count=self.num_iterations * args.steps_per_generation,
-            shuffle=self.shuffle_dataset,
+            shuffle=args.shuffle_dataset,
             seed=args.seed,
         )
 

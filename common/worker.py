@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,8 +60,8 @@ class Worker(Protocol):
 
 
 @contextmanager
-def frozen(model: Any) -> Iterator[Any]:
-    """The base model under a trainer's model: adapter off, eval mode, no gradients.
+def inference(model: Any, *, adapter: bool) -> Iterator[Any]:
+    """A trainer's model made ready to generate: eval mode, no gradients, adapter on or off.
 
     Reward functions run in train mode with gradient checkpointing on, where transformers silently drops
     the KV cache and greedy output turns to garbage; and a model left in eval mode breaks TRL's metrics.
@@ -70,30 +70,163 @@ def frozen(model: Any) -> Iterator[Any]:
     import torch
 
     flags = [(module, module.training) for module in model.modules()]
+    wrapped = hasattr(model, "disable_adapter")
     model.eval()
     try:
-        if hasattr(model, "disable_adapter"):
-            with torch.no_grad(), model.disable_adapter():
-                yield model.get_base_model()
-        else:
-            with torch.no_grad():
-                yield model
+        with torch.no_grad(), nullcontext() if adapter or not wrapped else model.disable_adapter():
+            yield model.get_base_model() if wrapped else model
     finally:
         for module, training in flags:
             module.training = training
 
 
-class FrozenWorker:
-    """A greedy worker on a local model, batched, deduplicated and with a bounded memory.
+class LocalModel:
+    """Answers prompts with a local model, batched; greedy answers are shared and remembered.
 
     Args:
         model: the (PEFT-wrapped) model, or a function that gives it; the latter lets a worker exist
             before the trainer that owns the model does.
         tokenizer: of the model, with a chat template.
-        style: of the prompts, see `common.prompts`.
+        adapter: whether the adapter takes part.
         max_tokens: longest answer.
         batch_tokens: padded tokens, answer included, of one micro-batch.
-        cache_size: greedy answers remembered across calls, least recently used dropped first.
+        cache_size: greedy answers remembered across calls, least recently used dropped first. Leave it 0
+            for a model whose weights change.
+        temperature: above 0 answers are sampled, each request on its own.
+        seed: of the samples.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        adapter: bool,
+        max_tokens: int = 256,
+        batch_tokens: int = 32768,
+        cache_size: int = 0,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self._model: Callable[[], Any] = model if _is_getter(model) else lambda: model
+        self._tokenizer = tokenizer
+        self._fold_system = not prompts.accepts_system(tokenizer)
+        self._adapter = adapter
+        self._max_tokens = max_tokens
+        self._batch_tokens = batch_tokens
+        self._cache_size = cache_size
+        self._temperature = temperature
+        self._seed = seed
+        self._cache: OrderedDict[str, Generation] = OrderedDict()
+        self._stats = WorkerStats()
+
+    def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
+        """Answer prompts, in order. Identical prompts are run once; failures fail only their own prompt."""
+        started = time.perf_counter()
+        texts = [prompts.render(self._tokenizer, self._shaped(request)) for request in requests]
+        found = self._run(texts) if self._temperature > 0 else self._greedy(texts)
+        self._stats.requests += len(texts)
+        self._stats.failures += sum(answer.error is not None for answer in found)
+        self._stats.seconds += time.perf_counter() - started
+        return found
+
+    def take_stats(self) -> WorkerStats:
+        """The counts since the last call, which starts them anew."""
+        stats, self._stats = self._stats, WorkerStats()
+        return stats
+
+    def _greedy(self, texts: Sequence[str]) -> list[Generation]:
+        answers: dict[str, Generation] = {}
+        for text in dict.fromkeys(texts):
+            if text in self._cache:
+                self._cache.move_to_end(text)
+                answers[text] = self._cache[text]
+        missing = [text for text in dict.fromkeys(texts) if text not in answers]
+        fresh = dict(zip(missing, self._run(missing), strict=True))
+        self._remember(fresh)
+        answers.update(fresh)
+        return [answers[text] for text in texts]
+
+    def _shaped(self, request: Sequence[Message]) -> Sequence[Message]:
+        return prompts.fold_system(request) if self._fold_system else request
+
+    def _remember(self, fresh: dict[str, Generation]) -> None:
+        for text, answer in fresh.items():
+            if answer.error is None:
+                self._cache[text] = answer
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+
+    def _run(self, texts: Sequence[str]) -> list[Generation]:
+        """Run the model on every text, in micro-batches of similar length within the token budget."""
+        if not texts:
+            return []
+        encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        answers: dict[int, Generation] = {}
+        with inference(self._model(), adapter=self._adapter) as model:
+            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            batches: list[list[int]] = [[]]
+            for index in sorted(range(len(texts)), key=lambda index: len(encoded[index])):
+                width = len(encoded[index]) + self._max_tokens
+                if limit is not None and width > limit:
+                    reason = f"prompt of {len(encoded[index])} tokens leaves no room in a context of {limit}"
+                    answers[index] = Generation("", 0, False, reason)
+                    continue
+                if batches[-1] and width * (len(batches[-1]) + 1) > self._batch_tokens:
+                    batches.append([])
+                batches[-1].append(index)
+            for batch in batches:
+                answers.update(zip(batch, self._run_batch(model, [encoded[i] for i in batch]), strict=True))
+        self._stats.generated += len(texts)
+        self._stats.generated_tokens += sum(answer.tokens for answer in answers.values())
+        return [answers[index] for index in range(len(texts))]
+
+    def _run_batch(self, model: Any, encoded: list[list[int]]) -> list[Generation]:
+        """One micro-batch; if it fails, its halves, down to the single prompt that cannot be answered."""
+        if not encoded:
+            return []
+        import torch
+
+        from common.decoding import decode
+
+        eos_ids = end_token_ids(model, self._tokenizer)
+        generator = None
+        if self._temperature > 0:
+            self._seed += 1  # another batch, other samples; the same run, the same ones
+            generator = torch.Generator(device=model.device).manual_seed(self._seed)
+        try:
+            outputs = decode(
+                model,
+                encoded,
+                max_new_tokens=self._max_tokens,
+                eos_ids=eos_ids,
+                pad_id=self._tokenizer.pad_token_id,
+                temperature=self._temperature,
+                generator=generator,
+            )
+        except Exception as error:  # noqa: BLE001 - whatever failed, only its own samples may fail
+            failure = f"{type(error).__name__}: {error}"
+        else:
+            texts = self._tokenizer.batch_decode(outputs, skip_special_tokens=True)
+            return [
+                Generation(text.strip(), len(ids), bool(ids) and ids[-1] in eos_ids)
+                for ids, text in zip(outputs, texts, strict=True)
+            ]
+        # The failed attempt's tensors are freed only here, outside the except block that held them.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(encoded) == 1:
+            return [Generation("", 0, False, failure)]
+        middle = len(encoded) // 2
+        return [*self._run_batch(model, encoded[:middle]), *self._run_batch(model, encoded[middle:])]
+
+
+class FrozenWorker(LocalModel):
+    """The worker on a local model: adapter off, greedy, so that a prompt has one answer.
+
+    Args:
+        style: of the prompts, see `common.prompts`.
+        (the others): as in `LocalModel`.
     """
 
     def __init__(
@@ -106,15 +239,10 @@ class FrozenWorker:
         batch_tokens: int = 32768,
         cache_size: int = 20000,
     ) -> None:
-        self._model: Callable[[], Any] = model if _is_getter(model) else lambda: model
-        self._tokenizer = tokenizer
-        self._fold_system = not prompts.accepts_system(tokenizer)
+        super().__init__(
+            model, tokenizer, adapter=False, max_tokens=max_tokens, batch_tokens=batch_tokens, cache_size=cache_size
+        )
         self.style = style
-        self._max_tokens = max_tokens
-        self._batch_tokens = batch_tokens
-        self._cache_size = cache_size
-        self._cache: OrderedDict[str, Generation] = OrderedDict()
-        self._stats = WorkerStats()
 
     def solve_subproblem(self, subproblem: str, question: str) -> Generation:
         """Answer one subproblem of a question."""
@@ -127,101 +255,6 @@ class FrozenWorker:
     def solve_directly(self, question: str) -> Generation:
         """Answer a whole question, steps written out."""
         return self.generate([prompts.direct_messages(question, self.style)])[0]
-
-    def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
-        """Answer prompts, in order. Identical prompts are run once; failures fail only their own prompt."""
-        started = time.perf_counter()
-        texts = [prompts.render(self._tokenizer, self._shaped(request)) for request in requests]
-        answers: dict[str, Generation] = {}
-        for text in dict.fromkeys(texts):
-            if text in self._cache:
-                self._cache.move_to_end(text)
-                answers[text] = self._cache[text]
-        missing = [text for text in dict.fromkeys(texts) if text not in answers]
-        answers.update(self._run(missing))
-        self._remember({text: answers[text] for text in missing})
-        stats = self._stats
-        stats.requests += len(texts)
-        stats.generated += len(missing)
-        stats.generated_tokens += sum(answers[text].tokens for text in missing)
-        stats.failures += sum(answers[text].error is not None for text in texts)
-        stats.seconds += time.perf_counter() - started
-        return [answers[text] for text in texts]
-
-    def take_stats(self) -> WorkerStats:
-        """The counts since the last call, which starts them anew."""
-        stats, self._stats = self._stats, WorkerStats()
-        return stats
-
-    def _shaped(self, request: Sequence[Message]) -> Sequence[Message]:
-        return prompts.fold_system(request) if self._fold_system else request
-
-    def _remember(self, fresh: dict[str, Generation]) -> None:
-        for text, answer in fresh.items():
-            if answer.error is None:
-                self._cache[text] = answer
-        while len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
-
-    def _run(self, texts: Sequence[str]) -> dict[str, Generation]:
-        """Run the model on distinct prompts, in micro-batches of similar length within the token budget."""
-        if not texts:
-            return {}
-        encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        order = sorted(range(len(texts)), key=lambda index: len(encoded[index]))
-        answers: dict[str, Generation] = {}
-        with frozen(self._model()) as model:
-            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            batch: list[int] = []
-            for index in order:
-                width = len(encoded[index]) + self._max_tokens
-                if limit is not None and width > limit:
-                    reason = f"prompt of {len(encoded[index])} tokens leaves no room in a context of {limit}"
-                    answers[texts[index]] = Generation("", 0, False, reason)
-                    continue
-                if batch and width * (len(batch) + 1) > self._batch_tokens:
-                    answers.update(self._run_batch(model, texts, encoded, batch))
-                    batch = []
-                batch.append(index)
-            if batch:
-                answers.update(self._run_batch(model, texts, encoded, batch))
-        return answers
-
-    def _run_batch(
-        self, model: Any, texts: Sequence[str], encoded: Sequence[list[int]], batch: Sequence[int]
-    ) -> dict[str, Generation]:
-        """One micro-batch; if it fails, its halves, down to the single prompt that cannot be answered."""
-        import torch
-
-        from common.decoding import greedy_decode
-
-        eos_ids = end_token_ids(model, self._tokenizer)
-        try:
-            outputs = greedy_decode(
-                model,
-                [encoded[index] for index in batch],
-                max_new_tokens=self._max_tokens,
-                eos_ids=eos_ids,
-                pad_id=self._tokenizer.pad_token_id,
-            )
-        except Exception as error:  # noqa: BLE001 - whatever failed, only its own samples may fail
-            failure = f"{type(error).__name__}: {error}"
-        else:
-            decoded = self._tokenizer.batch_decode(outputs, skip_special_tokens=True)
-            return {
-                texts[index]: Generation(text.strip(), len(ids), bool(ids) and ids[-1] in eos_ids)
-                for index, ids, text in zip(batch, outputs, decoded, strict=True)
-            }
-        # The failed attempt's tensors are freed only here, outside the except block that held them.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if len(batch) == 1:
-            return {texts[batch[0]]: Generation("", 0, False, failure)}
-        middle = len(batch) // 2
-        return {
-            **self._run_batch(model, texts, encoded, batch[:middle]),
-            **self._run_batch(model, texts, encoded, batch[middle:]),
-        }
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, 
     trainer.reward_funcs[0] = probing
     trainer.train()
     assert len(adapters) == tiny_args.max_steps
-    assert all(not torch.equal(before, after) for before, after in zip(adapters, adapters[1:], strict=False))
+    assert all(not torch.equal(before, after) for before, after in pairwise(adapters))
     for name, parameter in model.named_parameters():
         if name in base_before:
             assert torch.equal(parameter, base_before[name]), f"{name} of the base model has moved"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from common import prompts
-from common.decoding import greedy_decode, shared_prefix_length
-from common.worker import FrozenWorker, end_token_ids, frozen
+from common.decoding import decode, shared_prefix_length
+from common.worker import FrozenWorker, end_token_ids, inference
 
 SUMS = ["What is 7 + 8 + 5?", "What is 3 + 9?", "What is 21 + 30 + 4?", "What is 2 + 2 + 2 + 2?", "What is 6 + 9 + 1?"]
 
@@ -31,9 +31,7 @@ def test_batched_decoding_equals_one_plain_generate_call_per_prompt(smollm2):
     eos = end_token_ids(model, tokenizer)
     ids = tokenizer(texts, add_special_tokens=False).input_ids
     for chosen in (range(len(texts)), range(len(SUMS)), [2]):  # mixed, long shared prefix, single
-        found = greedy_decode(
-            model, [ids[i] for i in chosen], max_new_tokens=24, eos_ids=eos, pad_id=tokenizer.pad_token_id
-        )
+        found = decode(model, [ids[i] for i in chosen], max_new_tokens=24, eos_ids=eos, pad_id=tokenizer.pad_token_id)
         assert found == [expected[i] for i in chosen]
 
 
@@ -116,12 +114,12 @@ def test_out_of_memory_fails_only_the_prompt_that_causes_it(smollm2):
     assert len(worker._cache) == 4
 
 
-def test_frozen_restores_every_module_after_an_error(smollm2):
+def test_inference_restores_every_module_after_an_error(smollm2):
     model, _ = smollm2
     model.train()
     model.lm_head.eval()
     try:
-        with pytest.raises(RuntimeError, match="inside"), frozen(model) as base:
+        with pytest.raises(RuntimeError, match="inside"), inference(model, adapter=False) as base:
             assert not any(module.training for module in base.modules())
             assert not torch.is_grad_enabled()
             raise RuntimeError("inside")
