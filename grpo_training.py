@@ -23,7 +23,7 @@ from pathlib import Path
 from common import artifacts
 from common.args import DEMO, RESUMABLE, TrainingArgs, flag_of
 from common.cli import Parser, add_settings, given_settings, run, say, settings_table
-from common.data import check_source, fingerprint, load_questions
+from common.data import check_source, fingerprint, load_held_out, load_questions
 from common.errors import UserError
 from common.pipeline import PipelineExecutor, PipelineResult
 from common.rewards import PipelineRewardFunction
@@ -46,6 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     run_flags.add_argument("--demo", action="store_true", help="a small preset for a CPU; explicit flags override it")
     run_flags.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
     run_flags.add_argument("--overwrite", action="store_true", help="replace a run that --output-dir holds")
+    run_flags.add_argument(
+        "--eval-only", action="store_true", help="only the scoreboard of the trained run in --output-dir"
+    )
     run_flags.add_argument("--debug", action="store_true", help="show tracebacks and library warnings")
     add_settings(parser, TrainingArgs)
     return parser
@@ -57,27 +60,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = settle(options)
     args.validate()
     output_dir = Path(args.output_dir)
-    artifacts.check_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume)
+    continues = options.resume or options.eval_only
+    artifacts.check_output_dir(output_dir, overwrite=options.overwrite, resume=continues)
     checkpoint = newest_checkpoint(output_dir) if options.resume else None
     if args.adapter_path is not None:
         artifacts.check_adapter_base(args.adapter_path, args.base_model)
+    if options.eval_only:
+        artifacts.read_adapter_config(args.output_dir, "--output-dir")
     check_source(args.dataset, args.dataset_split)
     say(settings_table(args, TrainingArgs()))
 
     questions = load_questions(
-        args.dataset,
-        limit=args.max_samples,
-        config=args.dataset_config,
-        split=args.dataset_split,
-        seed=args.seed,
+        args.dataset, limit=args.max_samples, config=args.dataset_config, split=args.dataset_split, seed=args.seed
     )
-    if checkpoint is not None:
+    if continues:
         check_same_data(output_dir, fingerprint(questions))
+    held_out = load_held_out(args, questions) if args.eval_samples else []
 
     from common import training  # torch, transformers and trl are imported here, and take seconds
 
     training.quiet_libraries(options.debug)
-    return training.train(args, questions, checkpoint)
+    if options.eval_only:
+        return training.evaluate_run(args, held_out)
+    return training.train(args, questions, held_out, checkpoint)
 
 
 def settle(options: argparse.Namespace) -> TrainingArgs:
@@ -87,7 +92,7 @@ def settle(options: argparse.Namespace) -> TrainingArgs:
         UserError: for a flag that would change what a resumed run is.
     """
     given = given_settings(options, TrainingArgs)
-    if not options.resume:
+    if not options.resume and not options.eval_only:
         return TrainingArgs(**{**(DEMO if options.demo else {}), **given})
     default_dir = DEMO["output_dir"] if options.demo else TrainingArgs.output_dir
     output_dir = Path(given.get("output_dir", default_dir))
@@ -95,10 +100,13 @@ def settle(options: argparse.Namespace) -> TrainingArgs:
     for name, value in given.items():
         if name not in RESUMABLE and stored.get(name) != value:
             raise UserError(
-                f"--resume: {flag_of(name)} {value} differs from the run in {output_dir} ({stored.get(name)}): "
-                "leave the flag out to continue, or start anew in another --output-dir"
+                f"{flag_of(name)} {value} differs from the run in {output_dir} ({stored.get(name)}): "
+                "leave the flag out to go on with it, or start anew in another --output-dir"
             )
-    return TrainingArgs.from_dict({**stored, **given, "output_dir": str(output_dir)})
+    args = TrainingArgs.from_dict({**stored, **given, "output_dir": str(output_dir)})
+    if options.eval_only and not args.eval_samples:
+        raise UserError("--eval-only needs to know how many questions: add --eval-samples 200, say")
+    return args
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
@@ -124,7 +132,7 @@ def check_same_data(output_dir: Path, found: str) -> None:
     stored = artifacts.read_run_record(output_dir).get("data_fingerprint")
     if stored != found:
         raise UserError(
-            f"--resume: the questions have changed since the run began (fingerprint {found}, was {stored}): "
+            f"the questions have changed since the run began (fingerprint {found}, was {stored}): "
             "restore the data set, or start anew in another --output-dir"
         )
 

@@ -73,6 +73,9 @@ class TrainingArgs:
     gate_on_correct: bool = setting(False, "reward", "pay efficiency and independence only when the answer is correct")
     embedding_model: str = setting("sentence-transformers/all-MiniLM-L6-v2", "reward", "sentence encoder behind the independence score", metavar="MODEL")
 
+    eval_samples: int = setting(0, "evaluation", "held-out questions for the scoreboard before and after training; 0: none", minimum=0)
+    eval_dataset: str | None = setting(None, "evaluation", "where they come from (default: the test split of --dataset, or fresh generated problems)", metavar="SOURCE")
+
     output_dir: str = setting("./grpo_planner_adapter", "output", "where everything the run makes is written", metavar="DIR")
     save_steps: int = setting(50, "output", "steps between checkpoints", positive=True)
     save_total_limit: int = setting(3, "output", "checkpoints kept", positive=True)
@@ -175,5 +178,5 @@ DEMO: dict[str, Any] = {
 # What may differ when a run is continued: nothing that changes its data, its model or its reward.
 RESUMABLE = {
     "max_steps", "save_steps", "save_total_limit", "output_dir", "wandb", "wandb_project", "wandb_run_name",
-    "worker_batch_tokens", "worker_cache_size", "gradient_checkpointing",
+    "worker_batch_tokens", "worker_cache_size", "gradient_checkpointing", "eval_samples", "eval_dataset",
 }  # fmt: skip

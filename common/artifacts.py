@@ -58,7 +58,7 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
 
 def clear_run(output_dir: Path) -> None:
     """Remove what an earlier run made, and nothing else."""
-    for name in (*_RUN_FILES, "training_curves.png"):
+    for name in (*_RUN_FILES, "training_curves.png", "evaluation.json", "evaluation.png"):
         (output_dir / name).unlink(missing_ok=True)
     for checkpoint in output_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -158,7 +158,7 @@ def safetensors_problem(path: Path) -> str | None:
     return None if size == expected else f"{path} has {size} bytes, its header promises {expected}"
 
 
-def read_adapter_config(adapter_path: str) -> dict[str, Any]:
+def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict[str, Any]:
     """The config of a LoRA adapter folder, after cheap checks that it is one and whole.
 
     Raises:
@@ -166,10 +166,10 @@ def read_adapter_config(adapter_path: str) -> dict[str, Any]:
     """
     folder = Path(adapter_path)
     if not folder.is_dir():
-        raise UserError(f"--adapter-path {adapter_path} is not a folder: name one that holds adapter_config.json")
+        raise UserError(f"{flag} {adapter_path} is not a folder: name one that holds adapter_config.json")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(f"--adapter-path {adapter_path} is no LoRA adapter: {name} is missing in it")
+            raise UserError(f"{flag} {adapter_path} is no LoRA adapter: {name} is missing in it")
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
     except ValueError as error:
@@ -178,10 +178,10 @@ def read_adapter_config(adapter_path: str) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"--adapter-path {adapter_path}: found an adapter of type {kind!r}, a LoRA adapter is needed")
+        raise UserError(f"{flag} {adapter_path}: found an adapter of type {kind!r}, a LoRA adapter is needed")
     problem = safetensors_problem(folder / "adapter_model.safetensors")
     if problem is not None:
-        raise UserError(f"--adapter-path: {problem}: copy or save the adapter anew")
+        raise UserError(f"{flag}: {problem}: copy or save the adapter anew")
     return config
 
 
@@ -218,7 +218,7 @@ def read_run_record(output_dir: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
         record["settings"]["output_dir"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume: {path} cannot be read ({error}): is --output-dir the folder of a run?") from error
+        raise UserError(f"{path} cannot be read ({error}): --output-dir must name the folder of a run") from error
     return record
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from common.args import TrainingArgs
+from common.cli import say
 from common.errors import UserError
 from common.grading import parse_gold
 
@@ -74,6 +76,54 @@ def load_questions(
     rows = _read_path(Path(dataset), split) if _is_local(dataset) else _read_hub(dataset, config, split)
     left_out = set(exclude)
     return [item for item in rows if item.question not in left_out][:limit]
+
+
+def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question]:
+    """Questions for the scoreboard that training never saw.
+
+    Raises:
+        UserError: when they would overlap, or when nothing says where to take them from.
+    """
+    source, generated = (
+        args.eval_dataset or args.dataset,
+        (args.eval_dataset or args.dataset).startswith(GENERATOR_PREFIX),
+    )
+    if args.eval_dataset is None and not generated and _is_local(source) and not Path(source).expanduser().is_dir():
+        raise UserError(
+            f"--eval-samples needs held-out questions, and {source} is one file: name another with --eval-dataset"
+        )
+    known = [item.question for item in training]
+    split = args.dataset_split if args.eval_dataset and not generated and Path(source).is_file() else "test"
+    found = load_questions(
+        source,
+        limit=args.eval_samples,
+        config=args.dataset_config,
+        split=split,
+        seed=args.seed + 1_000_003,  # generated problems: another stream than training's
+        exclude=known if generated else (),
+    )
+    check_disjoint(known, [item.question for item in found])
+    say(f"{len(found)} held-out questions from {source}: none of the {len(training)} training questions is among them")
+    return found
+
+
+def check_disjoint(training: Iterable[str], held_out: Iterable[str]) -> None:
+    """Stop when a question is in both sets; case, spaces and punctuation do not make it another one.
+
+    Raises:
+        UserError: with the number of shared questions and one of them.
+    """
+
+    def letters(text: str) -> str:
+        return "".join(char for char in text.casefold() if char.isalnum())
+
+    known = {letters(text) for text in training}
+    shared = [text for text in held_out if letters(text) in known]
+    if shared:
+        raise UserError(
+            f"{len(shared)} held-out questions are in the training set too, such as {shared[0][:80]!r}: "
+            "name another --eval-dataset"
+        )
 
 
 def _is_local(dataset: str) -> bool:

@@ -84,6 +84,16 @@ class PipelineExecutor:
         self._max_subproblem_chars = max_subproblem_chars
         self._direct_if_invalid = invalid_plan == "direct"
 
+    def with_fallback(self) -> PipelineExecutor:
+        """The same pipeline, in which the worker solves directly what has no valid plan."""
+        return PipelineExecutor(
+            self.worker,
+            self.embeddings,
+            max_subproblems=self._max_subproblems,
+            max_subproblem_chars=self._max_subproblem_chars,
+            invalid_plan="direct",
+        )
+
     def execute_pipeline(
         self, planner_output: str, question: str, ground_truth: str, *, planner_tokens: int = 0
     ) -> PipelineResult:

@@ -13,7 +13,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from common import artifacts, callbacks, models, prompts, wandb_log
+from common import artifacts, callbacks, evaluation, models, prompts
 from common.args import TrainingArgs
 from common.cli import say
 from common.data import Question, fingerprint
@@ -22,10 +22,11 @@ from common.pipeline import PipelineExecutor
 from common.report import append_jsonl, format_table, plot_training_curves, read_jsonl, truncate_jsonl_after
 from common.rewards import PipelineRewardFunction, RewardWeights
 from common.similarity import Embeddings, SentenceEncoder
-from common.worker import FrozenWorker, end_token_ids
+from common.worker import FrozenWorker, LocalModel, end_token_ids
 
 # A rank whose worker has long answers to write holds the others at the gather; two hours, not ten minutes.
 GATHER_TIMEOUT_SECONDS = 7200
+VOTE_TEMPERATURE = 0.7  # of the samples that direct solving votes over, as in the self-consistency paper
 
 
 def quiet_libraries(debug: bool) -> None:
@@ -38,8 +39,10 @@ def quiet_libraries(debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def train(args: TrainingArgs, questions: list[Question], checkpoint: Path | None = None) -> int:
-    """Run GRPO from the start or from a checkpoint, and save the result.
+def train(
+    args: TrainingArgs, questions: list[Question], held_out: list[Question], checkpoint: Path | None = None
+) -> int:
+    """Run GRPO from the start or from a checkpoint, save the result and keep score on held-out questions.
 
     Returns:
         0, or 128 + the signal's number when a signal stopped the run (a checkpoint is saved then).
@@ -50,14 +53,18 @@ def train(args: TrainingArgs, questions: list[Question], checkpoint: Path | None
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
     samples = SampleLog(output_dir / "samples.jsonl")
-    trainer = build_trainer(args, questions, tokenizer, samples)
+    trainer, executor = build_trainer(args, questions, tokenizer, samples)
     main_process = trainer.accelerator.is_main_process
     if main_process:
         if checkpoint is None:
             artifacts.clear_run(output_dir)  # only now that everything loads is an old run given up
         start_records(args, questions, output_dir, checkpoint)
-        if args.wandb:
-            add_wandb(args, trainer, samples)
+    wandb_callback = add_wandb(args, trainer, samples) if main_process and args.wandb else None
+    scoring = Scoring(
+        args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, trainer.reward_funcs[0].executor
+    )
+    if held_out and main_process:
+        scoring.before(held_out)
 
     with callbacks.StopOnSignal() as stopper:
         trainer.add_callback(stopper)
@@ -69,6 +76,9 @@ def train(args: TrainingArgs, questions: list[Question], checkpoint: Path | None
                 "(raise --grad-accum in turn), --max-completion-length or --worker-batch-tokens, then --resume",
                 exit_code=1,
             ) from error
+        finally:
+            if wandb_callback is not None:
+                wandb_callback.close()
     if stopper.received is not None:
         say(
             f"stopped after step {trainer.state.global_step} of {args.max_steps}; continue with\n"
@@ -77,13 +87,91 @@ def train(args: TrainingArgs, questions: list[Question], checkpoint: Path | None
         return 128 + int(stopper.received)
     if main_process:
         finish(args, trainer, tokenizer, output_dir)
+        if held_out:
+            scoring.after(held_out)
     return 0
+
+
+def evaluate_run(args: TrainingArgs, held_out: list[Question]) -> int:
+    """The scoreboard of a run that has ended; returns 0."""
+    from peft import PeftModel
+
+    tokenizer = models.load_tokenizer(args.base_model)
+    base = models.load_base(args.base_model, four_bit=models.use_4bit(args))
+    model = PeftModel.from_pretrained(base, args.adapter_path or args.output_dir)
+    encoder = SentenceEncoder(args.embedding_model)
+    encoder.load()
+    scoring = Scoring(args, model, tokenizer, build_executor(args, model, tokenizer, encoder))
+    scoring.before(held_out)
+    models.load_adapter_weights(model, args.output_dir)
+    scoring.after(held_out)
+    return 0
+
+
+class Scoring:
+    """Keeps the scoreboard of a run: rows that need no training before it, the trained planner's after it."""
+
+    def __init__(self, args: TrainingArgs, model: Any, tokenizer: Any, executor: PipelineExecutor) -> None:
+        self._args = args
+        self._model = model
+        self._tokenizer = tokenizer
+        # What a user of the planner gets: a plan that cannot be used is solved directly.
+        self._executor = executor.with_fallback()
+        self._rows: dict[str, evaluation.Row] = {}
+
+    def before(self, held_out: list[Question]) -> None:
+        """Direct solving, the base model as planner, and the planner that training starts from, if any."""
+        args = self._args
+        self._rows = {row.name: row for row in evaluation.load_rows(Path(args.output_dir), held_out)}
+        if evaluation.DIRECT not in self._rows:
+            say(f"scoreboard: direct solving and the untrained planner on {len(held_out)} questions")
+            self._add(evaluation.run_direct(held_out, self._executor))
+            self._plan(evaluation.UNTRAINED, held_out, adapter=False)
+            if args.adapter_path is not None:
+                self._plan(evaluation.SUPERVISED, held_out, adapter=True)
+        self._save()
+
+    def after(self, held_out: list[Question]) -> None:
+        """The trained planner, and direct solving at its token cost."""
+        args = self._args
+        say(f"scoreboard: the trained planner on {len(held_out)} questions")
+        trained = self._plan(evaluation.TRAINED, held_out, adapter=True)
+        voters = self._answerer(adapter=False, max_tokens=args.worker_max_tokens, temperature=VOTE_TEMPERATURE)
+        budget = trained.mean("total_tokens")
+        direct = self._rows[evaluation.DIRECT]
+        self._add(evaluation.run_vote(held_out, direct, voters.generate, args.worker_style, budget))
+        print("\n" + evaluation.scoreboard_table(self._save()))
+        print(f"scoreboard: {Path(args.output_dir) / 'evaluation.json'} and evaluation.png beside it")
+
+    def _plan(self, name: str, held_out: list[Question], *, adapter: bool) -> evaluation.Row:
+        args = self._args
+        planner = self._answerer(adapter=adapter, max_tokens=args.max_completion_length)
+        row = evaluation.run_planner(name, held_out, self._executor, planner.generate, args.planner_style)
+        return self._add(row)
+
+    def _answerer(self, *, adapter: bool, max_tokens: int, temperature: float = 0.0) -> LocalModel:
+        return LocalModel(
+            self._model,
+            self._tokenizer,
+            adapter=adapter,
+            max_tokens=max_tokens,
+            batch_tokens=self._args.worker_batch_tokens,
+            temperature=temperature,
+            seed=self._args.seed,
+        )
+
+    def _add(self, row: evaluation.Row) -> evaluation.Row:
+        self._rows[row.name] = row
+        return row
+
+    def _save(self) -> dict[str, Any]:
+        return evaluation.save_scoreboard(list(self._rows.values()), Path(self._args.output_dir))
 
 
 def build_trainer(
     args: TrainingArgs, questions: list[Question], tokenizer: Any, samples: SampleLog | None = None
-) -> GRPOTrainer:
-    """TRL's trainer with the planner's adapter, and the reward whose worker is the trainer's own model."""
+) -> tuple[GRPOTrainer, PipelineExecutor]:
+    """TRL's trainer with the planner's adapter, and the pipeline whose worker is the trainer's own model."""
     encoder = SentenceEncoder(args.embedding_model)
     encoder.load()
     four_bit = models.use_4bit(args)
@@ -93,20 +181,7 @@ def build_trainer(
         say(f"no GPU found: running on {torch.get_num_threads()} CPU threads, {kind}")
 
     holder: list[GRPOTrainer] = []
-    worker = FrozenWorker(
-        lambda: holder[0].accelerator.unwrap_model(holder[0].model),
-        tokenizer,
-        style=args.worker_style,
-        max_tokens=args.worker_max_tokens,
-        batch_tokens=args.worker_batch_tokens,
-        cache_size=args.worker_cache_size,
-    )
-    executor = PipelineExecutor(
-        worker,
-        Embeddings(encoder),
-        max_subproblems=args.max_subproblems,
-        max_subproblem_chars=args.max_subproblem_chars,
-    )
+    executor = build_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
     reward = PipelineRewardFunction(
         executor, reward_weights(args), eos_ids=end_token_ids(base, tokenizer), sink=samples
     )
@@ -128,7 +203,25 @@ def build_trainer(
     trainer.remove_callback(transformers.PrinterCallback)
     if args.adapter_path is not None:
         models.load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), args.adapter_path)
-    return trainer
+    return trainer, executor
+
+
+def build_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: SentenceEncoder) -> PipelineExecutor:
+    """The pipeline on a local model (or a function that gives it), as the settings say."""
+    worker = FrozenWorker(
+        model,
+        tokenizer,
+        style=args.worker_style,
+        max_tokens=args.worker_max_tokens,
+        batch_tokens=args.worker_batch_tokens,
+        cache_size=args.worker_cache_size,
+    )
+    return PipelineExecutor(
+        worker,
+        Embeddings(encoder),
+        max_subproblems=args.max_subproblems,
+        max_subproblem_chars=args.max_subproblem_chars,
+    )
 
 
 class EpochSampler(RepeatSampler):
@@ -250,13 +343,17 @@ def start_records(args: TrainingArgs, questions: list[Question], output_dir: Pat
             truncate_jsonl_after(output_dir / name, step)
 
 
-def add_wandb(args: TrainingArgs, trainer: GRPOTrainer, samples: SampleLog) -> None:
-    """Log to W&B as well; offline where it cannot be reached."""
+def add_wandb(args: TrainingArgs, trainer: GRPOTrainer, samples: SampleLog) -> Any:
+    """Log to W&B as well; offline where it cannot be reached. None where W&B is switched off."""
+    from common import wandb_log  # --no-wandb imports none of it
+
     started = wandb_log.start_wandb(args.wandb_project, args.wandb_run_name, args.to_dict(), Path(args.output_dir))
-    if started is not None:
-        callback = wandb_log.WandbCallback()
-        trainer.add_callback(callback)
-        samples.listeners.append(callback.add_samples)
+    if started is None:
+        return None
+    callback = wandb_log.WandbCallback()
+    trainer.add_callback(callback)
+    samples.listeners.append(callback.add_samples)
+    return callback
 
 
 def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir: Path) -> None:

@@ -167,6 +167,7 @@ PLANS = st.one_of(
 )
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.one_of(ANY_TEXT, JSON_SOUP))
 def test_never_raises(text: str) -> None:
     plan = parse_planner_output(text)
@@ -175,17 +176,19 @@ def test_never_raises(text: str) -> None:
     assert 0.0 <= credit <= 1.0
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(before=PROSE, plan=PLANS, after=ANY_TEXT)
 def test_written_plan_in_prose_parses_back(before: str, plan: Plan, after: str) -> None:
     assert parse_planner_output(before + plan.to_json() + after) == plan
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(plan=PLANS, before=st.lists(st.sampled_from(["{", "[", '{"a":', '{"a":[', '"', "\\", "x", ","])).map("".join))
 def test_debris_before_a_plan_does_not_hide_it(plan: Plan, before: str) -> None:
     assert parse_planner_output(before + plan.to_json()) == plan
 
 
-@settings(max_examples=500)
+@settings(deadline=None, max_examples=500)
 @given(JSON_SOUP)
 def test_finds_what_the_json_module_finds_from_every_brace(text: str) -> None:
     decoder = json.JSONDecoder(strict=False, parse_int=JsonNumber, parse_float=JsonNumber, parse_constant=JsonNumber)
@@ -211,11 +214,19 @@ PATTERNS = [
 
 @pytest.mark.parametrize("prefix", ["", '{"plan": "', '{"subproblems": ['], ids=["plain", "in a string", "in a list"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_megabyte_of_anything_takes_linear_time(pattern: str, prefix: str) -> None:
-    text = prefix + pattern * (MEGABYTE // len(pattern))
+def test_no_pattern_takes_more_than_linear_time(pattern: str, prefix: str) -> None:
+    text = prefix + pattern * (200_000 // len(pattern))
     begin = time.process_time()
     parse_planner_output(text)
-    # About 1 s at worst; anything quadratic would take minutes.
+    # About 0.3 s at worst; a quadratic regex or scan would take a quarter of a minute or more.
+    assert time.process_time() - begin < 4
+
+
+@pytest.mark.parametrize("pattern", ["{", "[", '"', "\\", "{}", '{"a":', '{"a":[', '{"a":"\\', '{"\\"'])
+def test_a_megabyte_takes_seconds(pattern: str) -> None:
+    text = '{"subproblems": [' + pattern * (MEGABYTE // len(pattern))
+    begin = time.process_time()
+    parse_planner_output(text)
     assert time.process_time() - begin < 10
 
 
@@ -225,7 +236,7 @@ def test_plan_after_a_megabyte_of_braces_is_found() -> None:
 
 
 def test_depth_is_no_limit() -> None:
-    depth = 300_000
+    depth = 100_000
     nested = "[" * depth + "]" * depth
     assert parse_planner_output(f'{{"deep": {nested}, {DIRECT[1:]}') == DIRECT_PLAN
     # Every level is a valid object with an invalid plan: none may be checked at more than its own cost.

@@ -53,7 +53,7 @@ def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, 
     tiny_args.lora_dropout = 0.2
     tokenizer = load_tokenizer(tiny_args.base_model)
     questions = load_questions(tiny_args.dataset, limit=10)
-    trainer = build_trainer(tiny_args, questions, tokenizer)
+    trainer, executor = build_trainer(tiny_args, questions, tokenizer)
     separate = FrozenWorker(load_base(tiny_args.base_model, four_bit=four_bit).eval(), tokenizer, max_tokens=24)
     asked = [prompts.planner_messages(question, "short") for question in QUESTIONS]  # what it can answer
     expected = separate.generate(asked)
@@ -63,7 +63,7 @@ def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, 
     base_before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     adapters: list[torch.Tensor] = []
     reward = trainer.reward_funcs[0]
-    getter = reward.executor.worker._model
+    getter = executor.worker._model
 
     def probing(**kwargs):
         assert model.training and torch.is_grad_enabled(), "the trap is only set in train mode with gradients on"
