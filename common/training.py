@@ -60,9 +60,7 @@ def train(
             artifacts.clear_run(output_dir)  # only now that everything loads is an old run given up
         start_records(args, questions, output_dir, checkpoint)
     wandb_callback = add_wandb(args, trainer, samples) if main_process and args.wandb else None
-    scoring = Scoring(
-        args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, trainer.reward_funcs[0].executor
-    )
+    scoring = Scoring(args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, executor)
     if held_out and main_process:
         scoring.before(held_out)
 
