@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import artifacts
-from common.args import DEMO, RESUMABLE, TrainingArgs, flag_of
-from common.cli import Parser, add_settings, given_settings, run, say, settings_table
+from common.args import DEMO, RESUMABLE, TrainingArgs
+from common.cli import Parser, add_run_flags, add_settings, given_settings, run, say, settings_table
 from common.data import check_source, fingerprint, load_held_out, load_questions
 from common.errors import UserError
 from common.pipeline import PipelineExecutor, PipelineResult
@@ -42,14 +42,10 @@ __all__ = [
 def build_parser() -> argparse.ArgumentParser:
     """All flags; their defaults are those of `TrainingArgs`."""
     parser = Parser(prog="grpo_training.py", description=__doc__)
-    run_flags = parser.add_argument_group("run")
-    run_flags.add_argument("--demo", action="store_true", help="a small preset for a CPU; explicit flags override it")
-    run_flags.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
-    run_flags.add_argument("--overwrite", action="store_true", help="replace a run that --output-dir holds")
+    run_flags = add_run_flags(parser)
     run_flags.add_argument(
         "--eval-only", action="store_true", help="only the scoreboard of the trained run in --output-dir"
     )
-    run_flags.add_argument("--debug", action="store_true", help="show tracebacks and library warnings")
     add_settings(parser, TrainingArgs)
     return parser
 
@@ -62,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output_dir = Path(args.output_dir)
     continues = options.resume or options.eval_only
     artifacts.check_output_dir(output_dir, overwrite=options.overwrite, resume=continues)
-    checkpoint = newest_checkpoint(output_dir) if options.resume else None
+    checkpoint = artifacts.newest_checkpoint(output_dir) if options.resume else None
     if args.adapter_path is not None:
         artifacts.check_adapter_base(args.adapter_path, args.base_model)
     if options.eval_only:
@@ -74,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.dataset, limit=args.max_samples, config=args.dataset_config, split=args.dataset_split, seed=args.seed
     )
     if continues:
-        check_same_data(output_dir, fingerprint(questions))
+        artifacts.check_same_data(output_dir, fingerprint(questions))
     held_out = load_held_out(args, questions) if args.eval_samples else []
 
     from common import training  # torch, transformers and trl are imported here, and take seconds
@@ -96,45 +92,10 @@ def settle(options: argparse.Namespace) -> TrainingArgs:
         return TrainingArgs(**{**(DEMO if options.demo else {}), **given})
     default_dir = DEMO["output_dir"] if options.demo else TrainingArgs.output_dir
     output_dir = Path(given.get("output_dir", default_dir))
-    stored = artifacts.read_run_record(output_dir)["settings"]
-    for name, value in given.items():
-        if name not in RESUMABLE and stored.get(name) != value:
-            raise UserError(
-                f"{flag_of(name)} {value} differs from the run in {output_dir} ({stored.get(name)}): "
-                "leave the flag out to go on with it, or start anew in another --output-dir"
-            )
-    args = TrainingArgs.from_dict({**stored, **given, "output_dir": str(output_dir)})
+    args = TrainingArgs.from_dict(artifacts.stored_settings(output_dir, given, RESUMABLE))
     if options.eval_only and not args.eval_samples:
         raise UserError("--eval-only needs to know how many questions: add --eval-samples 200, say")
     return args
-
-
-def newest_checkpoint(output_dir: Path) -> Path:
-    """The checkpoint to resume from.
-
-    Raises:
-        UserError: when there is no complete one.
-    """
-    complete = artifacts.complete_checkpoints(output_dir)
-    if not complete:
-        raise UserError(
-            f"--resume: {output_dir} holds no complete checkpoint: start anew with --overwrite, or name another folder"
-        )
-    return complete[-1]
-
-
-def check_same_data(output_dir: Path, found: str) -> None:
-    """Stop when a resumed run would go on with other questions.
-
-    Raises:
-        UserError: when their fingerprint is not the stored one.
-    """
-    stored = artifacts.read_run_record(output_dir).get("data_fingerprint")
-    if stored != found:
-        raise UserError(
-            f"the questions have changed since the run began (fingerprint {found}, was {stored}): "
-            "restore the data set, or start anew in another --output-dir"
-        )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class TrainingArgs:
     lora_dropout: float = setting(0.0, "model", "LoRA dropout; rollouts run in train mode, so it is noise on the policy too", fraction=True)
     lora_layers: int | None = setting(None, "model", "adapt only the last N layers (default: all)", positive=True)
 
-    dataset: str = setting("openai/gsm8k", "data", "Hub id; or a .jsonl/.parquet file or folder with question and answer columns; or generated problems: reasoning-gym:TASK[?option=value&…]")
+    dataset: str = setting("openai/gsm8k", "data", "Hub id; or a .jsonl/.parquet file or folder with question and answer columns; or generated problems: generated:shares or reasoning-gym:TASK[?option=value&…]")
     dataset_config: str | None = setting("main", "data", "configuration of a Hub data set", metavar="NAME")
     dataset_split: str = setting("train", "data", "split to train on", metavar="NAME")
     max_samples: int = setting(1000, "data", "use at most this many questions", positive=True)
@@ -90,7 +90,7 @@ class TrainingArgs:
         Raises:
             UserErrors: with all problems found, one line each.
         """
-        problems = [problem for spec in fields(self) if (problem := _problem_with(spec, getattr(self, spec.name)))]
+        problems = check_values(self)
         if not problems:
             processes = world_size or int(os.environ.get("WORLD_SIZE", "1"))
             problems += _divisibility_problem(self, processes)
@@ -118,6 +118,11 @@ class TrainingArgs:
 def flag_of(name: str) -> str:
     """The command-line flag of a field: `max_steps` → `--max-steps`."""
     return {"use_4bit": "--4bit"}.get(name, "--" + name.replace("_", "-"))
+
+
+def check_values(settings: Any) -> list[str]:
+    """What is wrong with single values of a settings dataclass, one line each."""
+    return [problem for spec in fields(settings) if (problem := _problem_with(spec, getattr(settings, spec.name)))]
 
 
 def _problem_with(spec: Any, value: Any) -> str | None:
@@ -158,21 +163,23 @@ def _divisibility_problem(args: TrainingArgs, processes: int) -> list[str]:
 # `--demo`: a run for a laptop without a GPU, network or account. Explicit flags override it.
 DEMO: dict[str, Any] = {
     "base_model": PACKAGED_MODEL,
-    "dataset": "reasoning-gym:chain_sum?min_terms=3&max_terms=3&min_digits=1&max_digits=1",
-    "max_samples": 300,
+    "dataset": "generated:shares?people=4&low=1&high=5",
+    "max_samples": 400,
     "output_dir": "./demo_adapter",
     "lora_layers": 10,
     "lr": 2e-4,
+    "lr_schedule": "constant",
     "batch_size": 16,
-    "grad_accum": 2,
+    "grad_accum": 4,
     "max_steps": 12,
     "num_generations": 8,
     "temperature": 1.0,
-    "max_completion_length": 48,
+    "max_completion_length": 64,
     "planner_style": "short",
     "worker_style": "few-shot",
-    "worker_max_tokens": 40,
-    "max_tokens": 200,
+    "worker_max_tokens": 64,
+    "max_tokens": 300,
+    "eval_samples": 100,
     "wandb": False,
 }
 # What may differ when a run is continued: nothing that changes its data, its model or its reward.

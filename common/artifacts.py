@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from common.args import flag_of
 from common.errors import UserError
 
 TRAINING_CONFIG = "training_config.json"
@@ -111,6 +112,50 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints that were written to the end, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     return sorted(filter(_is_complete, found), key=checkpoint_step)
+
+
+def newest_checkpoint(output_dir: Path) -> Path:
+    """The checkpoint to resume from.
+
+    Raises:
+        UserError: when there is no complete one.
+    """
+    complete = complete_checkpoints(output_dir)
+    if not complete:
+        raise UserError(
+            f"--resume: {output_dir} holds no complete checkpoint: start anew with --overwrite, or name another folder"
+        )
+    return complete[-1]
+
+
+def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str]) -> dict[str, Any]:
+    """The settings a run was started with, and what was given anew.
+
+    Raises:
+        UserError: when there is no run, or for a given value that would make it another run.
+    """
+    stored = read_run_record(output_dir)["settings"]
+    for name, value in given.items():
+        if name not in resumable and stored.get(name) != value:
+            raise UserError(
+                f"{flag_of(name)} {value} differs from the run in {output_dir} ({stored.get(name)}): "
+                "leave the flag out to go on with it, or start anew in another --output-dir"
+            )
+    return {**stored, **given, "output_dir": str(output_dir)}
+
+
+def check_same_data(output_dir: Path, found: str) -> None:
+    """Stop when a run would go on with other data.
+
+    Raises:
+        UserError: when their fingerprint is not the stored one.
+    """
+    stored = read_run_record(output_dir).get("data_fingerprint")
+    if stored != found:
+        raise UserError(
+            f"the data have changed since the run began (fingerprint {found}, was {stored}): "
+            "restore them, or start anew in another --output-dir"
+        )
 
 
 def checkpoint_step(checkpoint: Path) -> int:

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -59,11 +59,16 @@ class ReportCallback(TrainerCallback):
     there: whether to overwrite an old run is the script's question, asked before training.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], plot_every: int = 10, title: str | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        plot_every: int = 10,
+        plot: Callable[[Path, Path], None] = plot_training_curves,
+    ) -> None:
         self.metrics_path = Path(output_dir) / "metrics.jsonl"
         self.plot_path = Path(output_dir) / "training_curves.png"
         self.plot_every = plot_every  # in steps; 0 draws only at the end
-        self.title = title
+        self.plot = plot
         self._plotted_at = 0
 
     def on_train_begin(
@@ -83,6 +88,8 @@ class ReportCallback(TrainerCallback):
     ) -> None:
         metrics = step_metrics(logs) if state.is_world_process_zero else None
         if metrics is None:
+            if state.is_world_process_zero and logs and "eval_loss" in logs:
+                append_jsonl(self.metrics_path, {"step": state.global_step, "eval_loss": logs["eval_loss"]})
             return
         own = {"step": state.global_step, "time": round(time.time(), 3)}
         append_jsonl(self.metrics_path, {**own, **{k: v for k, v in metrics.items() if k not in own}})
@@ -97,9 +104,8 @@ class ReportCallback(TrainerCallback):
 
     def _plot(self, step: int) -> None:
         self._plotted_at = step
-        title = {} if self.title is None else {"title": self.title}
         try:
-            plot_training_curves(self.metrics_path, self.plot_path, **title)
+            self.plot(self.metrics_path, self.plot_path)
         except Exception as error:  # noqa: BLE001  (a picture is not worth a training run)
             logger.warning("could not draw %s: %s: %s", self.plot_path, type(error).__name__, error)
 

@@ -31,6 +31,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The flags every training script has besides its settings; returns their group."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--demo", action="store_true", help="a small preset for a CPU; explicit flags override it")
+    group.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
+    group.add_argument("--overwrite", action="store_true", help="replace a run that --output-dir holds")
+    group.add_argument("--debug", action="store_true", help="show tracebacks and library warnings")
+    return group
+
+
 def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
     """Add one flag per dataclass field, grouped, with its default in the help text.
 

@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from common import generated
 from common.args import TrainingArgs
 from common.cli import say
 from common.errors import UserError
@@ -46,6 +48,8 @@ def check_source(dataset: str, split: str = "train") -> None:
     """
     if dataset.startswith(GENERATOR_PREFIX):
         _task_and_options(dataset)
+    elif dataset.startswith(generated.PREFIX):
+        generated.parse_source(dataset)
     elif _is_local(dataset):
         _read_path(Path(dataset), split)
 
@@ -71,11 +75,16 @@ def load_questions(
     Raises:
         UserError: where the source cannot be read, with the ways out.
     """
-    if dataset.startswith(GENERATOR_PREFIX):
+    if is_generated(dataset):
         return _generate(dataset, limit, seed, set(exclude))
     rows = _read_path(Path(dataset), split) if _is_local(dataset) else _read_hub(dataset, config, split)
     left_out = set(exclude)
     return [item for item in rows if item.question not in left_out][:limit]
+
+
+def is_generated(dataset: str) -> bool:
+    """Whether a source makes its questions rather than reads them."""
+    return dataset.startswith((GENERATOR_PREFIX, generated.PREFIX))
 
 
 def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question]:
@@ -84,23 +93,21 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
     Raises:
         UserError: when they would overlap, or when nothing says where to take them from.
     """
-    source, generated = (
-        args.eval_dataset or args.dataset,
-        (args.eval_dataset or args.dataset).startswith(GENERATOR_PREFIX),
-    )
-    if args.eval_dataset is None and not generated and _is_local(source) and not Path(source).expanduser().is_dir():
+    source = args.eval_dataset or args.dataset
+    made = is_generated(source)
+    if args.eval_dataset is None and not made and _is_local(source) and not Path(source).expanduser().is_dir():
         raise UserError(
             f"--eval-samples needs held-out questions, and {source} is one file: name another with --eval-dataset"
         )
     known = [item.question for item in training]
-    split = args.dataset_split if args.eval_dataset and not generated and Path(source).is_file() else "test"
+    split = args.dataset_split if args.eval_dataset and not made and Path(source).is_file() else "test"
     found = load_questions(
         source,
         limit=args.eval_samples,
         config=args.dataset_config,
         split=split,
         seed=args.seed + 1_000_003,  # generated problems: another stream than training's
-        exclude=known if generated else (),
+        exclude=known if made else (),
     )
     check_disjoint(known, [item.question for item in found])
     say(f"{len(found)} held-out questions from {source}: none of the {len(training)} training questions is among them")
@@ -260,26 +267,33 @@ def _known_tasks() -> list[str]:
 
 
 def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Question]:
-    task, options = _task_and_options(dataset)
-    import reasoning_gym
-
-    drawn = 20 * limit + 1000  # small families repeat questions; stop looking after this many draws
-    try:
-        source = reasoning_gym.create_dataset(task, **{"seed": seed, **options, "size": drawn})
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"--dataset {dataset}: {task} refuses these options: {_first_line(error)}") from error
-    found: dict[str, Question] = {}
-    for index in range(drawn):
-        item = source[index]
-        text = item["question"]
-        if text in exclude or text in found:
-            continue
-        found[text] = _checked(
-            {"question": text, "answer": f"#### {item['answer']}"}, f"--dataset {dataset} item {index}"
+    draws = 20 * limit + 1000  # small families repeat questions; stop looking after this many draws
+    if dataset.startswith(generated.PREFIX):
+        stream: Iterator[tuple[str, str]] = (
+            (item.question, item.answer) for item in islice(generated.shares(dataset, seed), draws)
         )
+    else:
+        stream = _reasoning_gym(dataset, draws, seed)
+    found: dict[str, Question] = {}
+    for number, (text, answer) in enumerate(stream, start=1):
+        if text not in exclude and text not in found:
+            found[text] = _checked({"question": text, "answer": answer}, f"--dataset {dataset} item {number}")
         if len(found) == limit:
             break
     return list(found.values())
+
+
+def _reasoning_gym(dataset: str, draws: int, seed: int) -> Iterator[tuple[str, str]]:
+    """(question, answer) of a reasoning-gym task."""
+    task, options = _task_and_options(dataset)
+    import reasoning_gym
+
+    try:
+        source = reasoning_gym.create_dataset(task, **{"seed": seed, **options, "size": draws})
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"--dataset {dataset}: {task} refuses these options: {_first_line(error)}") from error
+    for item in source:
+        yield item["question"], f"#### {item['answer']}"
 
 
 def _first_line(error: BaseException) -> str:

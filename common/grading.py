@@ -2,7 +2,7 @@ r"""Grading: the number in a gold answer, the number in a worker's text, and whe
 
 Numbers are compared exactly, as decimals; nothing is rounded and there is no tolerance. What counts as a number:
 
-- Signs, thousands separators and decimals: 5, -5, −5, –5, .5, 8,000, 1,000,000.50, 3.5e2, 1{,}000 (LaTeX).
+- Signs, thousands separators and decimals: 5, -5, −5, –5, .5, 8,000, 1,000,000.50, 8 000, 3.5e2, 1{,}000 (LaTeX).
 - With a currency, unit or percent sign around it: $5, 5€, USD 5, 12kg, 5 apples, 50%. These are dropped and never
   rescale: 50% is 50, 5k is 5, 2 million is 2.
 - A simple or mixed fraction that is a finite decimal: 1/2, 3 1/4, \frac{1}{2}. Others (1/3) are no number: as golds
@@ -96,7 +96,10 @@ _LATIN = r"A-Za-zµÀ-ÖØ-öø-ɏ"  # without × and ÷; no CJK: 答案是42个
 _WORD = rf"{_LATIN}\dͰ-Ͽ\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f√"
 _MINUS = r"\-−–﹣－"
 _HYPHEN = r"\-‐‑"
-_GROUP = ",\u00a0\u2009\u202f"  # no-break and thin spaces group digits; a plain space separates numbers
+_GROUP = ",\u00a0\u2009\u202f"  # no-break and thin spaces always group digits
+# A plain space separates numbers (100 200), except where a group starts with 0, as no number of its own does: 1 250 000
+# (GSM8K has such). Read as two numbers, the last of these would be 0.
+_SPACE_GROUP = r"[ ](?=(?:[0-9]{3}[ ]){0,9}0[0-9]{2}(?![0-9]))"
 
 # A word, together with what is joined to it: 1,000.5, 10:30, 1.2.3, 5-7, $5-$7, 2^3, COVID-19, 1_000, 1e-5. All of it
 # is read as one number or as none. Each part is matched once, without backtracking.
@@ -107,7 +110,7 @@ _TOKEN = re.compile(
     (?P<code>{_CODE}(?=[0-9]))?
     [{_WORD}]++
     (?:
-      (?: (?<=[0-9])[.:/'’{_GROUP}]
+      (?: (?<=[0-9])(?:[.:/'’{_GROUP}]|{_SPACE_GROUP})
         | (?<=[0-9])[{_MINUS}{_HYPHEN}—][{_CURRENCY}]?
         | (?<=[{_WORD}])[\^_{_HYPHEN}]
         | (?<=[0-9][eE])\+
@@ -122,7 +125,7 @@ _NUMBER = re.compile(
     rf"""
     {_CODE}?
     (?: (?:(?P<whole>[0-9]+)[ ])?(?P<over>[0-9]+)/(?P<under>[0-9]+)
-      | (?P<digits> (?:[1-9][0-9]{{0,2}}(?P<group>[{_GROUP}])[0-9]{{3}}(?:(?P=group)[0-9]{{3}})*|[0-9]+)(?:\.[0-9]+)?
+      | (?P<digits> (?:[1-9][0-9]{{0,2}}(?P<group>[{_GROUP} ])[0-9]{{3}}(?:(?P=group)[0-9]{{3}})*|[0-9]+)(?:\.[0-9]+)?
                   | \.[0-9]+ )
         (?:[eE](?P<exponent>[+-]?[0-9]+))?
     )
@@ -190,7 +193,7 @@ def _value(token: str, negative: bool) -> Decimal | None:
         except DecimalException:  # no finite decimal, or a division by zero
             return None
     else:
-        digits = re.sub(f"[{_GROUP}]", "", match["digits"])
+        digits = re.sub(f"[{_GROUP} ]", "", match["digits"])
         exponent = int(match["exponent"] or 0)
         if abs(exponent) > MAX_EXPONENT or len(digits.replace(".", "")) > MAX_DIGITS:
             return None

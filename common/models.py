@@ -8,13 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from common.args import LORA_TARGET_MODULES, PACKAGED_MODEL, TrainingArgs
+from common.args import LORA_TARGET_MODULES, PACKAGED_MODEL
 from common.errors import UserError
 from common.prompts import PLAIN_CHAT_TEMPLATE
 
 PACKAGED_ENCODER = "packaged/all-MiniLM-L6-v2"
+
+
+class LoraSettings(Protocol):
+    """The settings of a model and its adapter that every training script has."""
+
+    adapter_path: str | None
+    use_4bit: bool | None
+    lora_r: int
+    lora_alpha: int
+    lora_dropout: float
+    lora_layers: int | None
 
 
 def cache_dir() -> Path:
@@ -28,7 +39,7 @@ def resolve_model(name: str) -> str:
     return str(_packaged_language_model()) if name == PACKAGED_MODEL else name
 
 
-def use_4bit(args: TrainingArgs) -> bool:
+def use_4bit(args: LoraSettings) -> bool:
     """Whether to quantise: as asked for, else on a GPU only."""
     import torch
 
@@ -80,7 +91,7 @@ def load_base(name: str, *, four_bit: bool) -> Any:
         return AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
 
 
-def lora_config(args: TrainingArgs, model: Any) -> Any:
+def lora_config(args: LoraSettings, model: Any) -> Any:
     """LoRA on all attention and MLP projections (of the last `lora_layers` layers), or the given adapter's."""
     from peft import LoraConfig, PeftConfig
 

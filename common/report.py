@@ -264,6 +264,32 @@ def plot_training_curves(
         temporary.unlink(missing_ok=True)
 
 
+def plot_loss_curves(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
+    """Draw training and validation loss over the steps of a supervised run, written atomically."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_jsonl(metrics_path)
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+        points = [(record["step"], record[key]) for record in records if _is_finite(record.get(key))]
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, style, label=f"{label} (last {values[-1]:.3f})")
+    axes.set_title("Supervised planner: loss on the plan's tokens")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    axes.spines[["top", "right"]].set_visible(False)
+    target = Path(png_path)
+    temporary = _temporary_beside(target)
+    figure.savefig(temporary, format="png")
+    temporary.replace(target)
+
+
 def _subtitle(records: list[dict[str, Any]], window: int) -> str:
     if not records:
         return "no steps yet"

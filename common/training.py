@@ -78,11 +78,7 @@ def train(
             if wandb_callback is not None:
                 wandb_callback.close()
     if stopper.received is not None:
-        say(
-            f"stopped after step {trainer.state.global_step} of {args.max_steps}; continue with\n"
-            f"  python grpo_training.py --output-dir {output_dir} --resume"
-        )
-        return 128 + int(stopper.received)
+        return stopped_early("grpo_training.py", stopper.received, trainer.state, output_dir)
     if main_process:
         finish(args, trainer, tokenizer, output_dir)
         if held_out:
@@ -104,6 +100,33 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question]) -> int:
     models.load_adapter_weights(model, args.output_dir)
     scoring.after(held_out)
     return 0
+
+
+def stopped_early(script: str, received: int, state: Any, output_dir: Path) -> int:
+    """Say how to go on after a signal; returns the exit code."""
+    say(
+        f"stopped after step {state.global_step} of {state.max_steps}; continue with\n"
+        f"  python {script} --output-dir {output_dir} --resume"
+    )
+    return 128 + received
+
+
+def announce_device(four_bit: bool) -> None:
+    """One line where there is no GPU: what is used instead."""
+    if not torch.cuda.is_available():
+        kind = "NF4 on a CPU, which is slow (--no-4bit is about three times as fast)" if four_bit else "fp32"
+        say(f"no GPU found: running on {torch.get_num_threads()} CPU threads, {kind}")
+
+
+def device_options(gradient_checkpointing: bool | None) -> dict[str, Any]:
+    """The trainer settings that depend on the device."""
+    gpu = torch.cuda.is_available()
+    return {
+        "use_cpu": not gpu,
+        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "fp16": gpu and not torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": gpu if gradient_checkpointing is None else gradient_checkpointing,
+    }
 
 
 class Scoring:
@@ -174,10 +197,7 @@ def build_trainer(
     encoder.load()
     four_bit = models.use_4bit(args)
     base = models.load_base(args.base_model, four_bit=four_bit)
-    if not torch.cuda.is_available():
-        kind = "NF4 on a CPU, which is slow (--no-4bit is about three times as fast)" if four_bit else "fp32"
-        say(f"no GPU found: running on {torch.get_num_threads()} CPU threads, {kind}")
-
+    announce_device(four_bit)
     holder: list[GRPOTrainer] = []
     executor = build_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
     reward = PipelineRewardFunction(
@@ -271,8 +291,6 @@ def reward_weights(args: TrainingArgs) -> RewardWeights:
 
 def grpo_config(args: TrainingArgs) -> GRPOConfig:
     """TRL's settings from ours."""
-    gpu = torch.cuda.is_available()
-    checkpointing = gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
     return GRPOConfig(
         output_dir=args.output_dir,
         learning_rate=args.lr,
@@ -288,17 +306,14 @@ def grpo_config(args: TrainingArgs) -> GRPOConfig:
         max_completion_length=args.max_completion_length,
         beta=args.beta,
         max_grad_norm=args.max_grad_norm,
-        gradient_checkpointing=checkpointing,
         seed=args.seed,
-        use_cpu=not gpu,
-        bf16=gpu and torch.cuda.is_bf16_supported(),
-        fp16=gpu and not torch.cuda.is_bf16_supported(),
         logging_steps=1,
         save_steps=args.save_steps,
         save_total_limit=args.save_total_limit,
         report_to=[],
         disable_tqdm=True,
         ddp_timeout=GATHER_TIMEOUT_SECONDS,
+        **device_options(args.gradient_checkpointing),
     )
 
 
@@ -341,7 +356,7 @@ def start_records(args: TrainingArgs, questions: list[Question], output_dir: Pat
             truncate_jsonl_after(output_dir / name, step)
 
 
-def add_wandb(args: TrainingArgs, trainer: GRPOTrainer, samples: SampleLog) -> Any:
+def add_wandb(args: Any, trainer: Any, samples: SampleLog | None = None) -> Any:
     """Log to W&B as well; offline where it cannot be reached. None where W&B is switched off."""
     from common import wandb_log  # --no-wandb imports none of it
 
@@ -350,7 +365,8 @@ def add_wandb(args: TrainingArgs, trainer: GRPOTrainer, samples: SampleLog) -> A
         return None
     callback = wandb_log.WandbCallback()
     trainer.add_callback(callback)
-    samples.listeners.append(callback.add_samples)
+    if samples is not None:
+        samples.listeners.append(callback.add_samples)
     return callback
 
 

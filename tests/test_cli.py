@@ -108,7 +108,7 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no such file": (["--dataset", "./none.jsonl"], "none.jsonl does not exist"),
         "no such task": (["--dataset", "reasoning-gym:chain_sun"], "chain_sum"),
         "no adapter": (["--adapter-path", str(tmp_path / "none")], "not a folder"),
-        "resume nothing": (["--resume", "--output-dir", str(tmp_path / "none")], "--resume"),
+        "resume nothing": (["--resume", "--output-dir", str(tmp_path / "none")], "must name the folder of a run"),
         "all weights 0": (
             ["--correctness-weight", "0", "--token-weight", "0", "--independence-weight", "0"],
             "weights",
@@ -175,13 +175,14 @@ def test_an_unreachable_model_is_one_line_that_names_the_ways_out(questions_file
     assert "Traceback" not in done.stderr
 
 
-LIGHT = ("errors", "prompts", "plans", "grading", "cli", "args", "artifacts", "data")
+LIGHT = ("errors", "prompts", "plans", "grading", "cli", "args", "artifacts", "data", "generated", "demonstrations")
 LAYERS = (
     LIGHT,
     ("worker", "models", "similarity", "decoding", "report"),
     ("pipeline", "callbacks", "wandb_log"),
     ("rewards", "evaluation"),
     ("training",),
+    ("supervised",),
 )
 
 

@@ -1,0 +1,102 @@
+"""A family of generated word problems, small enough for a small model: who has how many, and how many in all.
+
+    Joe has 5 cups, Eve has 1, Fay has 4 and Gus has 2. How many cups do they have in all?
+
+A 135M model adds two such numbers almost always, but loses its way through four: here splitting pays
+(docs/results.md says by how much), which makes it a problem to learn planning on without a GPU.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import parse_qsl
+
+from common.errors import UserError
+from common.plans import Plan
+
+PREFIX = "generated:"
+FAMILY = "shares"
+NAMES = ("Ann", "Bob", "Cal", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Joe")
+ITEMS = ("pens", "cards", "coins", "books", "shells", "cups")
+_OPTIONS = {"people": 4, "low": 1, "high": 5}
+_PATTERN = re.compile(r"(?:^|, | and )([A-Z][a-z]+) has (\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """One problem: `amounts[i]` items belong to `names[i]`."""
+
+    names: tuple[str, ...]
+    amounts: tuple[int, ...]
+    item: str
+
+    @property
+    def question(self) -> str:
+        """The problem in words."""
+        first, *rest = zip(self.names, self.amounts, strict=True)
+        parts = [f"{first[0]} has {first[1]} {self.item}", *(f"{name} has {amount}" for name, amount in rest)]
+        return f"{', '.join(parts[:-1])} and {parts[-1]}. How many {self.item} do they have in all?"
+
+    @property
+    def answer(self) -> str:
+        """GSM8K's form: the steps, then the number."""
+        return f"{' + '.join(map(str, self.amounts))} = {sum(self.amounts)}\n#### {sum(self.amounts)}"
+
+
+def parse_source(source: str) -> dict[str, int]:
+    """The options of `generated:shares?people=4&low=1&high=5`.
+
+    Raises:
+        UserError: for another family, an unknown option or a value out of range.
+    """
+    family, _, query = source.removeprefix(PREFIX).partition("?")
+    if family != FAMILY:
+        raise UserError(f"--dataset {source}: there is no generated family {family!r}: use {PREFIX}{FAMILY}")
+    options = dict(_OPTIONS)
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name not in options or not value.isdigit():
+            raise UserError(
+                f"--dataset {source}: found {name}={value}, the options are whole numbers: "
+                + ", ".join(f"{known}={default}" for known, default in _OPTIONS.items())
+            )
+        options[name] = int(value)
+    if not 2 <= options["people"] <= len(NAMES) or options["low"] > options["high"]:
+        raise UserError(f"--dataset {source}: people must lie between 2 and {len(NAMES)}, and low not above high")
+    return options
+
+
+def shares(source: str, seed: int) -> Iterator[Shares]:
+    """An endless stream of problems; the same seed gives the same ones."""
+    options = parse_source(source)
+    draw = random.Random(seed)
+    while True:
+        names = tuple(draw.sample(NAMES, options["people"]))
+        amounts = tuple(draw.randint(options["low"], options["high"]) for _ in names)
+        yield Shares(names, amounts, draw.choice(ITEMS))
+
+
+def demonstrate(question: str, draw: random.Random) -> Plan | None:
+    """A varied plan for a problem of this family, for a supervised warm start; None for another question.
+
+    It teaches the format, not the answer: it is as often direct as one of several kinds of split, drawn
+    without regard to which of them works (a pair or two, overlapping pairs, three of them, one by one),
+    so that what pays is left for GRPO to find.
+    """
+    amounts = [int(amount) for _, amount in _PATTERN.findall(question)]
+    if len(amounts) < 2:
+        return None
+    kinds: list[list[list[int]]] = [
+        [],
+        [amounts[:2]],
+        [amounts[:2], amounts[2:]],
+        [amounts[:2], amounts[1:3]],
+        [amounts[:3], amounts[3:]],
+        [[amount] for amount in amounts],
+    ]
+    groups = [group for group in draw.choice(kinds) if group]
+    if not groups:
+        return Plan(False, ())
+    return Plan(True, tuple(f"What is {' + '.join(map(str, group))}?" for group in groups))
