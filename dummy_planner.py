@@ -129,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common import supervised, training  # torch, transformers and trl are imported here, and take seconds
 
     training.quiet_libraries(options.debug)
+    training.tune_for_cpu()
     return supervised.train(args, checkpoint)
 
 

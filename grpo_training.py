@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common import training  # torch, transformers and trl are imported here, and take seconds
 
     training.quiet_libraries(options.debug)
+    training.tune_for_cpu()
     if options.eval_only:
         return training.evaluate_run(args, held_out)
     return training.train(args, questions, held_out, checkpoint)

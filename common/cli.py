@@ -112,6 +112,8 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     message), with exit code 1, and says how to see the rest.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if "--debug" not in sys.argv:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains about a kernel while importing
     program = os.path.basename(sys.argv[0])  # noqa: PTH119 - pathlib costs import time and gives the same
     try:
         code = main(None)

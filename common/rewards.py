@@ -47,7 +47,8 @@ def reward_of(result: PipelineResult, weights: RewardWeights) -> float | None:
     if result.error is not None:
         return None
     if result.plan is None:
-        return weights.format * near_plan_credit(result.item.planner_output) if weights.format else 0.0
+        # Cut off or over a limit, it is no valid plan, so it must not earn the credit of one: finished=False.
+        return weights.format * near_plan_credit(result.item.planner_output, finished=False) if weights.format else 0.0
     if weights.gate_on_correct and not result.correct:
         return 0.0
     return (
