@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer import utils as trl_utils
 from trl.trainer.utils import RepeatSampler
 
 from common import artifacts, callbacks, evaluation, models, prompts
