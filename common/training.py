@@ -22,12 +22,13 @@ from common import artifacts, callbacks, evaluation, models, prompts
 from common.args import TrainingArgs
 from common.cli import say
 from common.data import Question, fingerprint
+from common.decoding import decode
 from common.errors import UserError
 from common.pipeline import PipelineExecutor
 from common.report import append_jsonl, format_table, plot_training_curves, read_jsonl, truncate_jsonl_after
 from common.rewards import PipelineRewardFunction, RewardWeights
 from common.similarity import Embeddings, SentenceEncoder
-from common.worker import FrozenWorker, LocalModel, end_token_ids
+from common.worker import FrozenWorker, LocalModel, end_token_ids, inference
 
 # A rank whose worker has long answers to write holds the others at the gather; two hours, not ten minutes.
 GATHER_TIMEOUT_SECONDS = 7200
@@ -174,6 +175,7 @@ class Scoring:
             self._plan(evaluation.UNTRAINED, held_out, adapter=False)
             if args.adapter_path is not None:
                 self._plan(evaluation.SUPERVISED, held_out, adapter=True)
+        self._executor.worker.take_stats()  # the first training step counts its own calls only
         self._save()
 
     def after(self, held_out: list[Question]) -> None:
@@ -280,7 +282,7 @@ class EpochSampler(RepeatSampler):
 
 
 class PlannerTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose data order survives a resume in any epoch."""
+    """`GRPOTrainer` whose data order survives a resume in any epoch, and whose rollouts are fast on a CPU."""
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         args: Any = self.args
@@ -292,6 +294,22 @@ class PlannerTrainer(GRPOTrainer):
             shuffle=args.shuffle_dataset,
             seed=args.seed,
         )
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **options: Any) -> Any:
+        """Completions of B prompts. On a CPU by our own decoding, at a third of the time of `generate`."""
+        args: Any = self.args
+        if torch.cuda.is_available() or args.top_p < 1:
+            return super()._generate_single_turn(prompt_ids, *others, **options)
+        with inference(self.accelerator.unwrap_model(self.model), adapter=True) as model:
+            completions = decode(
+                model,
+                prompt_ids,
+                max_new_tokens=args.max_completion_length,
+                eos_ids=frozenset(self.eos_token_ids),
+                pad_id=self._tokenizer.pad_token_id,
+                temperature=args.temperature,
+            )
+        return completions, None  # TRL needs no log-probabilities of a transformers model's own samples
 
 
 def planner_row(item: Question, style: str, fold_system: bool) -> dict[str, Any]:

@@ -123,8 +123,11 @@ class LocalModel:
     def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
         """Answer prompts, in order. Identical prompts are run once; failures fail only their own prompt."""
         started = time.perf_counter()
-        texts = [prompts.render(self._tokenizer, self._shaped(request)) for request in requests]
-        found = self._run(texts) if self._temperature > 0 else self._greedy(texts)
+        shaped = [prompts.fold_system(request) if self._fold_system else request for request in requests]
+        texts = [prompts.render(self._tokenizer, request) for request in shaped]
+        # Prompts that differ in their last message only (few-shot turns) share most of what has to be read.
+        kinds = {text: tuple(m["content"] for m in request[:-1]) for text, request in zip(texts, shaped, strict=True)}
+        found = self._run(texts, kinds) if self._temperature > 0 else self._greedy(texts, kinds)
         self._stats.requests += len(texts)
         self._stats.failures += sum(answer.error is not None for answer in found)
         self._stats.seconds += time.perf_counter() - started
@@ -135,20 +138,17 @@ class LocalModel:
         stats, self._stats = self._stats, WorkerStats()
         return stats
 
-    def _greedy(self, texts: Sequence[str]) -> list[Generation]:
+    def _greedy(self, texts: Sequence[str], kinds: dict[str, tuple[str, ...]]) -> list[Generation]:
         answers: dict[str, Generation] = {}
         for text in dict.fromkeys(texts):
             if text in self._cache:
                 self._cache.move_to_end(text)
                 answers[text] = self._cache[text]
         missing = [text for text in dict.fromkeys(texts) if text not in answers]
-        fresh = dict(zip(missing, self._run(missing), strict=True))
+        fresh = dict(zip(missing, self._run(missing, kinds), strict=True))
         self._remember(fresh)
         answers.update(fresh)
         return [answers[text] for text in texts]
-
-    def _shaped(self, request: Sequence[Message]) -> Sequence[Message]:
-        return prompts.fold_system(request) if self._fold_system else request
 
     def _remember(self, fresh: dict[str, Generation]) -> None:
         for text, answer in fresh.items():
@@ -157,24 +157,27 @@ class LocalModel:
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
 
-    def _run(self, texts: Sequence[str]) -> list[Generation]:
-        """Run the model on every text, in micro-batches of similar length within the token budget."""
+    def _run(self, texts: Sequence[str], kinds: dict[str, tuple[str, ...]]) -> list[Generation]:
+        """Run the model on every text, in micro-batches of one kind and similar length within the token budget."""
         if not texts:
             return []
         encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         answers: dict[int, Generation] = {}
         with inference(self._model(), adapter=self._adapter) as model:
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            batches: list[list[int]] = [[]]
-            for index in sorted(range(len(texts)), key=lambda index: len(encoded[index])):
+            batches: list[list[int]] = []
+            for index in sorted(range(len(texts)), key=lambda index: (kinds[texts[index]], len(encoded[index]))):
                 width = len(encoded[index]) + self._max_tokens
                 if limit is not None and width > limit:
                     reason = f"prompt of {len(encoded[index])} tokens leaves no room in a context of {limit}"
                     answers[index] = Generation("", 0, False, reason)
                     continue
-                if batches[-1] and width * (len(batches[-1]) + 1) > self._batch_tokens:
-                    batches.append([])
-                batches[-1].append(index)
+                last = batches[-1] if batches else []
+                joins = last and kinds[texts[last[0]]] == kinds[texts[index]]
+                if joins and width * (len(last) + 1) <= self._batch_tokens:
+                    last.append(index)
+                else:
+                    batches.append([index])
             for batch in batches:
                 answers.update(zip(batch, self._run_batch(model, [encoded[i] for i in batch]), strict=True))
         self._stats.generated += len(texts)

@@ -271,10 +271,11 @@ def test_report_writes_a_line_per_training_step(tmp_path, args):
     assert not report.plot_path.exists()
     report.on_log(args, state_at(2), control, logs={"loss": 0.4})
     assert report.plot_path.exists()
-    report.on_log(args, state_at(2), control, logs={"eval_loss": 1.0, "epoch": 0.1})  # not a training step
+    report.on_log(args, state_at(2), control, logs={"eval_loss": 1.0, "epoch": 0.1})  # a line of its own
     report.on_log(args, state_at(2), control, logs={"train_runtime": 1.0, "train_loss": 1.0})  # the summary
     report.on_log(args, state_at(3, main=False), control, logs={"loss": 0.4})  # another process
-    first, second = read_jsonl(tmp_path / "metrics.jsonl")
+    first, second, evaluation = read_jsonl(tmp_path / "metrics.jsonl")
+    assert evaluation == {"step": 2, "eval_loss": 1.0}
     assert abs(first.pop("time") - time.time()) < 60
     assert first == {"step": 1, "loss": 0.5, "reward": 0.25, "entropy": None, "correctness": None, "n": 3}
     assert second["step"] == 2 and second["loss"] == 0.4

@@ -57,7 +57,7 @@ def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, 
     separate = FrozenWorker(load_base(tiny_args.base_model, four_bit=four_bit).eval(), tokenizer, max_tokens=24)
     asked = [prompts.planner_messages(question, "short") for question in QUESTIONS]  # what it can answer
     expected = separate.generate(asked)
-    assert len({answer.text for answer in expected}) > 1
+    assert all(answer.tokens > 10 for answer in expected)
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     base_before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
