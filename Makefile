@@ -1,4 +1,5 @@
-# make demo   install everything into .venv and train a planner on a real small model (no GPU, hub or account)
+# make demo   install everything into .venv, then warm start, GRPO and scoreboard on a real small model
+#             (no GPU, model hub or account)
 # make test   install the same, check the code and run the tests
 
 PYTHON ?= python3
@@ -8,7 +9,8 @@ BIN = $(VENV)/bin
 .PHONY: demo test lint
 
 demo: $(VENV)/.installed
-	$(BIN)/python grpo_training.py --demo --overwrite
+	$(BIN)/python dummy_planner.py --demo --overwrite
+	$(BIN)/python grpo_training.py --demo --adapter-path demo_warm_start --overwrite
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest

@@ -81,21 +81,14 @@ def shares(source: str, seed: int) -> Iterator[Shares]:
 def demonstrate(question: str, draw: random.Random) -> Plan | None:
     """A varied plan for a problem of this family, for a supervised warm start; None for another question.
 
-    It teaches the format, not the answer: it is as often direct as one of several kinds of split, drawn
-    without regard to which of them works (a pair or two, overlapping pairs, three of them, one by one),
-    so that what pays is left for GRPO to find.
+    It teaches the format, not the answer: it is as often direct as one of three kinds of split, drawn
+    without regard to which of them works (one pair, two disjoint pairs, two overlapping pairs), so that
+    what pays is left for GRPO to find.
     """
     amounts = [int(amount) for _, amount in _PATTERN.findall(question)]
     if len(amounts) < 2:
         return None
-    kinds: list[list[list[int]]] = [
-        [],
-        [amounts[:2]],
-        [amounts[:2], amounts[2:]],
-        [amounts[:2], amounts[1:3]],
-        [amounts[:3], amounts[3:]],
-        [[amount] for amount in amounts],
-    ]
+    kinds = ([], [amounts[:2]], [amounts[:2], amounts[2:4]], [amounts[:2], amounts[1:3]])
     groups = [group for group in draw.choice(kinds) if group]
     if not groups:
         return Plan(False, ())
