@@ -88,7 +88,7 @@ def demonstrate(question: str, draw: random.Random) -> Plan | None:
     amounts = [int(amount) for _, amount in _PATTERN.findall(question)]
     if len(amounts) < 2:
         return None
-    kinds = ([], [amounts[:2]], [amounts[:2], amounts[2:4]], [amounts[:2], amounts[1:3]])
+    kinds: tuple[list[list[int]], ...] = ([], [amounts[:2]], [amounts[:2], amounts[2:4]], [amounts[:2], amounts[1:3]])
     groups = [group for group in draw.choice(kinds) if group]
     if not groups:
         return Plan(False, ())
