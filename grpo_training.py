@@ -73,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         artifacts.check_same_data(output_dir, fingerprint(questions))
     held_out = load_held_out(args, questions) if args.eval_samples else []
 
-    from common import training  # torch, transformers and trl are imported here, and take seconds
+    from common import scoring, training  # torch, transformers and trl are imported here, and take seconds
 
     training.quiet_libraries(options.debug)
     training.tune_for_cpu()
     if options.eval_only:
-        return training.evaluate_run(args, held_out)
+        return scoring.evaluate_run(args, held_out)
     return training.train(args, questions, held_out, checkpoint)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from common import prompts
+from common.args import TrainingArgs
 from common.grading import extract_prediction, parse_gold
 from common.plans import Plan, parse_planner_output
-from common.similarity import NEUTRAL_INDEPENDENCE, Embeddings, independence_score, relevance
-from common.worker import Generation, Worker
+from common.similarity import NEUTRAL_INDEPENDENCE, Embeddings, SentenceEncoder, independence_score, relevance
+from common.worker import FrozenWorker, Generation, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,24 @@ class PipelineExecutor:
         for result, plan in split:
             result.independence = independence_score(plan.subproblems, vectors)
             result.relevance = relevance(plan.subproblems, result.item.question, vectors)
+
+
+def local_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: SentenceEncoder) -> PipelineExecutor:
+    """The pipeline on a local model (or a function that gives it), as the settings say."""
+    worker = FrozenWorker(
+        model,
+        tokenizer,
+        style=args.worker_style,
+        max_tokens=args.worker_max_tokens,
+        batch_tokens=args.worker_batch_tokens,
+        cache_size=args.worker_cache_size,
+    )
+    return PipelineExecutor(
+        worker,
+        Embeddings(encoder),
+        max_subproblems=args.max_subproblems,
+        max_subproblem_chars=args.max_subproblem_chars,
+    )
 
 
 def _note_failure(result: PipelineResult, answers: Sequence[Generation]) -> None:

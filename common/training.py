@@ -18,21 +18,21 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from common import artifacts, callbacks, evaluation, models, prompts
+from common import artifacts, callbacks, models, prompts
 from common.args import TrainingArgs
 from common.cli import say
 from common.data import Question, fingerprint
 from common.decoding import decode
 from common.errors import UserError
-from common.pipeline import PipelineExecutor
+from common.pipeline import PipelineExecutor, local_executor
 from common.report import append_jsonl, format_table, plot_training_curves, read_jsonl, truncate_jsonl_after
 from common.rewards import PipelineRewardFunction, RewardWeights
-from common.similarity import Embeddings, SentenceEncoder
-from common.worker import FrozenWorker, LocalModel, end_token_ids, inference
+from common.scoring import Scoring
+from common.similarity import SentenceEncoder
+from common.worker import end_token_ids, inference
 
 # A rank whose worker has long answers to write holds the others at the gather; two hours, not ten minutes.
 GATHER_TIMEOUT_SECONDS = 7200
-VOTE_TEMPERATURE = 0.7  # of the samples that direct solving votes over, as in the self-consistency paper
 
 
 def quiet_libraries(debug: bool) -> None:
@@ -111,22 +111,6 @@ def train(
     return 0
 
 
-def evaluate_run(args: TrainingArgs, held_out: list[Question]) -> int:
-    """The scoreboard of a run that has ended; returns 0."""
-    from peft import PeftModel
-
-    tokenizer = models.load_tokenizer(args.base_model)
-    base = models.load_base(args.base_model, four_bit=models.use_4bit(args))
-    model = PeftModel.from_pretrained(base, args.adapter_path or args.output_dir)
-    encoder = SentenceEncoder(args.embedding_model)
-    encoder.load()
-    scoring = Scoring(args, model, tokenizer, build_executor(args, model, tokenizer, encoder))
-    scoring.before(held_out)
-    models.load_adapter_weights(model, args.output_dir)
-    scoring.after(held_out)
-    return 0
-
-
 def stopped_early(script: str, received: int, state: Any, output_dir: Path) -> int:
     """Say how to go on after a signal; returns the exit code."""
     say(
@@ -154,67 +138,6 @@ def device_options(gradient_checkpointing: bool | None) -> dict[str, Any]:
     }
 
 
-class Scoring:
-    """Keeps the scoreboard of a run: rows that need no training before it, the trained planner's after it."""
-
-    def __init__(self, args: TrainingArgs, model: Any, tokenizer: Any, executor: PipelineExecutor) -> None:
-        self._args = args
-        self._model = model
-        self._tokenizer = tokenizer
-        # What a user of the planner gets: a plan that cannot be used is solved directly.
-        self._executor = executor.with_fallback()
-        self._rows: dict[str, evaluation.Row] = {}
-
-    def before(self, held_out: list[Question]) -> None:
-        """Direct solving, the base model as planner, and the planner that training starts from, if any."""
-        args = self._args
-        self._rows = {row.name: row for row in evaluation.load_rows(Path(args.output_dir), held_out)}
-        if evaluation.DIRECT not in self._rows:
-            say(f"scoreboard: direct solving and the untrained planner on {len(held_out)} questions")
-            self._add(evaluation.run_direct(held_out, self._executor))
-            self._plan(evaluation.UNTRAINED, held_out, adapter=False)
-            if args.adapter_path is not None:
-                self._plan(evaluation.SUPERVISED, held_out, adapter=True)
-        self._executor.worker.take_stats()  # the first training step counts its own calls only
-        self._save()
-
-    def after(self, held_out: list[Question]) -> None:
-        """The trained planner, and direct solving at its token cost."""
-        args = self._args
-        say(f"scoreboard: the trained planner on {len(held_out)} questions")
-        trained = self._plan(evaluation.TRAINED, held_out, adapter=True)
-        voters = self._answerer(adapter=False, max_tokens=args.worker_max_tokens, temperature=VOTE_TEMPERATURE)
-        budget = trained.mean("total_tokens")
-        direct = self._rows[evaluation.DIRECT]
-        self._add(evaluation.run_vote(held_out, direct, voters.generate, args.worker_style, budget))
-        print("\n" + evaluation.scoreboard_table(self._save()))
-        print(f"scoreboard: {Path(args.output_dir) / 'evaluation.json'} and evaluation.png beside it")
-
-    def _plan(self, name: str, held_out: list[Question], *, adapter: bool) -> evaluation.Row:
-        args = self._args
-        planner = self._answerer(adapter=adapter, max_tokens=args.max_completion_length)
-        row = evaluation.run_planner(name, held_out, self._executor, planner.generate, args.planner_style)
-        return self._add(row)
-
-    def _answerer(self, *, adapter: bool, max_tokens: int, temperature: float = 0.0) -> LocalModel:
-        return LocalModel(
-            self._model,
-            self._tokenizer,
-            adapter=adapter,
-            max_tokens=max_tokens,
-            batch_tokens=self._args.worker_batch_tokens,
-            temperature=temperature,
-            seed=self._args.seed,
-        )
-
-    def _add(self, row: evaluation.Row) -> evaluation.Row:
-        self._rows[row.name] = row
-        return row
-
-    def _save(self) -> dict[str, Any]:
-        return evaluation.save_scoreboard(list(self._rows.values()), Path(self._args.output_dir))
-
-
 def build_trainer(
     args: TrainingArgs, questions: list[Question], tokenizer: Any, samples: SampleLog | None = None
 ) -> tuple[GRPOTrainer, PipelineExecutor]:
@@ -225,7 +148,7 @@ def build_trainer(
     base = models.load_base(args.base_model, four_bit=four_bit)
     announce_device(four_bit)
     holder: list[GRPOTrainer] = []
-    executor = build_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
+    executor = local_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
     reward = PipelineRewardFunction(
         executor, reward_weights(args), eos_ids=end_token_ids(base, tokenizer), sink=samples
     )
@@ -248,24 +171,6 @@ def build_trainer(
     if args.adapter_path is not None:
         models.load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), args.adapter_path)
     return trainer, executor
-
-
-def build_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: SentenceEncoder) -> PipelineExecutor:
-    """The pipeline on a local model (or a function that gives it), as the settings say."""
-    worker = FrozenWorker(
-        model,
-        tokenizer,
-        style=args.worker_style,
-        max_tokens=args.worker_max_tokens,
-        batch_tokens=args.worker_batch_tokens,
-        cache_size=args.worker_cache_size,
-    )
-    return PipelineExecutor(
-        worker,
-        Embeddings(encoder),
-        max_subproblems=args.max_subproblems,
-        max_subproblem_chars=args.max_subproblem_chars,
-    )
 
 
 class EpochSampler(RepeatSampler):

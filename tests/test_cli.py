@@ -181,6 +181,7 @@ LAYERS = (
     ("worker", "models", "similarity", "decoding", "report"),
     ("pipeline", "callbacks", "wandb_log"),
     ("rewards", "evaluation"),
+    ("scoring",),
     ("training",),
     ("supervised",),
 )
