@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from common import artifacts
 from common.args import DEMO, check_values, setting
-from common.cli import Parser, add_run_flags, add_settings, given_settings, run, say, settings_table
+from common.cli import Parser, add_run_flags, add_settings, forbid_import, given_settings, run, say, settings_table
 from common.data import check_source
 from common.errors import UserErrors
 
@@ -126,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_source(args.dataset)
     say(settings_table(args, SupervisedArgs()))
 
+    if not args.wandb:
+        forbid_import("wandb")
     from common import supervised, training  # torch, transformers and trl are imported here, and take seconds
 
     training.quiet_libraries(options.debug)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from common import artifacts
 from common.args import DEMO, RESUMABLE, TrainingArgs
-from common.cli import Parser, add_run_flags, add_settings, given_settings, run, say, settings_table
+from common.cli import Parser, add_run_flags, add_settings, forbid_import, given_settings, run, say, settings_table
 from common.data import check_source, fingerprint, load_held_out, load_questions
 from common.errors import UserError
 from common.pipeline import PipelineExecutor, PipelineResult
@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         artifacts.check_same_data(output_dir, fingerprint(questions))
     held_out = load_held_out(args, questions) if args.eval_samples else []
 
+    if not args.wandb:
+        forbid_import("wandb")
     from common import scoring, training  # torch, transformers and trl are imported here, and take seconds
 
     training.quiet_libraries(options.debug)

@@ -99,6 +99,11 @@ def settings_table(settings: Any, defaults: Any) -> str:
     )
 
 
+def forbid_import(package: str) -> None:
+    """Make a package look as if it were not installed: TRL imports W&B on its own wherever it finds it."""
+    sys.modules[package] = None  # type: ignore[assignment]
+
+
 def say(message: str) -> None:
     """One line for the person at the terminal, on stderr, from the first process only."""
     if os.environ.get("RANK", "0") == "0":
@@ -113,7 +118,8 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     if "--debug" not in sys.argv:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains about a kernel while importing
+        for name in ("bitsandbytes", "huggingface_hub"):  # a missing kernel, every retry: the outcome is told below
+            logging.getLogger(name).setLevel(logging.ERROR)
     program = os.path.basename(sys.argv[0])  # noqa: PTH119 - pathlib costs import time and gives the same
     try:
         code = main(None)

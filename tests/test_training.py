@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import QUESTIONS, ROOT, run_script
 
-from common import artifacts, prompts
+from common import artifacts, models, prompts
 from common.data import load_questions
 from common.report import read_jsonl
 from common.worker import FrozenWorker
@@ -172,6 +172,22 @@ def test_resume_gives_the_same_result_as_never_having_stopped(finished_run, tmp_
     assert [[row[key] for key in keys] for row in read_jsonl(copy / "samples.jsonl")] == expected
     expected_weights = adapter_weights(folder)
     assert all(torch.equal(value, expected_weights[name]) for name, value in adapter_weights(copy).items())
+
+
+def test_wandb_goes_offline_with_one_line_and_without_it_nothing_of_it_is_imported(tiny_args, tmp_path):
+    tiny_args.max_steps, tiny_args.wandb = 1, True
+    no_login = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "RECURSIVE_REASONER_CACHE": str(models.cache_dir())}
+    done = run_script("grpo_training.py", *flags(tiny_args), env=no_login)
+    assert done.returncode == 0, done.stderr
+    assert sum("wandb sync" in line for line in done.stderr.splitlines()) == 1
+    assert list(Path(tiny_args.output_dir).glob("wandb/**/*.wandb"))
+    code = (
+        "import sys, grpo_training\n"
+        f"assert grpo_training.main({[*flags(tiny_args), '--no-wandb', '--overwrite']!r}) == 0\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'wandb' and sys.modules[name] is not None]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_resume_refuses_what_would_make_it_another_run(finished_run, tmp_path):
