@@ -120,6 +120,9 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     if "--debug" not in sys.argv:
         for name in ("bitsandbytes", "huggingface_hub"):  # a missing kernel, every retry: the outcome is told below
             logging.getLogger(name).setLevel(logging.ERROR)
+    # Read when torch loads its thread library: threads that wait shall sleep, not spin. On a machine that does
+    # something else too, spinning costs several times the work itself (docs/results.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     program = os.path.basename(sys.argv[0])  # noqa: PTH119 - pathlib costs import time and gives the same
     try:
         code = main(None)
