@@ -115,11 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = given_settings(options, SupervisedArgs)
     preset = SFT_DEMO if options.demo else {}
     output_dir = Path({"output_dir": OUTPUT_DIR, **preset, **given}["output_dir"])
-    values = artifacts.stored_settings(output_dir, given, RESUMABLE) if options.resume else {**preset, **given}
+    values = (
+        artifacts.stored_settings(output_dir, given, RESUMABLE, "dummy_planner.py")
+        if options.resume
+        else {**preset, **given}
+    )
     args = SupervisedArgs(**values)
     args.validate()
     artifacts.check_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume)
     checkpoint = artifacts.newest_checkpoint(output_dir) if options.resume else None
+    artifacts.check_base_model(args.base_model)
     if args.adapter_path is not None:
         artifacts.check_adapter_base(args.adapter_path, args.base_model)
     if args.format == "json-plan":

@@ -59,11 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     continues = options.resume or options.eval_only
     artifacts.check_output_dir(output_dir, overwrite=options.overwrite, resume=continues)
     checkpoint = artifacts.newest_checkpoint(output_dir) if options.resume else None
+    artifacts.check_base_model(args.base_model)
     if args.adapter_path is not None:
         artifacts.check_adapter_base(args.adapter_path, args.base_model)
     if options.eval_only:
         artifacts.read_adapter_config(args.output_dir, "--output-dir")
     check_source(args.dataset, args.dataset_split)
+    if args.eval_dataset is not None:
+        check_source(args.eval_dataset, "test", flag="--eval-dataset")
     say(settings_table(args, TrainingArgs()))
 
     questions = load_questions(
@@ -95,7 +98,7 @@ def settle(options: argparse.Namespace) -> TrainingArgs:
         return TrainingArgs(**{**(DEMO if options.demo else {}), **given})
     default_dir = DEMO["output_dir"] if options.demo else TrainingArgs.output_dir
     output_dir = Path(given.get("output_dir", default_dir))
-    args = TrainingArgs.from_dict(artifacts.stored_settings(output_dir, given, RESUMABLE))
+    args = TrainingArgs.from_dict(artifacts.stored_settings(output_dir, given, RESUMABLE, "grpo_training.py"))
     if options.eval_only and not args.eval_samples:
         raise UserError("--eval-only needs to know how many questions: add --eval-samples 200, say")
     return args

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from common.args import flag_of
+from common.args import PACKAGED_MODEL, flag_of
 from common.errors import UserError
 
 TRAINING_CONFIG = "training_config.json"
@@ -38,6 +38,8 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
     Raises:
         UserError: when the folder cannot be written, or holds a run and nothing says what to do with it.
     """
+    if not str(output_dir).strip() or output_dir == Path():
+        raise UserError("--output-dir is empty: name a folder")
     existing = output_dir
     while not existing.exists():
         existing = existing.parent
@@ -51,9 +53,10 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
             f"--output-dir {output_dir} cannot be written ({error.strerror}): name another folder"
         ) from error
     if holds_run(output_dir) and not overwrite and not resume:
+        resumable = "continue it with --resume, " if complete_checkpoints(output_dir) else ""
         raise UserError(
-            f"--output-dir {output_dir} already holds a run: continue it with --resume, replace it with "
-            "--overwrite, or name another folder"
+            f"--output-dir {output_dir} already holds a run: {resumable}replace it with --overwrite, "
+            "or name another folder"
         )
 
 
@@ -128,13 +131,18 @@ def newest_checkpoint(output_dir: Path) -> Path:
     return complete[-1]
 
 
-def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str]) -> dict[str, Any]:
+def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str], script: str) -> dict[str, Any]:
     """The settings a run was started with, and what was given anew.
 
     Raises:
         UserError: when there is no run, or for a given value that would make it another run.
     """
-    stored = read_run_record(output_dir)["settings"]
+    record = read_run_record(output_dir)
+    if record.get("script") != script:
+        raise UserError(
+            f"{output_dir} holds a run of {record.get('script')}, not of {script}: name another --output-dir"
+        )
+    stored = record["settings"]
     for name, value in given.items():
         if name not in resumable and stored.get(name) != value:
             raise UserError(
@@ -230,6 +238,23 @@ def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict
     return config
 
 
+def check_base_model(base_model: str) -> None:
+    """Stop for a base model that is a path to nothing, or an unknown packaged one; Hub ids need the network.
+
+    Raises:
+        UserError: with what was found there.
+    """
+    folder = Path(base_model).expanduser()
+    if not base_model.strip():
+        raise UserError("--base-model is empty: name a Hub id or a folder")
+    if base_model.startswith("packaged/") and base_model != PACKAGED_MODEL:
+        raise UserError(f"--base-model {base_model} is not packaged: {PACKAGED_MODEL} is")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"--base-model {base_model} holds no config.json: name the folder of a Hugging Face model")
+    if not folder.exists() and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
+        raise UserError(f"--base-model {base_model} does not exist: name a folder or a Hub id (owner/name)")
+
+
 def check_adapter_base(adapter_path: str, base_model: str, aliases: tuple[str, ...] = ()) -> None:
     """Stop when an adapter names another base model than the one in use.
 
@@ -263,7 +288,8 @@ def read_run_record(output_dir: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
         record["settings"]["output_dir"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): --output-dir must name the folder of a run") from error
+        reason = "there is none" if not path.exists() else f"it cannot be read: {error}"
+        raise UserError(f"no {path} to go on from ({reason}): --output-dir must name the folder of a run") from error
     return record
 
 

@@ -41,17 +41,22 @@ def fingerprint(questions: Iterable[Question]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_source(dataset: str, split: str = "train") -> None:
+def check_source(dataset: str, split: str = "train", flag: str = "--dataset") -> None:
     """Raise a `UserError` for a source that cannot work, without network, model or heavy import.
 
     Files are read and checked whole; for generated problems the task's name is checked.
     """
-    if dataset.startswith(GENERATOR_PREFIX):
-        _task_and_options(dataset)
-    elif dataset.startswith(generated.PREFIX):
-        generated.parse_source(dataset)
-    elif _is_local(dataset):
-        _read_path(Path(dataset), split)
+    if not dataset.strip():
+        raise UserError(f"{flag} is empty: name a file, a folder, a Hub id or a generator")
+    try:
+        if dataset.startswith(GENERATOR_PREFIX):
+            _task_and_options(dataset)
+        elif dataset.startswith(generated.PREFIX):
+            generated.parse_source(dataset)
+        elif _is_local(dataset):
+            _read_path(Path(dataset), split if Path(dataset).is_dir() else "train")
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset ", f"{flag} ")) from error
 
 
 def load_questions(
@@ -149,16 +154,18 @@ def _read_path(path: Path, split: str) -> list[Question]:
         found = sorted(child for child in path.iterdir() if child.suffix in _SUFFIXES)
         chosen = [child for child in found if child.name.startswith(split)]
         if not chosen:
-            names = ", ".join(child.name for child in found) or "no data file"
+            names = ", ".join(child.name for child in found) or "none"
             raise UserError(
-                f"--dataset {path} holds {names}, but nothing that starts with {split!r}: "
-                f"name the file itself, or use --dataset-split"
+                f"--dataset {path} has no file whose name starts with {split!r} (data files found: {names}): "
+                "name the file itself, or use --dataset-split"
             )
         return [item for child in chosen for item in _read_path(child, split)]
     if not path.is_file():
         raise UserError(f"--dataset {path} does not exist: name a .jsonl or .parquet file, a folder or a Hub id")
     if path.suffix not in _SUFFIXES:
-        raise UserError(f"--dataset {path} is neither .jsonl nor .parquet: convert it, one question a line")
+        raise UserError(
+            f"--dataset {path} is neither .jsonl nor .parquet: convert it, one object with question and answer a line"
+        )
     try:
         rows = list(_parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path))
     except (OSError, UnicodeDecodeError) as error:

@@ -178,7 +178,7 @@ class _Branched:
 
     def __init__(self, model: Any, prefix: DynamicCache, shared: int, rows: int, room: int) -> None:
         self._config = model.config
-        self._dtype = model.dtype
+        self._dtype = next(model.parameters()).dtype
         self.past = DynamicCache(config=model.config)
         count = model.config.num_hidden_layers
         layers: list[Any] = list(prefix.layers)
@@ -265,7 +265,7 @@ def _can_branch(model: Any) -> bool:
     sliding = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return (
-        model.device.type == "cpu"
+        next(model.parameters()).device.type == "cpu"
         and config.model_type in _BRANCHING_TYPES
         and config._attn_implementation in ("sdpa", "eager")
         and not sliding

@@ -88,7 +88,13 @@ def load_base(name: str, *, four_bit: bool) -> Any:
     if gpu:
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     with _explained(name):
-        return AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a layer for good at its first forward in eval mode, for a
+        # kernel that has no gradient: after one worker call, training would go on with wrong gradients, silently.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return model
 
 
 def lora_config(args: LoraSettings, model: Any) -> Any:

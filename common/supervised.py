@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from common import artifacts, callbacks, models, prompts
+from common.args import PACKAGED_MODEL
 from common.cli import say
 from common.data import fingerprint, load_questions
 from common.demonstrations import demonstrations
@@ -64,7 +66,12 @@ def train(args: Any, checkpoint: Path | None = None) -> int:
         if checkpoint is None:
             artifacts.clear_run(output_dir)
         record = artifacts.run_record(
-            args.to_dict(), seed=args.seed, data_fingerprint=found, rows=len(training_rows), four_bit=four_bit
+            args.to_dict(),
+            script="dummy_planner.py",
+            seed=args.seed,
+            data_fingerprint=found,
+            rows=len(training_rows),
+            four_bit=four_bit,
         )
         artifacts.write_json(output_dir / artifacts.TRAINING_CONFIG, record)
         truncate_jsonl_after(
@@ -96,7 +103,8 @@ def train(args: Any, checkpoint: Path | None = None) -> int:
             )
         )
         print(f"\nadapter and curves: {output_dir}")
-        print(f"go on with GRPO:\n  python grpo_training.py --base-model {args.base_model} --adapter-path {output_dir}")
+        preset = "--demo" if args.base_model == PACKAGED_MODEL else f"--base-model {args.base_model}"
+        print(f"go on with GRPO:\n  {sys.executable} grpo_training.py {preset} --adapter-path {output_dir}")
     return 0
 
 

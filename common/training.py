@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from datasets import Dataset
@@ -41,6 +42,7 @@ def quiet_libraries(debug: bool) -> None:
         return
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("trl", "accelerate", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -92,7 +94,11 @@ def train(
     with callbacks.StopOnSignal() as stopper:
         trainer.add_callback(stopper)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            # A run stopped at its very last step has nothing left to train: the trainer would do one step more.
+            if checkpoint is not None and artifacts.checkpoint_step(checkpoint) >= args.max_steps:
+                models.load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), str(checkpoint))
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(
                 f"the GPU ran out of memory in the training step ({str(error).splitlines()[0]}): lower --batch-size "
@@ -102,7 +108,7 @@ def train(
         finally:
             if wandb_callback is not None:
                 wandb_callback.close()
-    if stopper.received is not None:
+    if stopper.received is not None and trainer.state.global_step < args.max_steps:
         return stopped_early("grpo_training.py", stopper.received, trainer.state, output_dir)
     if main_process:
         finish(args, trainer, tokenizer, output_dir)
@@ -115,7 +121,7 @@ def stopped_early(script: str, received: int, state: Any, output_dir: Path) -> i
     """Say how to go on after a signal; returns the exit code."""
     say(
         f"stopped after step {state.global_step} of {state.max_steps}; continue with\n"
-        f"  python {script} --output-dir {output_dir} --resume"
+        f"  {sys.executable} {script} --output-dir {output_dir} --resume"
     )
     return 128 + received
 
@@ -291,6 +297,7 @@ def start_records(args: TrainingArgs, questions: list[Question], output_dir: Pat
     """Store the settings; on resume, drop the lines of steps that will be run again."""
     record = artifacts.run_record(
         args.to_dict(),
+        script="grpo_training.py",
         seed=args.seed,
         data_fingerprint=fingerprint(questions),
         questions=len(questions),

@@ -107,6 +107,12 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "unknown choice": (["--worker-style", "loud"], "few-shot"),
         "no such file": (["--dataset", "./none.jsonl"], "none.jsonl does not exist"),
         "no such task": (["--dataset", "reasoning-gym:chain_sun"], "chain_sum"),
+        "no such model folder": (["--base-model", str(tmp_path / "none")], "does not exist"),
+        "no such packaged model": (["--base-model", "packaged/SmolLM2"], "is not packaged"),
+        "empty model": (["--base-model", ""], "--base-model is empty"),
+        "empty data set": (["--dataset", ""], "--dataset is empty"),
+        "bad held-out set": (["--eval-dataset", "./none.jsonl"], "--eval-dataset none.jsonl does not exist"),
+        "empty output": (["--output-dir", ""], "--output-dir is empty"),
         "no adapter": (["--adapter-path", str(tmp_path / "none")], "not a folder"),
         "resume nothing": (["--resume", "--output-dir", str(tmp_path / "none")], "must name the folder of a run"),
         "all weights 0": (

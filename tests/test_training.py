@@ -84,6 +84,29 @@ def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, 
             assert torch.equal(parameter, base_before[name]), f"{name} of the base model has moved"
 
 
+def test_a_worker_call_leaves_the_gradients_of_a_4bit_model_alone(tiny_planner):
+    """bitsandbytes repacks 4-bit layers on some CPUs in eval mode, for a kernel without a gradient."""
+    from peft import LoraConfig, get_peft_model
+
+    from common.models import load_base, load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_planner)
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(load_base(tiny_planner, four_bit=True), config).train()
+    ids = tokenizer(QUESTIONS[0], return_tensors="pt").input_ids
+
+    def gradients() -> torch.Tensor:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
+
+    before = gradients()
+    FrozenWorker(model, tokenizer, max_tokens=4).solve_directly(QUESTIONS[0])
+    assert before.abs().max() > 0
+    assert torch.equal(gradients(), before)
+
+
 @pytest.fixture(scope="module")
 def finished_run(tiny_planner, questions_file, tmp_path_factory):
     """One run of four steps through the command line, with a checkpoint after two."""
@@ -200,6 +223,24 @@ def test_resume_refuses_what_would_make_it_another_run(finished_run, tmp_path):
     done = run_script("grpo_training.py", "--output-dir", str(copy), "--no-wandb")
     assert done.returncode == 2 and "already holds a run" in done.stderr
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_stopped_after_its_last_step_is_only_finished(finished_run, tmp_path):
+    _, folder, _ = finished_run
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "adapter_model.safetensors").unlink()
+    done = run_script("grpo_training.py", "--output-dir", str(copy), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_jsonl(copy / "metrics.jsonl")] == [1, 2, 3, 4]
+    expected = adapter_weights(folder)
+    assert all(torch.equal(value, expected[name]) for name, value in adapter_weights(copy).items())
+
+
+def test_the_other_script_does_not_take_the_run_for_its_own(finished_run):
+    _, folder, _ = finished_run
+    done = run_script("dummy_planner.py", "--output-dir", str(folder), "--resume")
+    assert done.returncode == 2 and "holds a run of grpo_training.py, not of dummy_planner.py" in done.stderr
 
 
 def test_training_goes_on_from_an_adapter(finished_run, tiny_args):
