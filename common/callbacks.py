@@ -28,7 +28,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from common.report import append_jsonl, plot_training_curves, truncate_jsonl_after
+from common.plots import plot_training_curves
+from common.report import append_jsonl, truncate_jsonl_after
 
 __all__ = ["CollapseWarning", "ProgressCallback", "ReportCallback", "StopOnSignal", "step_metrics"]
 

@@ -20,6 +20,7 @@ from common.data import Question
 from common.grading import extract_prediction, parse_gold
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import Plan
+from common.plots import plot_scoreboard
 from common.prompts import Message, direct_messages, planner_messages
 from common.report import format_table, read_jsonl
 from common.worker import Generation
@@ -255,7 +256,7 @@ def save_scoreboard(rows: Sequence[Row], output_dir: Path) -> dict[str, Any]:
     lines = [json.dumps({**record, "seconds": row.seconds}) for row in ordered for record in row.records]
     write_text_atomically(output_dir / RECORDS, "\n".join(lines) + "\n")
     write_json(output_dir / "evaluation.json", summary)
-    plot_scoreboard(summary, output_dir / "evaluation.png")
+    plot_scoreboard(summary, output_dir / "evaluation.png", highlight=TRAINED)
     return summary
 
 
@@ -269,36 +270,3 @@ def load_rows(output_dir: Path, questions: Sequence[Question]) -> list[Row]:
         rows.setdefault(record["row"], Row(record["row"], [], seconds)).records.append(record)
     asked = [item.question for item in questions]
     return [row for row in rows.values() if [record["question"] for record in row.records] == asked]
-
-
-def plot_scoreboard(summary: dict[str, Any], path: Path) -> None:
-    """A bar per row with its 95 % interval, written atomically."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = list(summary["rows"])
-    values = [100 * summary["rows"][name]["accuracy"] for name in names]
-    bounds = [summary["rows"][name]["interval_95"] for name in names]
-    errors = [
-        [value - 100 * low for value, (low, _) in zip(values, bounds, strict=True)],
-        [100 * high - value for value, (_, high) in zip(values, bounds, strict=True)],
-    ]
-    figure = Figure(figsize=(1.9 + 1.5 * len(names), 4.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    colours = ["#0072B2" if name == TRAINED else "#9A9A9A" for name in names]
-    axes.bar(range(len(names)), values, width=0.62, color=colours)
-    axes.errorbar(range(len(names)), values, yerr=errors, fmt="none", ecolor="black", capsize=5, linewidth=1.2)
-    for place, (value, name) in enumerate(zip(values, names, strict=True)):
-        tokens = summary["rows"][name]["total_tokens"]
-        axes.text(place + 0.06, value + 0.8, f"{value:.0f}%", ha="left", va="bottom", fontweight="bold")
-        axes.text(place, 1.5, f"{tokens:.0f} tokens", ha="center", va="bottom", color="white", fontsize=8)
-    axes.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
-    axes.set_ylim(0, min(100.0, max(100 * high for _, high in bounds) * 1.12 + 4))
-    axes.set_ylabel("correct answers (%)")
-    axes.set_title(f"{summary['questions']} held-out questions, bars: 95 % Wilson interval", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)

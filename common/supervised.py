@@ -18,7 +18,8 @@ from common.cli import say
 from common.data import fingerprint, load_questions
 from common.demonstrations import demonstrations
 from common.errors import UserError
-from common.report import format_table, plot_loss_curves, read_jsonl, truncate_jsonl_after
+from common.plots import plot_loss_curves
+from common.report import format_table, read_jsonl, truncate_jsonl_after
 from common.training import add_wandb, announce_device, device_options, stopped_early
 
 COLUMNS = ("SystemPrompt", "UserPrompt", "ExpectedOutput")

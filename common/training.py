@@ -26,7 +26,8 @@ from common.data import Question, fingerprint
 from common.decoding import decode
 from common.errors import UserError
 from common.pipeline import PipelineExecutor, local_executor
-from common.report import append_jsonl, format_table, plot_training_curves, read_jsonl, truncate_jsonl_after
+from common.plots import plot_training_curves
+from common.report import append_jsonl, format_table, read_jsonl, truncate_jsonl_after
 from common.rewards import PipelineRewardFunction, RewardWeights
 from common.scoring import Scoring
 from common.similarity import SentenceEncoder

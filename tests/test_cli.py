@@ -184,7 +184,7 @@ def test_an_unreachable_model_is_one_line_that_names_the_ways_out(questions_file
 LIGHT = ("errors", "prompts", "plans", "grading", "cli", "args", "artifacts", "data", "generated", "demonstrations")
 LAYERS = (
     LIGHT,
-    ("worker", "models", "similarity", "decoding", "report"),
+    ("worker", "models", "similarity", "decoding", "report", "plots"),
     ("pipeline", "callbacks", "wandb_log"),
     ("rewards", "evaluation"),
     ("scoring",),

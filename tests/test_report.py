@@ -26,7 +26,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from common.callbacks import CollapseWarning, ProgressCallback, ReportCallback, StopOnSignal
 from common.errors import UserError
-from common.report import append_jsonl, format_table, plot_training_curves, read_jsonl, truncate_jsonl_after
+from common.plots import plot_training_curves
+from common.report import append_jsonl, format_table, read_jsonl, truncate_jsonl_after
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -208,9 +209,9 @@ def test_curves_with_missing_keys_gaps_and_a_torn_line(tmp_path):
 def test_drawing_leaves_no_state_behind(tmp_path):
     """No pyplot: its figures would pile up over a long run, and its backend may want a display."""
     code = (
-        "import sys\nfrom common import report\nassert 'matplotlib' not in sys.modules\n"
+        "import sys\nfrom common import plots, report\nassert 'matplotlib' not in sys.modules\n"
         "report.append_jsonl(sys.argv[1] + '/m.jsonl', {'step': 1, 'reward': 0.5})\n"
-        "report.plot_training_curves(sys.argv[1] + '/m.jsonl', sys.argv[1] + '/c.png')\n"
+        "plots.plot_training_curves(sys.argv[1] + '/m.jsonl', sys.argv[1] + '/c.png')\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, timeout=60)
