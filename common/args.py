@@ -48,6 +48,7 @@ class TrainingArgs:
     max_steps: int = setting(500, "training", "optimiser steps", positive=True)
     num_iterations: int = setting(1, "training", "optimiser passes over each generated batch (μ in the GRPO paper)", positive=True)
     beta: float = setting(0.0, "training", "weight of the KL penalty against the base model", minimum=0)
+    scale_rewards: Literal["group", "batch", "none"] = setting("group", "training", "what advantages are divided by: the standard deviation within the group (GRPO), of the whole batch, or nothing (Dr. GRPO). With 'group', a group whose answers are all right turns its small differences in length and independence into full-size advantages")
     max_grad_norm: float = setting(1.0, "training", "gradients are clipped to this norm", positive=True)
     gradient_checkpointing: bool | None = setting(None, "training", "recompute activations to save memory (default: on a GPU only)")
     seed: int = setting(42, "training", "seed of initialisation, data order and sampling", minimum=0)
@@ -169,11 +170,13 @@ DEMO: dict[str, Any] = {
     "lora_layers": 10,
     "lr": 2e-4,
     "lr_schedule": "constant",
-    "batch_size": 16,
+    "warmup_steps": 2,
+    "batch_size": 24,
     "grad_accum": 2,
-    "max_steps": 10,
+    "max_steps": 12,
     "num_generations": 8,
-    "temperature": 1.0,
+    "scale_rewards": "batch",
+    "temperature": 0.8,
     "max_completion_length": 48,
     "planner_style": "short",
     "worker_style": "few-shot",

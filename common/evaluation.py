@@ -36,6 +36,7 @@ DIRECT, VOTE, UNTRAINED, SUPERVISED, TRAINED = (
 )
 ORDER = (DIRECT, VOTE, UNTRAINED, SUPERVISED, TRAINED)
 RECORDS = "evaluation.jsonl"
+MIN_VOTES = 3
 
 
 @dataclass(slots=True)
@@ -94,7 +95,8 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
     """Direct solving with at least the token budget of another row: majority vote over samples.
 
     The greedy answer is the first vote and wins ties; sampled answers follow until their mean cost
-    reaches the budget (self-consistency, arXiv:2203.11171).
+    reaches the budget (self-consistency, arXiv:2203.11171), and until there are three of them: of two votes
+    the greedy one would always win. So direct solving gets at least the budget, and often more.
 
     Args:
         direct: the row whose greedy answers are the first votes.
@@ -102,7 +104,7 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
         budget: tokens per question to be reached.
     """
     started = time.perf_counter()
-    count = max(1, math.ceil(budget / max(1.0, direct.mean("total_tokens"))))
+    count = max(MIN_VOTES, math.ceil(budget / max(1.0, direct.mean("total_tokens"))))
     requests = [direct_messages(item.question, style) for item in questions for _ in range(count - 1)]
     samples = iter(sampler(requests) if requests else [])
     records = []

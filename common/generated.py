@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from urllib.parse import parse_qsl
 
 from common.errors import UserError
@@ -21,6 +22,9 @@ PREFIX = "generated:"
 FAMILY = "shares"
 NAMES = ("Ann", "Bob", "Cal", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Joe")
 ITEMS = ("pens", "cards", "coins", "books", "shells", "cups")
+# Of the plans to imitate: how many are direct, and how many of the splits use every number once.
+DIRECT_SHARE = 0.2
+COVERING_SHARE = 0.5
 _OPTIONS = {"people": 4, "low": 1, "high": 5}
 _PATTERN = re.compile(r"(?:^|, | and )([A-Z][a-z]+) has (\d+)")
 
@@ -78,18 +82,27 @@ def shares(source: str, seed: int) -> Iterator[Shares]:
         yield Shares(names, amounts, draw.choice(ITEMS))
 
 
+def amounts_of(question: str) -> list[int]:
+    """The numbers of a problem of this family, in order; empty for another question."""
+    return [int(amount) for _, amount in _PATTERN.findall(question)]
+
+
 def demonstrate(question: str, draw: random.Random) -> Plan | None:
     """A varied plan for a problem of this family, for a supervised warm start; None for another question.
 
-    It teaches the format, not the answer: it is as often direct as one of three kinds of split, drawn
-    without regard to which of them works (one pair, two disjoint pairs, two overlapping pairs), so that
-    what pays is left for GRPO to find.
+    It teaches the format, not the answer: one plan in five is direct, the others split into pairs of
+    neighbours in the problem, and half of these splits leave numbers out or count one twice. Which of it
+    pays is left for GRPO to find.
     """
-    amounts = [int(amount) for _, amount in _PATTERN.findall(question)]
+    amounts = amounts_of(question)
     if len(amounts) < 2:
         return None
-    kinds: tuple[list[list[int]], ...] = ([], [amounts[:2]], [amounts[:2], amounts[2:4]], [amounts[:2], amounts[1:3]])
-    groups = [group for group in draw.choice(kinds) if group]
-    if not groups:
+    if draw.random() < DIRECT_SHARE:
         return Plan(False, ())
+    pairs = [amounts[i : i + 2] for i in range(0, len(amounts), 2)]
+    if draw.random() < COVERING_SHARE or len(amounts) < 4:
+        groups = pairs if draw.random() < 0.5 else pairs[::-1]
+    else:
+        windows = [amounts[i : i + 2] for i in range(len(amounts) - 1)]
+        groups = draw.choice([[window] for window in windows] + [list(two) for two in pairwise(windows)])
     return Plan(True, tuple(f"What is {' + '.join(map(str, group))}?" for group in groups))

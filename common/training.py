@@ -259,6 +259,7 @@ def grpo_config(args: TrainingArgs) -> GRPOConfig:
         top_p=args.top_p,
         max_completion_length=args.max_completion_length,
         beta=args.beta,
+        scale_rewards=args.scale_rewards,
         max_grad_norm=args.max_grad_norm,
         seed=args.seed,
         logging_steps=1,

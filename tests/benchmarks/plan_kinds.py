@@ -1,0 +1,82 @@
+"""What each kind of plan is worth to the frozen worker: hand-made plans for generated problems, scored.
+
+    python -m tests.benchmarks.plan_kinds --questions 128
+
+A planner can learn only what its worker rewards, so this table chose the demo's family of problems, its
+numbers and its few-shot turns: it says where splitting pays, and by how much, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from common.args import DEMO, TrainingArgs
+from common.data import load_questions
+from common.generated import amounts_of
+from common.plans import Plan
+
+Amounts = Sequence[int]
+Grouping = Callable[[Amounts], list[list[int]]]
+
+KINDS: dict[str, Grouping] = {
+    "direct, steps written out": lambda x: [],
+    "disjoint pairs, in order": lambda x: [[x[0], x[1]], [x[2], x[3]]],
+    "disjoint pairs, every other": lambda x: [[x[0], x[2]], [x[1], x[3]]],
+    "disjoint pairs, outer and inner": lambda x: [[x[0], x[3]], [x[1], x[2]]],
+    "overlapping pairs": lambda x: [[x[0], x[1]], [x[1], x[2]]],
+    "one pair": lambda x: [[x[0], x[1]]],
+    "three and one": lambda x: [[x[0], x[1], x[2]], [x[3]]],
+    "all in one": lambda x: [list(x)],
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=128)
+    parser.add_argument("--dataset", default=DEMO["dataset"], help="generated:shares of four people")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(argv)
+
+    from common import models
+    from common.evaluation import wilson_interval
+    from common.pipeline import PipelineItem, local_executor
+    from common.report import format_table
+    from common.similarity import SentenceEncoder
+
+    args = TrainingArgs(**{**DEMO, "dataset": options.dataset})
+    tokenizer = models.load_tokenizer(args.base_model)
+    model = models.load_base(args.base_model, four_bit=False).eval()
+    executor = local_executor(args, model, tokenizer, SentenceEncoder(args.embedding_model))
+    questions = load_questions(args.dataset, limit=options.questions, seed=options.seed)
+    rows = []
+    for name, grouping in KINDS.items():
+        plans = []
+        for item in questions:
+            groups = grouping(amounts_of(item.question))
+            plans.append(Plan(bool(groups), tuple(f"What is {' + '.join(map(str, group))}?" for group in groups)))
+        results = executor.execute_batch(
+            [
+                PipelineItem(plan.to_json(), item.question, item.answer)
+                for plan, item in zip(plans, questions, strict=True)
+            ]
+        )
+        correct = sum(result.correct for result in results)
+        low, high = wilson_interval(correct, len(results))
+        rows.append(
+            {
+                f"{len(results)} questions, {args.dataset}": name,
+                "accuracy": f"{100 * correct / len(results):.0f}%",
+                "95% interval": f"{100 * low:.0f}-{100 * high:.0f}",
+                "worker tokens": f"{sum(result.worker_tokens for result in results) / len(results):.0f}",
+            }
+        )
+        print(rows[-1], file=sys.stderr, flush=True)
+    print(format_table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
