@@ -196,7 +196,7 @@ LIGHT = (
 )
 LAYERS = (
     LIGHT,
-    ("worker", "models", "similarity", "decoding", "packing", "report", "plots"),
+    ("worker", "models", "similarity", "branching", "decoding", "packing", "report", "plots"),
     ("pipeline", "callbacks", "wandb_log"),
     ("rewards", "evaluation"),
     ("scoring", "planner_trainer"),

@@ -21,7 +21,7 @@ def any_vectors(texts: list[str]) -> np.ndarray:
 
 def test_texts_and_token_counts_equal_one_generate_call_per_prompt(smollm2):
     model, tokenizer = smollm2
-    plans = mix.grpo_mix(12, (4,))
+    plans = mix.grpo_mix(8, (4,))
     plain = mix.GenerateWorker(model, tokenizer, style="instruct", max_tokens=MAX_TOKENS, at_once=False)
     known = {}  # a greedy answer is the same every time: the plain way may remember it too, to keep this test short
 
