@@ -90,6 +90,7 @@ class GenerateWorker:
 
     def _generate(self, texts: list[str]) -> list[Generation]:
         batch = self._tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        batch = batch.to(self._model.device)
         ids = self._model.generate(**batch, max_new_tokens=self._max_tokens, do_sample=False)
         width = batch.input_ids.shape[1]
         ends = end_token_ids(self._model, self._tokenizer)
