@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.grading import extract_prediction, parse_gold
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import near_plan_credit
+from common.stepclock import StepClock
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class PipelineRewardFunction:
         weights: of the formula.
         eos_ids: tokens that end a completion; one that ends with none of them was cut off.
         sink: receives the batch's sample records (for `samples.jsonl` and W&B).
+        clock: is told how long worker and embeddings took.
 
     Raises (when called):
         UserError: after several batches in a row in which every worker call failed.
@@ -80,8 +82,10 @@ class PipelineRewardFunction:
         *,
         eos_ids: frozenset[int],
         sink: Callable[[list[dict[str, Any]]], None] | None = None,
+        clock: StepClock | None = None,
     ) -> None:
         self.executor = executor
+        self._clock = clock or StepClock()
         self._weights = weights
         self._eos_ids = eos_ids
         self._sink = sink
@@ -116,10 +120,12 @@ class PipelineRewardFunction:
         results = self.executor.execute_batch(items)
         rewards = [reward_of(result, self._weights) for result in results]
         self._stop_if_nothing_works(results)
+        stats = self.executor.worker.take_stats()
+        self._clock.add("worker_seconds", stats.seconds)
+        self._clock.add("embedding_seconds", self.executor.embeddings.take_seconds())
         if log_metric is not None:
             for name, value in batch_metrics(results, self._weights).items():
                 log_metric(name, value)
-            stats = self.executor.worker.take_stats()
             log_metric("cache_hit_rate", stats.cache_hit_rate)
             log_metric("worker_seconds", stats.seconds)
         if log_extra is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,12 @@ class Embeddings:
         self._encoder = encoder
         self._cache_size = cache_size
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._seconds = 0.0
+
+    def take_seconds(self) -> float:
+        """Seconds spent encoding since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def vectors(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """A unit vector (d,) for each distinct text; the zero vector stays zero."""
@@ -57,8 +64,10 @@ class Embeddings:
         missing = [text for text in distinct if text not in self._cache]
         fresh: dict[str, np.ndarray] = {}
         if missing:
+            started = time.perf_counter()
             encoded = np.asarray(self._encoder(missing), dtype=np.float64)  # (n, d)
             norms = np.linalg.norm(encoded, axis=1, keepdims=True)
+            self._seconds += time.perf_counter() - started
             fresh = dict(zip(missing, encoded / np.where(norms > 0, norms, 1.0), strict=True))
         found = {text: fresh[text] if text in fresh else self._cache[text] for text in distinct}
         self._cache.update(found)

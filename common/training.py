@@ -17,21 +17,21 @@ from datasets import Dataset
 from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import RepeatSampler
 
 from common import artifacts, callbacks, models, prompts
 from common.args import TrainingArgs
 from common.cli import say
 from common.data import Question, fingerprint
-from common.decoding import decode
 from common.errors import UserError
 from common.pipeline import PipelineExecutor, local_executor
+from common.planner_trainer import PlannerTrainer
 from common.plots import plot_training_curves
 from common.report import append_jsonl, format_table, read_jsonl, truncate_jsonl_after
 from common.rewards import PipelineRewardFunction, RewardWeights
 from common.scoring import Scoring
 from common.similarity import SentenceEncoder
-from common.worker import end_token_ids, inference
+from common.stepclock import StepClock, breakdown_rows
+from common.worker import end_token_ids
 
 # A rank whose worker has long answers to write holds the others at the gather; two hours, not ten minutes.
 GATHER_TIMEOUT_SECONDS = 7200
@@ -155,12 +155,14 @@ def build_trainer(
     base = models.load_base(args.base_model, four_bit=four_bit)
     announce_device(four_bit)
     holder: list[GRPOTrainer] = []
+    clock = StepClock()
     executor = local_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
     reward = PipelineRewardFunction(
-        executor, reward_weights(args), eos_ids=end_token_ids(base, tokenizer), sink=samples
+        executor, reward_weights(args), eos_ids=end_token_ids(base, tokenizer), sink=samples, clock=clock
     )
     fold = not prompts.accepts_system(tokenizer)
     trainer = PlannerTrainer(
+        clock=clock,
         model=base,
         reward_funcs=[reward],
         args=grpo_config(args),
@@ -178,50 +180,6 @@ def build_trainer(
     if args.adapter_path is not None:
         models.load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), args.adapter_path)
     return trainer, executor
-
-
-class EpochSampler(RepeatSampler):
-    """TRL's sampler, whose order depends on the seed and the epoch alone.
-
-    TRL's own draws each epoch's order from a generator that goes on from the epoch before, so a run that is
-    resumed in its second epoch would see the first epoch's order again.
-    """
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch."""
-        if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + epoch)
-
-
-class PlannerTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose data order survives a resume in any epoch, and whose rollouts are fast on a CPU."""
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        args: Any = self.args
-        return EpochSampler(
-            data_source=dataset or self.train_dataset,  # type: ignore[arg-type]
-            mini_repeat_count=args.num_generations,
-            batch_size=args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * args.steps_per_generation,
-            shuffle=args.shuffle_dataset,
-            seed=args.seed,
-        )
-
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **options: Any) -> Any:
-        """Completions of B prompts. On a CPU by our own decoding, at a third of the time of `generate`."""
-        args: Any = self.args
-        if torch.cuda.is_available() or args.top_p < 1:
-            return super()._generate_single_turn(prompt_ids, *others, **options)
-        with inference(self.accelerator.unwrap_model(self.model), adapter=True) as model:
-            completions = decode(
-                model,
-                prompt_ids,
-                max_new_tokens=args.max_completion_length,
-                eos_ids=frozenset(self.eos_token_ids),
-                pad_id=self._tokenizer.pad_token_id,
-                temperature=args.temperature,
-            )
-        return completions, None  # TRL needs no log-probabilities of a transformers model's own samples
 
 
 def planner_row(item: Question, style: str, fold_system: bool) -> dict[str, Any]:
@@ -332,7 +290,10 @@ def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir:
     artifacts.save_adapter(model, tokenizer, output_dir)
     metrics = output_dir / "metrics.jsonl"
     plot_training_curves(metrics, output_dir / "training_curves.png")
-    print(summary_table(read_jsonl(metrics)))
+    records = read_jsonl(metrics)
+    print(summary_table(records))
+    if rows := breakdown_rows(records):
+        print(f"\n{format_table(rows)}")
     print(f"\nadapter, samples and curves: {output_dir}")
     print(
         "serve it with vLLM:\n"

@@ -146,6 +146,7 @@ def test_metrics_and_samples_tell_what_happened(finished_run):
     for name in (
         "loss", "reward", "reward_std", "correctness", "decomposition_rate", "invalid_plan_rate", "planner_tokens",
         "worker_tokens", "independence", "subproblems_per_plan", "cache_hit_rate", "worker_seconds",
+        "planner_seconds", "embedding_seconds", "gradient_seconds", "rest_seconds",
         "worker_failures", "entropy", "frac_reward_zero_std",
     ):  # fmt: skip
         assert any(line.get(name) is not None for line in metrics), name

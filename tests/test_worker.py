@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import QUESTIONS
 
 from common import prompts
+from common.branching import shared_heads
 from common.decoding import decode, shared_prefix_length
+from common.packing import packed_linears
 from common.worker import FrozenWorker, end_token_ids, inference
 
 SUMS = ["What is 7 + 8 + 5?", "What is 3 + 9?", "What is 21 + 30 + 4?", "What is 2 + 2 + 2 + 2?", "What is 6 + 9 + 1?"]
@@ -148,3 +151,68 @@ def test_templates_without_a_system_role_still_get_the_instructions(smollm2):
     assert not prompts.accepts_system(strict)
     text = prompts.render(strict, prompts.fold_system(prompts.planner_messages("How many?", "full")))
     assert "should_decompose" in text and "How many?" in text
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
+def test_groups_of_prompts_decode_like_single_ones_with_an_adapter_and_packed_weights(tiny_planner, four_bit):
+    """The planner's rollouts: G times each prompt, LoRA on, and in fp32 on packed weights."""
+    from peft import LoraConfig, get_peft_model
+
+    from common.models import load_base, load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_planner)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(load_base(tiny_planner, four_bit=four_bit), config).eval()
+    texts = [prompts.render(tokenizer, prompts.planner_messages(question, "short")) for question in QUESTIONS[:3]]
+    texts.append(prompts.render(tokenizer, prompts.planner_messages("Say hello.", "full")))
+    expected = plain_generate(model, tokenizer, texts, 20)
+    with model.disable_adapter():
+        assert plain_generate(model, tokenizer, texts, 20) != expected, "the adapter must change the answers"
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    order = [0, 1, 2, 3, 0, 1, 2, 0]
+    with packed_linears(model, rows=8, steps=20):
+        base_layers = [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]
+        assert all("forward" in vars(module) for module in base_layers) is not four_bit
+        found = decode(
+            model.get_base_model(), [ids[i] for i in order], max_new_tokens=20,
+            eos_ids=end_token_ids(model, tokenizer), pad_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    assert found == [expected[i] for i in order]
+
+
+def test_packed_weights_are_gone_after_an_error_and_never_made_for_a_few_rows(smollm2):
+    model, _ = smollm2
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        with pytest.raises(RuntimeError, match="inside"), packed_linears(model, rows=4, steps=16):
+            assert "forward" in vars(model.lm_head)
+            torch.testing.assert_close(model(input_ids=ids).logits, before, atol=1e-3, rtol=1e-3)
+            with packed_linears(model, rows=4, steps=16):  # nested: shares the outer one's copies
+                pass
+            assert "forward" in vars(model.lm_head)
+            raise RuntimeError("inside")
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert torch.equal(model(input_ids=ids).logits, before)
+        with packed_linears(model, rows=1, steps=100), packed_linears(model, rows=100, steps=1):
+            assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_heads_are_shared_where_that_saves_most():
+    few, many = list(range(10, 14)), list(range(100, 150))
+    # three of one question, two of another, one alone: groups a question, though all share a little
+    rows = [few + many + [1, 2], few + many + [3], few + many + [4, 5, 6]]
+    rows += [[*few, 7, *many, 1], [*few, 7, *many, 2], [9, 9, 9]]
+    assert shared_heads(rows) == [54, 54, 54, 55, 55, 0]
+    assert shared_heads([rows[5], rows[3], rows[0], rows[4], rows[1], rows[2]]) == [0, 55, 54, 55, 54, 54]
+    # equal prompts share all but the last token; a prompt that begins another still keeps one of its own
+    assert shared_heads([many, many, many]) == [49, 49, 49]
+    assert shared_heads([many, [*many, 1], [*many, 2]]) in ([49, 49, 49], [0, 50, 50])
+    assert shared_heads([[1, 2], [1, 2]]) == [0, 0]  # too little to pay
+    assert shared_heads([[5]]) == [0]
+    # one whole group where the parts would save less
+    assert shared_heads([[*many, n] for n in range(5)]) == [50] * 5
+    # a chain of prompts that each begin the next one, deeper than any recursion
+    chain = [list(range(n)) for n in range(1, 400)]
+    assert all(0 <= head < len(row) for head, row in zip(shared_heads(chain), chain, strict=True))

@@ -1,0 +1,175 @@
+"""One measurement in a process of its own: `python -m tests.benchmarks.measure '{"task": "reward", …}'`.
+
+Prints one line of JSON. Started by `reward_step`, which repeats and compares; a fresh process each time, so that
+no measurement inherits another's caches, memory or thread pool.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tests.benchmarks import mix
+
+STYLE = "instruct"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure.
+
+    Args:
+        task: "reward": one call of the reward function's pipeline; "train": a short GRPO run.
+        variant: "one-call", "ours", "padded" or "vllm"; for "train" "ours" or "two-copies".
+        plans: "grpo" or "distinct".
+        completions: how many of them.
+        max_tokens: longest answer of the worker.
+        url, server: of the vLLM server, and its process id, whose CPU time and memory count where given.
+    """
+
+    task: str = "reward"
+    variant: str = "ours"
+    plans: str = "grpo"
+    completions: int = 24
+    max_tokens: int = 128
+    url: str = ""
+    server: int = 0
+
+
+def reward_step(job: Job) -> dict[str, Any]:
+    """Carry out the plans once: seconds, tokens, peak memory in MiB, and the texts that came out."""
+    from common.args import PACKAGED_MODEL, TrainingArgs
+    from common.models import load_base, load_tokenizer
+    from common.pipeline import PipelineExecutor
+    from common.similarity import Embeddings, SentenceEncoder
+    from common.worker import FrozenWorker
+
+    items = (mix.grpo_mix if job.plans == "grpo" else mix.distinct_mix)(job.completions)
+    encoder = SentenceEncoder(TrainingArgs.embedding_model)
+    encoder(["load the encoder"])
+    imports = peak_mib()
+    tokenizer = load_tokenizer(PACKAGED_MODEL)
+    models = []
+    if job.variant != "vllm":
+        # Besides the worker's, the plain implementation holds the copy that the trainer trains.
+        models = [load_base(PACKAGED_MODEL, four_bit=False).eval() for _ in range(1 + (job.variant == "one-call"))]
+    worker: Any
+    if job.variant == "vllm":
+        worker = mix.VllmWorker(job.url, tokenizer, style=STYLE, max_tokens=job.max_tokens)
+    elif job.variant == "ours":
+        worker = FrozenWorker(models[0], tokenizer, style=STYLE, max_tokens=job.max_tokens)
+    else:
+        worker = mix.GenerateWorker(
+            models[0], tokenizer, style=STYLE, max_tokens=job.max_tokens, at_once=job.variant == "padded"
+        )
+    worker.generate([[{"role": "user", "content": "Hello"}]])  # what is done once is no part of a step
+    worker.take_stats()
+
+    cpu, wall = cpu_seconds(job.server), time.perf_counter()
+    if job.variant == "one-call":
+        found = mix.plain_pipeline(items, lambda request: worker.generate([request])[0], STYLE)
+    else:
+        results = PipelineExecutor(worker, Embeddings(encoder)).execute_batch(items)
+        found = [[*r.solutions, *([r.final] if r.final else [])] for r in results]
+    wall, cpu = time.perf_counter() - wall, cpu_seconds(job.server) - cpu
+    stats = worker.take_stats()
+    return {
+        "wall": wall,
+        "cpu": cpu,
+        "model_seconds": stats.model_seconds,
+        "requests": sum(map(len, found)),
+        "charged": sum(answer.tokens for answers in found for answer in answers),
+        "generated": stats.generated_tokens,
+        "imports_mib": imports,
+        "peak_mib": peak_mib(),
+        "texts": [[answer.text, answer.tokens] for answers in found for answer in answers],
+    }
+
+
+def training_steps(job: Job) -> dict[str, Any]:
+    """Two GRPO steps with the documented batch sizes: seconds, and peak memory in MiB."""
+    from common import models, training
+    from common.args import PACKAGED_MODEL, TrainingArgs
+    from common.data import Question
+
+    training.quiet_libraries(debug=False)
+    training.tune_for_cpu()
+    imports = peak_mib()
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArgs(
+            base_model=PACKAGED_MODEL,
+            output_dir=folder,
+            use_4bit=False,
+            planner_style="short",
+            max_steps=2,
+            save_steps=100,
+            max_completion_length=job.max_tokens,
+            worker_max_tokens=job.max_tokens,
+        )
+        tokenizer = models.load_tokenizer(PACKAGED_MODEL)
+        questions = [Question(group[0].question, group[0].ground_truth) for group in mix.load_groups()]
+        trainer, executor = training.build_trainer(args, questions, tokenizer)
+        reward: Any = trainer.reward_funcs[0]
+        # An untrained small planner writes no valid plan: solved directly, so that the worker has work.
+        reward.executor = executor.with_fallback()
+        if job.variant == "two-copies":
+            second = models.load_base(PACKAGED_MODEL, four_bit=False).eval()
+            reward.executor.worker = mix.GenerateWorker(
+                second, tokenizer, style=STYLE, max_tokens=job.max_tokens, at_once=False
+            )
+        cpu, wall = cpu_seconds(), time.perf_counter()
+        trainer.train()
+        return {
+            "wall": time.perf_counter() - wall,
+            "cpu": cpu_seconds() - cpu,
+            "imports_mib": imports,
+            "peak_mib": peak_mib(),
+        }
+
+
+def cpu_seconds(server: int = 0) -> float:
+    """CPU time of this process and, where given, of a server's process and its children."""
+    total = time.process_time()
+    for process in server_processes(server):
+        times = process.cpu_times()
+        total += times.user + times.system
+    return total
+
+
+def server_processes(server: int) -> Sequence[Any]:
+    """A server's process and its children, or none."""
+    if not server:
+        return []
+    import psutil
+
+    parent = psutil.Process(server)
+    return [parent, *parent.children(recursive=True)]
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> int:
+    """Run the job given as JSON in the first argument, on as many torch threads as OMP_NUM_THREADS says."""
+    job = Job(**json.loads(sys.argv[1]))
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    result = training_steps(job) if job.task == "train" else reward_step(job)
+    if job.server:
+        result["peak_mib"] = sum(process.memory_info().rss for process in server_processes(job.server)) / 2**20
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

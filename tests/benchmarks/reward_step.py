@@ -1,0 +1,237 @@
+"""What a reward step costs: ours against plain ways of doing the same, on the same plans, model and machine.
+
+    python -m tests.benchmarks.reward_step --output docs/reward_step.md          # everything; most of an hour
+    python -m tests.benchmarks.reward_step --quick                               # the same, small, in a minute or two
+
+Compared, greedy, SmolLM2-135M in fp32:
+  one-call  plan after plan, one `generate` call per prompt, on a second copy of the model
+  ours      PipelineExecutor and FrozenWorker
+  padded    `generate` on one padded batch of a wave's distinct prompts: the fair upper reference
+  vllm      a vLLM server, where --vllm-url names one
+
+Every measurement is a process of its own; the variants take turns, so that a slower minute hits all of them; the
+tables show medians. The plans are `sample_plans.py`'s. Fails (exit code 1) where the texts or token counts of
+one-call, ours and padded differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common.cli import Parser, run, say
+from common.errors import UserError
+from tests.benchmarks.measure import Job
+
+SAME_TEXTS = ("one-call", "ours", "padded")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = Parser(prog="reward_step", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one small repeat of everything")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="repeats (default: 5)")
+    parser.add_argument("--completions", type=int, default=24, metavar="N", help="of the mixes (default: 24)")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default: 1)")
+    parser.add_argument("--vllm-url", default="", metavar="URL", help="compare with this server's base model too")
+    parser.add_argument("--vllm-pid", type=int, default=0, metavar="PID", help="its process, for CPU time and memory")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the tables here, as Markdown")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, compare, write. Returns the exit code."""
+    options = build_parser().parse_args(argv)
+    if min(options.repeats, options.completions, options.max_tokens, options.threads) < 1:
+        raise UserError("--repeats, --completions, --max-tokens and --threads must be at least 1")
+    job = Job(completions=options.completions, max_tokens=options.max_tokens)
+    repeats, scale = options.repeats, [8, 32, 128]
+    if options.quick:
+        job, repeats, scale = Job(completions=4, max_tokens=16), 1, [4, 8]
+    variants = [job, *(replace(job, variant=name) for name in ("one-call", "padded"))]
+    if options.vllm_url:
+        variants.append(replace(job, variant="vllm", url=options.vllm_url, server=options.vllm_pid))
+    sections = [heading(options, job, repeats)]
+    for title, plans in (("GRPO mix", "grpo"), ("All prompts distinct", "distinct")):
+        jobs = [replace(variant, plans=plans) for variant in variants]
+        results = interleaved(jobs, repeats, options.threads)
+        check_same_texts(results)
+        sections.append(f"## {title}\n\n{comparison(results)}")
+    results = interleaved([replace(job, completions=count) for count in scale], repeats, options.threads)
+    sections.append(f"## Scale\n\n{scale_table(results)}")
+    by_threads = {count: interleaved([job], repeats, count) for count in (1, 2)}
+    sections.append(f"## Threads\n\n{threads_table(by_threads)}")
+    steps = [replace(job, task="train", variant=name) for name in ("ours", "two-copies")]
+    sections.append(
+        f"## Memory of a training step\n\n{memory_table(interleaved(steps, min(repeats, 3), options.threads))}"
+    )
+    text = "\n\n".join(sections) + "\n"
+    print(text)
+    if options.output is not None:
+        options.output.write_text(text)
+    return 0
+
+
+Results = dict[Job, list[dict[str, Any]]]
+
+
+def interleaved(jobs: Sequence[Job], repeats: int, threads: int) -> Results:
+    """Every job `repeats` times, in turn."""
+    results: Results = {job: [] for job in jobs}
+    for repeat in range(repeats):
+        for job in jobs:
+            found = measured(job, threads)
+            results[job].append(found)
+            say(
+                f"{job.task} {job.plans} {job.completions} {job.variant} x{threads}, {repeat + 1} of {repeats}: "
+                f"{found['wall']:.1f} s, {found['cpu']:.1f} CPU-s"
+            )
+    return results
+
+
+def measured(job: Job, threads: int) -> dict[str, Any]:
+    """One job in a process of its own.
+
+    Raises:
+        UserError: where it fails, with its last line.
+    """
+    threading = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.measure", json.dumps(asdict(job))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **threading, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    if done.returncode != 0:
+        raise UserError(f"{job} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}", exit_code=1)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def check_same_texts(results: Results) -> None:
+    """Raise a `UserError` where two ways gave different texts or token counts."""
+    texts = {job.variant: runs[0]["texts"] for job, runs in results.items() if job.variant in SAME_TEXTS}
+    for variant, found in texts.items():
+        pairs = zip(texts["ours"], found, strict=True)
+        different = sum(ours != other for ours, other in pairs)
+        if different:
+            raise UserError(f"{variant} and ours differ in {different} answers", exit_code=1)
+
+
+def middle(runs: Sequence[dict[str, Any]], name: str) -> float:
+    """Median of one figure over the repeats."""
+    return median(found[name] for found in runs)
+
+
+def comparison(results: Results) -> str:
+    """Wall and CPU time, tokens and memory of every variant, and how many times ours they take."""
+    ours = next(runs for job, runs in results.items() if job.variant == "ours")
+    rows = []
+    for job, runs in results.items():
+        same = [x == y for x, y in zip(runs[0]["texts"], ours[0]["texts"], strict=True)]
+        wall, cpu = middle(runs, "wall"), middle(runs, "cpu")
+        has_cpu = job.variant != "vllm" or job.server
+        rows.append(
+            {
+                "": job.variant,
+                "wall s": f"{wall:.1f}",
+                "CPU s": f"{cpu:.1f}" if has_cpu else "-",
+                "ours is × faster (wall)": f"{wall / middle(ours, 'wall'):.2f}",
+                "(CPU)": f"{cpu / middle(ours, 'cpu'):.2f}" if has_cpu else "-",
+                "tokens generated": f"{runs[0]['generated']}",
+                "tokens/s": f"{runs[0]['generated'] / wall:.1f}",
+                "tokens/CPU-s": f"{runs[0]['generated'] / cpu:.1f}" if has_cpu else "-",
+                "peak MiB": f"{middle(runs, 'peak_mib'):.0f}",
+                "same answers": f"{sum(same)} of {len(same)}",
+            }
+        )
+    share = 1 - median(found["model_seconds"] / found["wall"] for found in ours)
+    return (
+        f"{markdown(rows)}\n\n{ours[0]['requests']} worker answers of {ours[0]['charged']} tokens. Outside the model "
+        f"(parsing, prompts, tokenising, grading, embeddings): {100 * share:.1f} % of our time."
+    )
+
+
+def scale_table(results: Results) -> str:
+    """Time against the number of completions."""
+    rows: list[dict[str, str]] = []
+    before = None
+    for job, runs in results.items():
+        cpu = middle(runs, "cpu")
+        rows.append(
+            {
+                "completions": f"{job.completions}",
+                "wall s": f"{middle(runs, 'wall'):.1f}",
+                "CPU s": f"{cpu:.1f}",
+                "× the CPU time before": "-" if before is None else f"{cpu / before:.2f}",
+                "tokens generated": f"{runs[0]['generated']}",
+                "tokens/CPU-s": f"{runs[0]['generated'] / cpu:.1f}",
+                "peak MiB": f"{middle(runs, 'peak_mib'):.0f}",
+            }
+        )
+        before = cpu
+    return markdown(rows)
+
+
+def threads_table(by_threads: dict[int, Results]) -> str:
+    """Time against the number of torch threads."""
+    return markdown(
+        [
+            {"threads": f"{count}", "wall s": f"{middle(runs, 'wall'):.1f}", "CPU s": f"{middle(runs, 'cpu'):.1f}"}
+            for count, results in by_threads.items()
+            for runs in results.values()
+        ]
+    )
+
+
+def memory_table(results: Results) -> str:
+    """Peak memory of a GRPO step, whole and without what the libraries take before a model is loaded."""
+    two = next(runs for job, runs in results.items() if job.variant == "two-copies")
+    base = middle(two, "imports_mib")
+    return markdown(
+        [
+            {
+                "": job.variant,
+                "peak MiB": f"{middle(runs, 'peak_mib'):.0f}",
+                "× two copies": f"{middle(runs, 'peak_mib') / middle(two, 'peak_mib'):.2f}",
+                "beyond the libraries, MiB": f"{middle(runs, 'peak_mib') - base:.0f}",
+                "× two copies ": f"{(middle(runs, 'peak_mib') - base) / (middle(two, 'peak_mib') - base):.2f}",
+                "wall s": f"{middle(runs, 'wall'):.1f}",
+                "CPU s": f"{middle(runs, 'cpu'):.1f}",
+            }
+            for job, runs in results.items()
+        ]
+    )
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table of rows with the same keys."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def heading(options: argparse.Namespace, job: Job, repeats: int) -> str:
+    """When, where and how."""
+    import torch
+
+    flags = " ".join(sys.argv[1:])
+    return (
+        f"`python -m tests.benchmarks.reward_step {flags}`, {datetime.now(UTC):%Y-%m-%d}, "
+        f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, {options.threads} thread(s), "
+        f"{job.completions} completions, answers of at most {job.max_tokens} tokens, medians of {repeats}."
+    )
+
+
+if __name__ == "__main__":
+    run(main)
