@@ -185,10 +185,10 @@ LIGHT = ("errors", "prompts", "plans", "grading", "cli", "args", "artifacts", "d
 LAYERS = (
     LIGHT,
     ("worker", "models", "similarity", "decoding", "report", "plots"),
-    ("pipeline", "callbacks", "wandb_log"),
-    ("rewards", "evaluation"),
+    ("pipeline", "callbacks", "wandb_log", "hub", "certificate"),
+    ("rewards", "evaluation", "model_card"),
     ("scoring",),
-    ("training",),
+    ("training", "merging"),
     ("supervised",),
 )
 
