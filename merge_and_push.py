@@ -100,7 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--repo-name is required, also with --no-push: the model card names the repo")
     args = MergeArgs(**given)
     args.validate()
-    signal.signal(signal.SIGTERM, _stop)
     record, base = artifacts.adapter_origin(args.adapter_path, args.base_model)
     if args.revision is not None and (Path(base).expanduser().exists() or base == PACKAGED_MODEL):
         raise UserError(f"--revision {args.revision}: {base} is no Hub id, so it has no revisions: leave it out")
@@ -123,9 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         repo_id = hub.check_push(api, args.repo_name, private=args.private)
 
     if report is None:
-        from common import merging, training  # torch, transformers and peft are imported here, and take seconds
+        from common import merging, models  # torch, transformers and peft are imported here, and take seconds
 
-        training.quiet_libraries(options.debug)
+        if not options.debug:
+            models.quiet_transformers()
         report = merging.merge(merging.prepare(args, base, record, inputs))
     else:
         say(f"{args.target} holds this merge already")
@@ -189,4 +189,5 @@ def _stop(received: int, frame: object) -> NoReturn:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     run(main)

@@ -28,6 +28,7 @@ from common.errors import UserError
 
 # What a 4-bit forward needs beside the weights, and what other programs took since: a GPU fuller than this is left.
 GPU_HEADROOM = 1.3
+BESIDE_WEIGHTS = 32_000_000  # bytes for tokenizer, configs, report and card
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,11 @@ def check_free_disk(target: Path, size: int) -> None:
     """
     existing = artifacts.check_writable(target, "--local-save-path")
     free = shutil.disk_usage(existing).free
-    if free < size:
+    needed = size + BESIDE_WEIGHTS
+    if free < needed:
         raise UserError(
-            f"the merged model needs {megabytes(size)}, {existing} has {megabytes(free)} free: "
-            f"{megabytes(size - free)} are missing: free them, or name another disk with --local-save-path"
+            f"the merged model needs {megabytes(needed)}, {existing} has {megabytes(free)} free: "
+            f"{megabytes(needed - free)} are missing: free them, or name another disk with --local-save-path"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -26,6 +27,15 @@ class LoraSettings(Protocol):
     lora_alpha: int
     lora_dropout: float
     lora_layers: int | None
+
+
+def quiet_transformers() -> None:
+    """No progress bars and advice from transformers on the terminal."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def cache_dir() -> Path:

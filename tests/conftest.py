@@ -34,6 +34,20 @@ def run_script(script: str, *flags: str, timeout: float = 600, env: dict[str, st
     )
 
 
+def flags(args) -> list[str]:
+    """The command line of some settings."""
+    from common.args import TrainingArgs, flag_of
+
+    defaults = TrainingArgs().to_dict()
+    found = []
+    for name, value in args.to_dict().items():
+        if value == defaults[name] or name == "use_4bit":
+            continue
+        flag = flag_of(name)
+        found += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
+    return [*found, "--no-4bit"]
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of SmolLM2-135M-Instruct, fp32."""
@@ -140,3 +154,19 @@ def tiny_args(tiny_planner, questions_file, tmp_path):
         wandb=False,
         use_4bit=False,
     )
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_planner, questions_file, tmp_path_factory):
+    """One run of four steps through the command line, with a checkpoint after two."""
+    from common.args import TrainingArgs
+
+    args = TrainingArgs(
+        base_model=tiny_planner, dataset=str(questions_file), output_dir=str(tmp_path_factory.mktemp("run") / "out"),
+        planner_style="short", worker_style="few-shot", worker_max_tokens=8, max_completion_length=60, batch_size=4,
+        grad_accum=2, num_generations=4, max_steps=4, temperature=1.0, lr=1e-3, lr_schedule="constant", save_steps=2,
+        wandb=False,
+    )  # fmt: skip
+    done = run_script("grpo_training.py", *flags(args))
+    assert done.returncode == 0, done.stderr
+    return args, Path(args.output_dir), done
