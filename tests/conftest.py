@@ -170,3 +170,26 @@ def finished_run(tiny_planner, questions_file, tmp_path_factory):
     done = run_script("grpo_training.py", *flags(args))
     assert done.returncode == 0, done.stderr
     return args, Path(args.output_dir), done
+
+
+@pytest.fixture(scope="session")
+def smollm2_adapter(questions_file, tmp_path_factory) -> Path:
+    """An adapter of SmolLM2-135M that grpo_training.py trained, after a few supervised steps so that rewards differ."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    small = ["--demo", "--lora-layers", "4"]
+    warm = [*small, "--max-samples", "34", "--batch-size", "8", "--lr", "3e-3", "--output-dir", str(folder / "warm")]
+    done = run_script("dummy_planner.py", *warm)
+    assert done.returncode == 0, done.stderr
+    done = run_script(
+        "grpo_training.py", "--demo", "--adapter-path", str(folder / "warm"), "--dataset", str(questions_file),
+        "--output-dir", str(folder / "trained"), "--worker-max-tokens", "8", "--max-completion-length", "32",
+        "--batch-size", "4", "--grad-accum", "1", "--num-generations", "4", "--max-steps", "1",
+        "--format-weight", "0.5", "--eval-samples", "0", "--lr", "1e-3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(folder / name / "adapter_model.safetensors") for name in ("warm", "trained"))
+    assert any(not torch.equal(after[name], before[name]) for name in before), "GRPO changed nothing"
+    return folder / "trained"
