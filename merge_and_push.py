@@ -31,7 +31,10 @@ from common.errors import UserError, UserErrors
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-REPO_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]{0,95}")
+# The Hub's own rule (huggingface_hub.utils.validate_repo_id), without an import that takes half a second.
+REPO_NAME = re.compile(
+    r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII
+)
 
 
 @dataclass(kw_only=True)
@@ -58,24 +61,20 @@ class MergeArgs:
     @property
     def target(self) -> Path:
         """The folder of the merged model."""
-        adapter = Path(self.adapter_path)
-        return (
-            Path(self.local_save_path)
-            if self.local_save_path is not None
-            else adapter.with_name(adapter.resolve().name + "-merged")
-        )
+        if self.local_save_path is not None:
+            return Path(self.local_save_path)
+        adapter = Path(self.adapter_path).resolve()
+        return adapter.with_name(f"{adapter.name}-merged")
 
     def validate(self) -> None:
         """Raise `UserErrors` with every value that is wrong in itself."""
         problems = []
-        if not REPO_NAME.fullmatch(self.repo_name) or "--" in self.repo_name or ".." in self.repo_name:
+        if not REPO_NAME.fullmatch(self.repo_name):
             problems.append(
                 f"--repo-name {self.repo_name} is no Hub repo: user/name, of letters, digits, '-', '_' and '.' only"
             )
-        if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]i?B", self.max_shard_size):
+        if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMG]i?B", self.max_shard_size):
             problems.append(f"--max-shard-size must be a size such as 500MB or 5GB, found {self.max_shard_size}")
-        if self.target.resolve() == Path(self.adapter_path).resolve():
-            problems.append("--local-save-path is the adapter's own folder: name another one")
         if problems:
             raise UserErrors(problems)
 
@@ -113,6 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
     )
+    for source, what in ((args.adapter_path, "the adapter"), (base, "the base model")):
+        if Path(source).expanduser().resolve().is_relative_to(args.target.resolve()):
+            raise UserError(
+                f"--local-save-path {args.target} holds {what}, which would be replaced: name another folder"
+            )
     artifacts.check_writable(args.target, "--local-save-path")
     report = certifying.finished_merge(args.target, inputs, overwrite=args.overwrite)
     say(settings_table(args, MergeArgs(repo_name="")))

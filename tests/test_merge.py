@@ -313,7 +313,7 @@ def test_a_card_of_ones_own_is_completed_not_replaced(merged, adapter, tmp_path)
 # --------------------------------------------------------------------------------------- what stops a merge
 
 
-def test_wrong_input_is_one_line_exit_code_2_and_light(adapter, merged, tmp_path):
+def test_wrong_input_is_one_line_exit_code_2_and_light(finished_run, adapter, merged, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
@@ -355,7 +355,10 @@ def test_wrong_input_is_one_line_exit_code_2_and_light(adapter, merged, tmp_path
         "card tags": ([*good, "--model-card", str(tmp_path / "tags.md")], "a list of texts"),
         "target a file": ([*good, "--local-save-path", str(tmp_path / "file")], "is a file"),
         "target in use": ([*good, "--local-save-path", str(tmp_path / "full"), "--overwrite"], "no merge of this script"),
-        "target the adapter": ([*good, "--local-save-path", str(adapter)], "the adapter's own folder"),
+        "target the adapter": ([*good, "--local-save-path", str(adapter)], "holds the adapter, which would be replaced"),
+        "target above the adapter": ([*good, "--local-save-path", str(adapter.parent)], "holds the adapter"),
+        "target the base": ([*good, "--local-save-path", finished_run[0].base_model], "holds the base model"),
+        "repo with dashes": (["--repo-name", "user/a--b"], "is no Hub repo"),
         "another merge": ([*good, "--local-save-path", str(merged)], "holds another merge (max_shard_size"),
         "changed since": ([*good, "--local-save-path", str(changed), "--max-shard-size", "5MB"], "were changed since"),
         "nothing to push with": ([*name, "--adapter-path", str(adapter)], "no Hub token found"),
