@@ -297,9 +297,18 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def merge_inputs(adapter: Path, base: str, **choices: Any) -> dict[str, Any]:
-    """Everything that a merge depends on, to recognise a finished one."""
+    """Everything that a merge depends on, to recognise a finished one.
+
+    Of a base model in a folder the name and a digest of its files' names, sizes and times: reading it all would
+    take as long as merging, and its path is nothing to publish.
+    """
+    folder = Path(base).expanduser()
+    origin: dict[str, Any] = {"base_model": base}
+    if folder.is_dir():
+        listed = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
+        origin = {"base_model": folder.name, "base_files": hashlib.sha256(repr(listed).encode()).hexdigest()}
     return {
-        "base_model": base,
+        **origin,
         "adapter_sha256": sha256(adapter / "adapter_model.safetensors"),
         "adapter_config_sha256": sha256(adapter / "adapter_config.json"),
         **choices,

@@ -106,7 +106,7 @@ def build(
     if given is None:
         sections = [
             _introduction(repo_id, facts.get("base_model") or Path(base).name),
-            _usage(repo_id, facts.get("base_model") or base, record),
+            _usage(repo_id, facts.get("base_model") or Path(base).name, record),
             _training(record),
             _evaluation(evaluation),
             _checked(report),
@@ -137,7 +137,7 @@ def _metadata(
     trained = (evaluation or {}).get("rows", {}).get("trained planner")
     results = None
     if trained is not None:
-        where = str(settings.get("eval_dataset") or source or "unknown")
+        where = str(_public(settings.get("eval_dataset") or source or "unknown"))
         results = [
             EvalResult(
                 task_type="text-generation",
@@ -191,14 +191,17 @@ def _usage(repo_id: str, base: str, record: dict[str, Any]) -> str:
     )
 
 
+def _public(value: Any) -> Any:
+    """A setting without the folders of the author's machine: of a full path only the last part."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def _training(record: dict[str, Any]) -> str:
     if not record:
         return "## Training\n\nNo record of the training was kept beside the adapter."
     hidden = ("output_dir", "adapter_path", "wandb", "wandb_project", "wandb_run_name")  # of the author's machine
     settings = {key: value for key, value in record["settings"].items() if key not in hidden and value is not None}
-    if "base_model" in settings and Path(str(settings["base_model"])).is_absolute():
-        settings["base_model"] = Path(settings["base_model"]).name
-    lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items())
+    lines = "\n".join(f"{key}: {json.dumps(_public(value), ensure_ascii=False)}" for key, value in settings.items())
     weights = "NF4 (QLoRA)" if record.get("four_bit") else "unquantised"
     versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
     return (

@@ -1,7 +1,7 @@
 """The part of the Hub's HTTP interface that huggingface_hub uses to push a model, on 127.0.0.1, with faults on demand.
 
-Files travel the way of the Git LFS batch interface (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md),
-which huggingface_hub takes with HF_HUB_DISABLE_XET=1; small ones inside the commit, as base64.
+Large files travel the way of the Git LFS batch interface (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md)
+with HF_HUB_DISABLE_XET=1, else that of Xet, whose store is a local folder then; small ones in the commit, as base64.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import hashlib
 import json
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 WRITE, READ, FINE = "hf_write_secret", "hf_read_secret", "hf_fine_secret"
 ROLES = {WRITE: "write", READ: "read", FINE: "fineGrained"}
@@ -37,6 +39,7 @@ class Fault:
 class Repo:
     private: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
+    in_xet: dict[str, str] = field(default_factory=dict)  # path → SHA-256 of a file that went into the Xet store
     commits: int = 0
 
 
@@ -50,6 +53,7 @@ class HubServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
+        self.xet_store: Path | None = None
         self.forbidden: set[str] = set()  # repos that the token may not write to
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str]] = []
@@ -197,12 +201,17 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {}
         if rest[0] == "preupload":
             return 200, {"files": [self.upload_mode(repo, entry) for entry in json.loads(body)["files"]]}
+        if rest[0] == "xet-write-token":
+            store = f"local://{self.server.xet_store}"
+            return 200, {"accessToken": "short-lived", "exp": int(time.time()) + 3600, "casUrl": store}
         assert rest[0] == "commit", rest
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 repo.files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
+            elif self.server.xet_store is not None:
+                repo.in_xet[value["path"]] = value["oid"]
+            else:
                 repo.files[value["path"]] = self.server.objects[value["oid"]]
         repo.commits += 1
         return 200, {

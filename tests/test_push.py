@@ -93,6 +93,29 @@ def test_the_first_documented_command_merges_and_pushes_byte_for_byte(hub, finis
     assert asked.index("/api/whoami-v2") < asked.index("/api/repos/create")
 
 
+def test_the_way_that_the_real_hub_takes_is_byte_for_byte_too(hub, finished_run, copy, tmp_path):
+    """Large files through Xet, huggingface_hub's default, into a store on this disk, and out of it again."""
+    import hf_xet
+
+    hub.xet_store = tmp_path / "store"
+    hub.xet_store.mkdir()
+    env = environment(hub, WRITE, tmp_path) | {"HF_HUB_DISABLE_XET": "0"}
+    done = run_script("merge_and_push.py", *flags(finished_run, copy), env=env)
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["user/planner"]
+    assert {*repo.files, *repo.in_xet} == set(files(copy)) and {*repo.files}.isdisjoint(repo.in_xet)
+    assert repo.files == {name: content for name, content in files(copy).items() if name in repo.files}
+    sources = [copy / name for name in repo.in_xet]
+    assert {path.suffix for path in sources} >= {".safetensors"}
+    hashes = hf_xet.hash_files([str(path) for path in sources])
+    with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{hub.xet_store}") as group:
+        for path, found in zip(sources, hashes, strict=True):
+            group.start_download_file(hf_xet.XetFileInfo(found.hash, path.stat().st_size), str(tmp_path / path.name))
+    for path in sources:
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+        assert repo.in_xet[path.name] == merge_and_push.certifying.sha256(path)
+
+
 def test_a_private_repo_a_bare_name_and_a_token_flag(hub, push, copy):
     done = push("--private", "--token", WRITE, token=None, repo="planner")
     assert done.returncode == 0, done.stderr
