@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -9,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -273,7 +273,9 @@ def test_the_card_says_what_the_hub_wants_to_know(merged):
     for part in ("# planner", "vllm", "## Training", "num_generations: 4", "update kept", "8 of 8"):
         assert part in card.text, part
     for path in merged.glob("*"):
-        assert str(merged.parents[1]).encode() not in path.read_bytes(), f"{path.name} holds a path of the author's machine"
+        assert str(merged.parents[1]).encode() not in path.read_bytes(), (
+            f"{path.name} holds a path of the author's machine"
+        )
 
 
 def test_the_card_carries_evaluation_and_the_base_models_license(adapter, tiny_planner, tmp_path):
@@ -491,22 +493,22 @@ def test_a_write_that_fails_leaves_what_was_there(adapter, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-def test_a_folder_without_permission_is_found_before_the_merge(adapter):
-    """As another user where the tests run as root, who may write everywhere."""
-    nobody = 65534 if os.geteuid() == 0 else None
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        folder.chmod(0o755)
-        shutil.copytree(adapter, folder / "adapter", ignore=shutil.ignore_patterns("checkpoint-*"))
-        locked = folder / "locked"
-        locked.mkdir()
-        locked.chmod(0o555)
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "merge_and_push.py"), "--adapter-path", str(folder / "adapter"), *REPO,
-             "--base-model", "x/tiny-planner", "--local-save-path", str(locked / "merged")],
-            user=nobody, group=nobody, capture_output=True, text=True, check=False,
-            env={**os.environ, "HOME": str(folder)},
-        )  # fmt: skip
+def obey_permissions() -> None:
+    """Run in the child before it starts: root without the capability to write where the mode forbids it."""
+    if os.geteuid() == 0:
+        drop_from_bounding_set, may_write_everywhere = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: capabilities(7)
+        ctypes.CDLL(None).prctl(drop_from_bounding_set, may_write_everywhere)
+
+
+def test_a_folder_without_permission_is_found_before_the_merge(adapter, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    flags = ["--adapter-path", str(adapter), *REPO, "--local-save-path", str(locked / "merged")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "merge_and_push.py"), *flags],
+        preexec_fn=obey_permissions, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "cannot be written (Permission denied)" in done.stderr and "Traceback" not in done.stderr
 
