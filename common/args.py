@@ -164,7 +164,7 @@ def _divisibility_problem(args: TrainingArgs, processes: int) -> list[str]:
 # `--demo`: a run for a laptop without a GPU, network or account. Explicit flags override it.
 DEMO: dict[str, Any] = {
     "base_model": PACKAGED_MODEL,
-    "dataset": "generated:shares?people=4&low=1&high=5",
+    "dataset": "generated:shares?people=6&low=1&high=5",
     "max_samples": 400,
     "output_dir": "./demo_adapter",
     "lora_layers": 10,
@@ -177,10 +177,10 @@ DEMO: dict[str, Any] = {
     "num_generations": 8,
     "scale_rewards": "batch",
     "temperature": 0.8,
-    "max_completion_length": 48,
+    "max_completion_length": 64,
     "planner_style": "short",
     "worker_style": "few-shot",
-    "worker_max_tokens": 64,
+    "worker_max_tokens": 96,
     "max_tokens": 300,
     "gate_on_correct": True,
     "eval_samples": 100,

@@ -38,26 +38,37 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
     Raises:
         UserError: when the folder cannot be written, or holds a run and nothing says what to do with it.
     """
-    if not str(output_dir).strip() or output_dir == Path():
-        raise UserError("--output-dir is empty: name a folder")
-    existing = output_dir
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"--output-dir {output_dir}: {existing} is a file: name a folder")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--output-dir {output_dir} cannot be written ({error.strerror}): name another folder"
-        ) from error
+    check_writable(output_dir, "--output-dir")
     if holds_run(output_dir) and not overwrite and not resume:
         resumable = "continue it with --resume, " if complete_checkpoints(output_dir) else ""
         raise UserError(
             f"--output-dir {output_dir} already holds a run: {resumable}replace it with --overwrite, "
             "or name another folder"
         )
+
+
+def check_writable(folder: Path, flag: str) -> Path:
+    """Try to write where a folder is, or will be made.
+
+    Returns:
+        the folder itself, or the nearest one above it that exists.
+
+    Raises:
+        UserError: when that is no folder or cannot be written.
+    """
+    if not str(folder).strip() or folder == Path():
+        raise UserError(f"{flag} is empty: name a folder")
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{flag} {folder}: {existing} is a file: name a folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written ({error.strerror}): name another folder") from error
+    return existing
 
 
 def clear_run(output_dir: Path) -> None:
@@ -77,7 +88,7 @@ def write_text_atomically(path: Path, text: str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        _share(Path(temporary))
+        share(Path(temporary))
         Path(temporary).replace(path)
     except OSError:
         Path(temporary).unlink(missing_ok=True)
@@ -93,22 +104,27 @@ def publish_folder(source: Path, target: Path) -> None:
     """Move finished files from a temporary folder on the same disk into place, each in one step."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
-        _share(path)
+        share(path)
         path.replace(target / path.name)
 
 
 def save_adapter(model: Any, tokenizer: Any, output_dir: Path) -> None:
-    """Save adapter and tokenizer so that either the old files or the new ones are there, never a mix of halves.
-
-    Also writes special_tokens_map.json, which transformers 5 no longer does but older loaders read.
-    """
+    """Save adapter and tokenizer so that either the old files or the new ones are there, never a mix of halves."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as temporary:
         folder = Path(temporary)
         model.save_pretrained(folder, safe_serialization=True)
-        tokenizer.save_pretrained(folder)
-        write_json(folder / "special_tokens_map.json", tokenizer.special_tokens_map)
+        save_tokenizer(tokenizer, folder)
         publish_folder(folder, output_dir)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Tokenizer and chat template.
+
+    Also special_tokens_map.json, which transformers 5 no longer writes but older loaders read.
+    """
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "special_tokens_map.json", tokenizer.special_tokens_map)
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -271,6 +287,52 @@ def check_adapter_base(adapter_path: str, base_model: str, aliases: tuple[str, .
         )
 
 
+def adapter_origin(adapter_path: str, base_model: str | None) -> tuple[dict[str, Any], str]:
+    """What is known of an adapter: the record of its training ({} without one), and the base model's name.
+
+    Args:
+        adapter_path: its folder.
+        base_model: the base model the user named, or None for the one that the adapter names.
+
+    Raises:
+        UserError: for an adapter that is not whole, names no base or names another one.
+    """
+    try:
+        config = read_adapter_config(adapter_path)
+        record = read_json(Path(adapter_path) / TRAINING_CONFIG) or {}
+    except OSError as error:
+        raise UserError(f"--adapter-path {adapter_path} cannot be read ({error.strerror})") from error
+    recorded = config.get("base_model_name_or_path") or ""
+    if base_model is not None:
+        check_base_model(base_model)
+        check_adapter_base(adapter_path, base_model)
+        return record, base_model
+    if not recorded:
+        raise UserError(f"--adapter-path {adapter_path} does not say what it was trained on: add --base-model")
+    # The adapter's config has the path a name was resolved to; the name itself also means something elsewhere.
+    named = str(record.get("settings", {}).get("base_model", ""))
+    base = named if named and Path(named).name == Path(recorded).name else str(recorded)
+    check_base_model(base)
+    return record, base
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None where there is no file.
+
+    Raises:
+        UserError: for a file that holds no JSON object.
+    """
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): mend or remove it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object: mend or remove it")
+    return value
+
+
 def run_record(settings: dict[str, Any], **facts: Any) -> dict[str, Any]:
     """What `training_config.json` holds: settings, library versions, and facts such as the data fingerprint."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
@@ -301,7 +363,7 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _share(path: Path) -> None:
+def share(path: Path) -> None:
     """Give a file made by `tempfile` (mode 600) the mode any other new file would have."""
     umask = os.umask(0)
     os.umask(umask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -28,6 +29,15 @@ class LoraSettings(Protocol):
     lora_layers: int | None
 
 
+def quiet_transformers() -> None:
+    """No progress bars and advice from transformers on the terminal."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
 def cache_dir() -> Path:
     """Where converted models are kept: $RECURSIVE_REASONER_CACHE, else ~/.cache/recursive-reasoner."""
     default = Path.home() / ".cache" / "recursive-reasoner"
@@ -46,7 +56,7 @@ def use_4bit(args: LoraSettings) -> bool:
     return torch.cuda.is_available() if args.use_4bit is None else args.use_4bit
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a model, padding on the left, with a pad token and a chat template.
 
     Raises:
@@ -54,8 +64,10 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), padding_side="left", truncation_side="left")
+    with explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(name), revision=revision, padding_side="left", truncation_side="left"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -63,10 +75,19 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_base(name: str, *, four_bit: bool) -> Any:
+def load_base(
+    name: str, *, four_bit: bool, dtype: Any = None, revision: str | None = None, gpu: bool | None = None
+) -> Any:
     """The base model: NF4 with double quantisation (QLoRA, arXiv:2305.14314), else bf16 on a GPU, fp32 without.
 
     fp32 on a CPU because bf16 runs at a third of its speed there (DESIGN §4.5).
+
+    Args:
+        name: Hub id, folder, or the packaged model.
+        four_bit: whether to quantise.
+        dtype: of the weights that are not quantised, instead of the above.
+        revision: of a Hub model (default: its main branch).
+        gpu: whether to use one (default: where there is one).
 
     Raises:
         UserError: where it cannot be loaded, with the ways out.
@@ -74,10 +95,10 @@ def load_base(name: str, *, four_bit: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() if gpu is None else gpu
     half = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float16
-    dtype = half if gpu else torch.float32
-    options: dict[str, Any] = {"dtype": dtype}
+    dtype = dtype or (half if gpu else torch.float32)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
     if four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -87,7 +108,7 @@ def load_base(name: str, *, four_bit: bool) -> Any:
         )
     if gpu:
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    with _explained(name):
+    with explained(name):
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer for good at its first forward in eval mode, for a
@@ -135,7 +156,7 @@ def load_adapter_weights(model: Any, adapter_path: str) -> None:
         result: Any = set_peft_model_state_dict(model, load_peft_weights(adapter_path, device="cpu"))
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"--adapter-path {adapter_path} does not fit --base-model: {_first_line(error)}: "
+            f"--adapter-path {adapter_path} does not fit --base-model: {first_line(error)}: "
             "name the base model that the adapter was trained on"
         ) from error
     if result.unexpected_keys:
@@ -157,7 +178,7 @@ def load_sentence_encoder(name: str) -> Any:
     # Name and weights are the same: no download where the package is installed.
     if name.rsplit("/", 1)[-1] == "all-MiniLM-L6-v2" and packaged is not None:
         return SentenceTransformer(str(packaged / "model"), device="cpu")
-    with _explained(name):
+    with explained(name):
         return SentenceTransformer(name, device="cpu")
 
 
@@ -204,7 +225,7 @@ def _packaged_language_model() -> Path:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turn what goes wrong while loading a model into one line that names the ways out."""
     import torch
 
@@ -212,12 +233,12 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise UserError(
-            f"no memory for model {name!r} ({_first_line(error)}): use 4-bit weights (leave out --no-4bit), a "
+            f"no memory for model {name!r} ({first_line(error)}): use 4-bit weights (leave out --no-4bit), a "
             "smaller --base-model, or a device with more memory",
             exit_code=1,
         ) from error
     except (OSError, ValueError, ImportError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         hint = "check the name, the network, and access to a gated model (HF_TOKEN or `hf auth login`)"
         if Path(name).exists():
             hint = "the folder must hold a Hugging Face model with its tokenizer"
@@ -228,6 +249,7 @@ def _explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type and the start of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

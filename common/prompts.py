@@ -11,6 +11,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from common.generated import Shares
+
 Message = dict[str, str]
 
 _PLANNER_SYSTEM = {
@@ -81,12 +83,13 @@ def combine_messages(
 
 
 def _known(question: str, solutions: Sequence[str]) -> str:
-    """What the few-shot worker is asked to combine: the results alone, since their derivations distract it.
+    """What the few-shot worker is asked to combine: bare results, and the sentence that asks.
 
-    Measured on pairs of sums (n = 96): 84 % right with the bare results, 76 % with the equations.
+    Derivations and the numbers of the whole question distract a small model: of six people's problems split into
+    pairs it combined 31 % rightly with the question before the results, and 73 % without it (n = 64).
     """
     results = [solution.split("\n", 1)[0].rpartition("=")[2].strip() for solution in solutions]
-    return f"Problem: {question}\nKnown results: {' and '.join(results)}"
+    return f"Known results: {' and '.join(results)}. {question.rpartition('. ')[2]}"
 
 
 def _turns(system: str, *pairs: tuple[str, str]) -> list[Message]:
@@ -98,19 +101,29 @@ def _turns(system: str, *pairs: tuple[str, str]) -> list[Message]:
     ]
 
 
+def _steps(amounts: Sequence[int]) -> str:
+    """A sum worked out term by term."""
+    total, lines = amounts[0], []
+    for amount in amounts[1:]:
+        lines.append(f"{'Then' if lines else 'First'}, {total} + {amount} = {total + amount}.")
+        total += amount
+    return " ".join([*lines, f"The answer is {total}."])
+
+
+def _pair_sums(amounts: Sequence[int]) -> list[int]:
+    return [sum(amounts[start : start + 2]) for start in range(0, len(amounts), 2)]
+
+
 # The few-shot problems are of the kind the demo uses, with other names and things. How many turns, and how the
 # steps are worded, was chosen by measurement, for direct solving above all: a weak baseline proves nothing.
-_ROB = "Rob has 2 stickers, Zoe has 2, Nia has 2 and Max has 1. How many stickers do they have in all?"
-_ZOE = "Zoe has 1 keys, Rob has 5, Tom has 4 and Una has 2. How many keys do they have in all?"
-_UNA = "Zoe has 3 keys, Una has 4, Val has 2 and Nia has 2. How many keys do they have in all?"
-_PAM = "Val has 1 stickers, Max has 5, Una has 1 and Pam has 4. How many stickers do they have in all?"
-_KIM = "Rob has 1 apples, Kim has 4, Oli has 2 and Tom has 3. How many apples do they have in all?"
-
+_SHOTS = (
+    Shares(("Rob", "Zoe", "Nia", "Max", "Tom", "Una"), (2, 2, 5, 1, 4, 3), "stickers"),
+    Shares(("Zoe", "Val", "Tom", "Una", "Pam", "Kim"), (1, 5, 4, 2, 3, 1), "keys"),
+    Shares(("Una", "Oli", "Val", "Nia", "Rob", "Pam"), (3, 4, 2, 5, 1, 2), "apples"),
+    Shares(("Max", "Kim", "Una", "Pam", "Oli", "Zoe"), (5, 3, 1, 4, 2, 4), "stickers"),
+)
 _DIRECT_TURNS = _turns(
-    "Solve the math problem step by step.",
-    (_ROB, "First, 2 + 2 = 4. Then, 4 + 2 = 6. Then, 6 + 1 = 7. The answer is 7."),
-    (_ZOE, "First, 1 + 5 = 6. Then, 6 + 4 = 10. Then, 10 + 2 = 12. The answer is 12."),
-    (_UNA, "First, 3 + 4 = 7. Then, 7 + 2 = 9. Then, 9 + 2 = 11. The answer is 11."),
+    "Solve the math problem step by step.", *((shot.question, _steps(shot.amounts)) for shot in _SHOTS)
 )
 _SUBPROBLEM_TURNS = _turns(
     "Solve the math problem.",
@@ -121,11 +134,11 @@ _SUBPROBLEM_TURNS = _turns(
 )
 _COMBINE_TURNS = _turns(
     "Use the known results to solve the math problem.",
-    (_known(_ROB, ["4", "3"]), "4 + 3 = 7"),
-    (_known(_ZOE, ["6", "6"]), "6 + 6 = 12"),
-    (_known(_UNA, ["7", "4"]), "7 + 4 = 11"),
-    (_known(_PAM, ["6", "5"]), "6 + 5 = 11"),
-    (_known(_KIM, ["5", "5"]), "5 + 5 = 10"),
+    *(
+        (_known(shot.question, [str(part) for part in parts]), _steps(parts))
+        for shot in _SHOTS[:3]
+        for parts in [_pair_sums(shot.amounts)]
+    ),
 )
 
 # For base models whose tokenizer brings no chat template: roles as plain headings.

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,8 @@ def quiet_libraries(debug: bool) -> None:
     """Keep library chatter off the terminal, unless debugging: what matters is said by this program."""
     if debug:
         return
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    models.quiet_transformers()
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("trl", "accelerate", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

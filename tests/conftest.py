@@ -34,6 +34,20 @@ def run_script(script: str, *flags: str, timeout: float = 600, env: dict[str, st
     )
 
 
+def flags(args) -> list[str]:
+    """The command line of some settings."""
+    from common.args import TrainingArgs, flag_of
+
+    defaults = TrainingArgs().to_dict()
+    found = []
+    for name, value in args.to_dict().items():
+        if value == defaults[name] or name == "use_4bit":
+            continue
+        flag = flag_of(name)
+        found += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
+    return [*found, "--no-4bit"]
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of SmolLM2-135M-Instruct, fp32."""
@@ -140,3 +154,42 @@ def tiny_args(tiny_planner, questions_file, tmp_path):
         wandb=False,
         use_4bit=False,
     )
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_planner, questions_file, tmp_path_factory):
+    """One run of four steps through the command line, with a checkpoint after two."""
+    from common.args import TrainingArgs
+
+    args = TrainingArgs(
+        base_model=tiny_planner, dataset=str(questions_file), output_dir=str(tmp_path_factory.mktemp("run") / "out"),
+        planner_style="short", worker_style="few-shot", worker_max_tokens=8, max_completion_length=60, batch_size=4,
+        grad_accum=2, num_generations=4, max_steps=4, temperature=1.0, lr=1e-3, lr_schedule="constant", save_steps=2,
+        wandb=False,
+    )  # fmt: skip
+    done = run_script("grpo_training.py", *flags(args))
+    assert done.returncode == 0, done.stderr
+    return args, Path(args.output_dir), done
+
+
+@pytest.fixture(scope="session")
+def smollm2_adapter(questions_file, tmp_path_factory) -> Path:
+    """An adapter of SmolLM2-135M that grpo_training.py trained, after a few supervised steps so that rewards differ."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    small = ["--demo", "--lora-layers", "4"]
+    warm = [*small, "--max-samples", "34", "--batch-size", "8", "--lr", "3e-3", "--output-dir", str(folder / "warm")]
+    done = run_script("dummy_planner.py", *warm)
+    assert done.returncode == 0, done.stderr
+    done = run_script(
+        "grpo_training.py", "--demo", "--adapter-path", str(folder / "warm"), "--dataset", str(questions_file),
+        "--output-dir", str(folder / "trained"), "--worker-max-tokens", "8", "--max-completion-length", "32",
+        "--batch-size", "4", "--grad-accum", "1", "--num-generations", "4", "--max-steps", "1",
+        "--format-weight", "0.5", "--eval-samples", "0", "--lr", "1e-3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(folder / name / "adapter_model.safetensors") for name in ("warm", "trained"))
+    assert any(not torch.equal(after[name], before[name]) for name in before), "GRPO changed nothing"
+    return folder / "trained"

@@ -197,10 +197,10 @@ LIGHT = (
 LAYERS = (
     LIGHT,
     ("worker", "models", "similarity", "branching", "decoding", "packing", "report", "plots"),
-    ("pipeline", "callbacks", "wandb_log"),
-    ("rewards", "evaluation"),
+    ("pipeline", "callbacks", "wandb_log", "hub", "certificate"),
+    ("rewards", "evaluation", "model_card"),
     ("scoring", "planner_trainer"),
-    ("training",),
+    ("training", "merging"),
     ("supervised",),
 )
 

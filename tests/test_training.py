@@ -14,26 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUESTIONS, ROOT, run_script
+from conftest import QUESTIONS, ROOT, flags, run_script
 
 from common import artifacts, models, prompts
 from common.data import load_questions
 from common.report import read_jsonl
 from common.worker import FrozenWorker
-
-
-def flags(args) -> list[str]:
-    """The command line of some settings."""
-    from common.args import TrainingArgs, flag_of
-
-    defaults = TrainingArgs().to_dict()
-    found = []
-    for name, value in args.to_dict().items():
-        if value == defaults[name] or name == "use_4bit":
-            continue
-        flag = flag_of(name)
-        found += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
-    return [*found, "--no-4bit"]
 
 
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -105,22 +91,6 @@ def test_a_worker_call_leaves_the_gradients_of_a_4bit_model_alone(tiny_planner):
     FrozenWorker(model, tokenizer, max_tokens=4).solve_directly(QUESTIONS[0])
     assert before.abs().max() > 0
     assert torch.equal(gradients(), before)
-
-
-@pytest.fixture(scope="module")
-def finished_run(tiny_planner, questions_file, tmp_path_factory):
-    """One run of four steps through the command line, with a checkpoint after two."""
-    from common.args import TrainingArgs
-
-    args = TrainingArgs(
-        base_model=tiny_planner, dataset=str(questions_file), output_dir=str(tmp_path_factory.mktemp("run") / "out"),
-        planner_style="short", worker_style="few-shot", worker_max_tokens=8, max_completion_length=60, batch_size=4,
-        grad_accum=2, num_generations=4, max_steps=4, temperature=1.0, lr=1e-3, lr_schedule="constant", save_steps=2,
-        wandb=False,
-    )  # fmt: skip
-    done = run_script("grpo_training.py", *flags(args))
-    assert done.returncode == 0, done.stderr
-    return args, Path(args.output_dir), done
 
 
 def test_a_run_leaves_every_artifact(finished_run):

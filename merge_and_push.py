@@ -1,0 +1,197 @@
+"""Merge a planner's adapter into its base model, prove that the merged model plans the same, and push it to the Hub.
+
+    python merge_and_push.py --base-model meta-llama/Llama-3.1-8B-Instruct --adapter-path ./grpo_planner_adapter \\
+        --repo-name user/name
+    python merge_and_push.py --adapter-path ./grpo_planner_adapter --repo-name user/name --local-save-path ./merged \\
+        --no-push
+
+Writes to --local-save-path: the merged model (safetensors), tokenizer, chat template and generation config,
+certification.json (how far the merged model, loaded back from disk, lies from adapter on base) and README.md (the
+model card). A merge beyond the tolerance is not pushed: exit code 4. The same command given again continues an
+upload that broke off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import signal
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from common import artifacts, hub, model_card
+from common import certificate as certifying
+from common.args import PACKAGED_MODEL, TrainingArgs, flag_of, setting
+from common.cli import Parser, add_settings, given_settings, run, say, settings_table
+from common.errors import UserError, UserErrors
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+# The Hub's own rule (huggingface_hub.utils.validate_repo_id), without an import that takes half a second.
+REPO_NAME = re.compile(
+    r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII
+)
+
+
+@dataclass(kw_only=True)
+class MergeArgs:
+    """Settings of a merge. The token is none of them: they are printed."""
+
+    # fmt: off
+    base_model: str | None = setting(None, "model", "Hub id or folder of the base model (default: the one the adapter names)", metavar="MODEL")
+    revision: str | None = setting(None, "model", "branch, tag or commit of a base model on the Hub", metavar="REV")
+    adapter_path: str = setting(TrainingArgs.output_dir, "model", "folder of the LoRA adapter", metavar="DIR")
+    merge_base: Literal["auto", "bf16", "nf4"] = setting("auto", "model", "merge into the unquantised weights (bf16) or into the dequantised NF4 weights that a 4-bit adapter was trained on (nf4); auto: as it was trained")
+
+    local_save_path: str | None = setting(None, "output", "where the merged model goes (default: beside the adapter, with -merged added to its name)", metavar="DIR")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "output", "of the merged weights; auto: the base model's own")
+    max_shard_size: str = setting("5GB", "output", "largest weights file", metavar="SIZE")
+    model_card: str | None = setting(None, "output", "a model card to use instead of the generated one; what its metadata lacks is added", metavar="FILE")
+    overwrite: bool = setting(False, "output", "replace what --local-save-path holds")
+
+    repo_name: str = setting(MISSING, "hub", "Hub repo, user/name (required)", metavar="NAME")
+    push: bool = setting(True, "hub", "push to the Hub")
+    private: bool = setting(False, "hub", "create the repo as a private one")
+    # fmt: on
+
+    @property
+    def target(self) -> Path:
+        """The folder of the merged model."""
+        if self.local_save_path is not None:
+            return Path(self.local_save_path)
+        adapter = Path(self.adapter_path).resolve()
+        return adapter.with_name(f"{adapter.name}-merged")
+
+    def validate(self) -> None:
+        """Raise `UserErrors` with every value that is wrong in itself."""
+        problems = []
+        if not REPO_NAME.fullmatch(self.repo_name):
+            problems.append(
+                f"--repo-name {self.repo_name} is no Hub repo: user/name, of letters, digits, '-', '_' and '.' only"
+            )
+        if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMG]i?B", self.max_shard_size):
+            problems.append(f"--max-shard-size must be a size such as 500MB or 5GB, found {self.max_shard_size}")
+        if problems:
+            raise UserErrors(problems)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; their defaults are those of `MergeArgs`."""
+    parser = Parser(prog="merge_and_push.py", description=__doc__)
+    add_settings(parser, MergeArgs)
+    parser.add_argument(
+        "--token", metavar="TOKEN", help="Hub token (default: HF_TOKEN or the login; safer, as commands are logged)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and library warnings")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, merge, certify, push. Returns the exit code."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    given = given_settings(options, MergeArgs)
+    if "repo_name" not in given:
+        parser.error("--repo-name is required, also with --no-push: the model card names the repo")
+    args = MergeArgs(**given)
+    args.validate()
+    record, base = artifacts.adapter_origin(args.adapter_path, args.base_model)
+    if args.revision is not None and (Path(base).expanduser().exists() or base == PACKAGED_MODEL):
+        raise UserError(f"--revision {args.revision}: {base} is no Hub id, so it has no revisions: leave it out")
+    card = None if args.model_card is None else model_card.read_card(args.model_card)
+    evaluation = artifacts.read_json(Path(args.adapter_path) / "evaluation.json")
+    inputs = certifying.merge_inputs(
+        Path(args.adapter_path),
+        base,
+        revision=args.revision,
+        merge_base=_as_trained(record) if args.merge_base == "auto" else args.merge_base,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+    )
+    for source, what in ((args.adapter_path, "the adapter"), (base, "the base model")):
+        if Path(source).expanduser().resolve().is_relative_to(args.target.resolve()):
+            raise UserError(
+                f"--local-save-path {args.target} holds {what}, which would be replaced: name another folder"
+            )
+    artifacts.check_writable(args.target, "--local-save-path")
+    report = certifying.finished_merge(args.target, inputs, overwrite=args.overwrite)
+    say(settings_table(args, MergeArgs(repo_name="")))
+    api, repo_id = None, args.repo_name
+    if args.push:
+        api = hub.api_for(options.token)
+        repo_id = hub.check_push(api, args.repo_name, private=args.private)
+
+    if report is None:
+        from common import merging, models  # torch, transformers and peft are imported here, and take seconds
+
+        if not options.debug:
+            models.quiet_transformers()
+        report = merging.merge(merging.prepare(args, base, record, inputs))
+    else:
+        say(f"{args.target} holds this merge already")
+    finished = model_card.build(
+        repo_id=repo_id,
+        facts=model_card.base_facts(base, args.revision),
+        base=base,
+        record=record,
+        evaluation=evaluation,
+        report=report,
+        given=card,
+    )
+    artifacts.write_text_atomically(args.target / "README.md", str(finished))
+    tell(args.target, report)
+    if not report["certificate"]["passed"]:
+        raise UserError("\n".join(report["certificate"]["problems"]), exit_code=certifying.EXIT_CODE)
+    if api is not None:
+        upload(api, args, repo_id)
+    return 0
+
+
+def tell(target: Path, report: dict[str, Any]) -> None:
+    """The outcome, on the terminal."""
+    found = report["certificate"]
+    print(certifying.table(found))
+    memory = ", ".join(f"{size / 1e9:.2f} GB ({kind})" for kind, size in report["peak_memory_bytes"].items())
+    print(f"\nmodel {report['model_bytes'] / 1e9:.2f} GB, peak memory {memory}, {report['seconds']:.0f} s")
+    print(f"{'certified' if found['passed'] else 'NOT certified'}: {target} (figures: {certifying.REPORT})")
+    if found["learned_nothing"]:
+        say("warning: the adapter changes nothing, so the merged model is the base model")
+
+
+def upload(api: HfApi, args: MergeArgs, repo_id: str) -> None:
+    """Push; if that fails or is stopped, say how to continue."""
+    say(f"uploading {args.target} to {repo_id}")
+    try:
+        url = hub.push(api, args.target, repo_id, private=args.private, message="Merged planner")
+    except BaseException:
+        say(f"the merged model is whole in {args.target}; continue the upload with\n  {continue_command(args)}")
+        raise
+    print(f"pushed: {url}")
+
+
+def continue_command(args: MergeArgs) -> str:
+    """The command line of these settings, without --overwrite, which would merge anew, and without the token."""
+    words = ["python", "merge_and_push.py"]
+    for spec in fields(args):
+        value = getattr(args, spec.name)
+        if spec.name != "overwrite" and value != spec.default:
+            words += [flag_of(spec.name)] if value is True else [flag_of(spec.name), str(value)]
+    return shlex.join(words)
+
+
+def _as_trained(record: dict[str, Any]) -> str:
+    return "nf4" if record.get("four_bit") else "bf16"
+
+
+def _stop(received: int, frame: object) -> NoReturn:
+    """SIGTERM as an exception, so that temporary folders go and the way to continue is told."""
+    raise SystemExit(128 + received)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
+    run(main)
