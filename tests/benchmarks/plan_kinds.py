@@ -22,12 +22,13 @@ Grouping = Callable[[Amounts], list[list[int]]]
 
 KINDS: dict[str, Grouping] = {
     "direct, steps written out": lambda x: [],
-    "disjoint pairs, in order": lambda x: [[x[0], x[1]], [x[2], x[3]]],
-    "disjoint pairs, every other": lambda x: [[x[0], x[2]], [x[1], x[3]]],
-    "disjoint pairs, outer and inner": lambda x: [[x[0], x[3]], [x[1], x[2]]],
-    "overlapping pairs": lambda x: [[x[0], x[1]], [x[1], x[2]]],
+    "pairs, in order": lambda x: [[x[0], x[1]], [x[2], x[3]], [x[4], x[5]]],
+    "pairs, backwards": lambda x: [[x[4], x[5]], [x[2], x[3]], [x[0], x[1]]],
+    "pairs, outer and inner": lambda x: [[x[0], x[5]], [x[1], x[4]], [x[2], x[3]]],
+    "overlapping pairs": lambda x: [[x[0], x[1]], [x[1], x[2]], [x[2], x[3]]],
+    "two pairs of three": lambda x: [[x[0], x[1]], [x[2], x[3]]],
     "one pair": lambda x: [[x[0], x[1]]],
-    "three and one": lambda x: [[x[0], x[1], x[2]], [x[3]]],
+    "two threes": lambda x: [list(x[:3]), list(x[3:])],
     "all in one": lambda x: [list(x)],
 }
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=128)
-    parser.add_argument("--dataset", default=DEMO["dataset"], help="generated:shares of four people")
+    parser.add_argument("--dataset", default=DEMO["dataset"], help="generated:shares of six people")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(argv)
 
