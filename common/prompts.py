@@ -103,7 +103,8 @@ def _turns(system: str, *pairs: tuple[str, str]) -> list[Message]:
 
 def _steps(amounts: Sequence[int]) -> str:
     """A sum worked out term by term."""
-    total, lines = amounts[0], []
+    total = amounts[0]
+    lines: list[str] = []
     for amount in amounts[1:]:
         lines.append(f"{'Then' if lines else 'First'}, {total} + {amount} = {total + amount}.")
         total += amount
