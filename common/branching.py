@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache
@@ -57,7 +57,7 @@ def shared_heads(rows: Sequence[Sequence[int]]) -> list[int]:
     Rows in lexicographic order make a tree of common prefixes; of every branch either the whole becomes one
     group, or its parts do, whichever saves more. At least one token of each row is left over. 0: no group.
     """
-    order = sorted(range(len(rows)), key=lambda index: rows[index])
+    order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
     common = [0] + [_common(rows[a], rows[b]) for a, b in pairwise(order)]
     shortest = [len(rows[index]) - 1 for index in order]
 
@@ -157,6 +157,11 @@ class _Layer(DynamicLayer):
         return self.shared + self.used
 
 
+def _layers(cache: DynamicCache) -> list[_Layer]:
+    """The layers of one of our caches, by their true type."""
+    return cast("list[_Layer]", cache.layers)
+
+
 class Branched:
     """Caches that branch: see the module. Use it as a context, inside which the model's attention is ours.
 
@@ -196,7 +201,7 @@ class Branched:
         parts, logits = self._read(tails, [by_head[head] for head in heads])
         width = max(map(len, rows))
         self.past = self._cache(width + room)
-        for number, layer in enumerate(self.past.layers):
+        for number, layer in enumerate(_layers(self.past)):
             layer.preload([row[number] for row in parts])
         _, mask = padded(rows, self._pad_id, logits[0].device)
         last = torch.tensor([[self._shared + len(row) - 1] for row in rows], device=mask.device)
@@ -223,14 +228,14 @@ class Branched:
             width = int(lengths.max())
             cache = self._cache(width + tokens.shape[1])
             if width:
-                for number, layer in enumerate(cache.layers):
+                for number, layer in enumerate(_layers(cache)):
                     layer.preload([None if known is None else known[number] for known in given])
             mask = torch.cat([(torch.arange(width) >= width - lengths[:, None]).to(real.dtype), real], dim=1)
             positions = (real.cumsum(dim=1) - 1).clamp(min=0) + lengths[:, None] + self._shared
             found = self._run(cache, tokens, mask, positions)
             for row, index in enumerate(piece):
                 seen = mask[row].bool()  # both blocks are aligned at their ends: padding may lie between them
-                parts[index] = [layer.real(row, seen) for layer in cache.layers]
+                parts[index] = [layer.real(row, seen) for layer in _layers(cache)]
                 logits[index] = found[row]
         return parts, logits
 
@@ -288,8 +293,7 @@ def _branched_attention(
     grouped = (query * scaling).reshape(batch, heads, together, size)  # (B, Hkv, GQ, D)
     own = grouped @ key.transpose(2, 3)  # (B, Hkv, GQ, S)
     own = (own.view(batch, heads, -1, queries, key.shape[2]) + attention_mask.unsqueeze(2)).view_as(own)
-    layer: Any = _active.get().layers[module.layer_idx]
-    prefix_key, prefix_value = layer.prefix
+    prefix_key, prefix_value = _layers(_active.get())[module.layer_idx].prefix
     if prefix_key is None:
         odds = torch.softmax(own, dim=-1, dtype=torch.float32).to(query.dtype)
         mixed = odds @ value
