@@ -76,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         artifacts.check_same_data(output_dir, fingerprint(questions))
     held_out = load_held_out(args, questions) if args.eval_samples else []
 
+    if args.worker_url is not None:
+        from common import probe
+
+        probe.check_worker(args)
     if not args.wandb:
         forbid_import("wandb")
     from common import scoring, training  # torch, transformers and trl are imported here, and take seconds

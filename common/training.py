@@ -25,11 +25,12 @@ from common.cli import say
 from common.data import Question, fingerprint
 from common.decoding import decode
 from common.errors import UserError
-from common.pipeline import PipelineExecutor, local_executor
+from common.pipeline import PipelineExecutor, run_executor
 from common.plots import plot_training_curves
 from common.report import append_jsonl, format_table, read_jsonl, truncate_jsonl_after
 from common.rewards import PipelineRewardFunction, RewardWeights
 from common.scoring import Scoring
+from common.serving import server_command, shown_command
 from common.similarity import SentenceEncoder
 from common.worker import end_token_ids, inference
 
@@ -155,7 +156,7 @@ def build_trainer(
     base = models.load_base(args.base_model, four_bit=four_bit)
     announce_device(four_bit)
     holder: list[GRPOTrainer] = []
-    executor = local_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
+    executor = run_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
     reward = PipelineRewardFunction(
         executor, reward_weights(args), eos_ids=end_token_ids(base, tokenizer), sink=samples
     )
@@ -333,12 +334,16 @@ def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir:
     plot_training_curves(metrics, output_dir / "training_curves.png")
     print(summary_table(read_jsonl(metrics)))
     print(f"\nadapter, samples and curves: {output_dir}")
-    print(
-        "serve it with vLLM:\n"
-        f"  python -m vllm.entrypoints.openai.api_server --model {models.resolve_model(args.base_model)} "
-        f"--enable-lora --max-lora-rank {max(8, args.lora_r)} --max-loras 2 "
-        f"--lora-modules recursive_reasoner={output_dir} --port 8000"
+    command = server_command(
+        models.resolve_model(args.base_model),
+        output_dir,
+        cpu=not torch.cuda.is_available(),
+        # A base model without a chat template was trained with ours, which vLLM cannot know.
+        chat_template=str(output_dir / "chat_template.jinja")
+        if tokenizer.chat_template == prompts.PLAIN_CHAT_TEMPLATE
+        else None,
     )
+    print(f"serve it with vLLM, and ask it with inference_vllm.py:\n  {shown_command(command)}")
 
 
 SUMMARY = {

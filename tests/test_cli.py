@@ -181,13 +181,16 @@ def test_an_unreachable_model_is_one_line_that_names_the_ways_out(questions_file
     assert "Traceback" not in done.stderr
 
 
-LIGHT = ("errors", "prompts", "plans", "grading", "cli", "args", "artifacts", "data", "generated", "demonstrations")
+LIGHT = (
+    "errors", "prompts", "plans", "grading", "cli", "args", "artifacts", "data", "generated", "demonstrations",
+    "serving",
+)  # fmt: skip
 LAYERS = (
     LIGHT,
-    ("worker", "models", "similarity", "decoding", "report", "plots"),
+    ("worker", "models", "similarity", "decoding", "report", "plots", "server", "probe"),
     ("pipeline", "callbacks", "wandb_log"),
-    ("rewards", "evaluation"),
-    ("scoring",),
+    ("rewards", "evaluation", "session"),
+    ("scoring", "batch", "demo_server"),
     ("training",),
     ("supervised",),
 )
