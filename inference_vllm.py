@@ -18,11 +18,16 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import Parser, add_settings, given_settings, run
 from common.data import check_source
 from common.errors import UserError
 from common.serving import ServingArgs, find_training_config
+
+if TYPE_CHECKING:
+    from common.batch import Asked
+    from common.session import Session
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,34 +57,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         find_training_config(args.training_config, args.base_url, None)
     if args.dataset is not None:
         check_source(args.dataset, "test")
-    asked = []
+    asked: list[Asked] = []
     if options.input is not None:
         from common.batch import already_answered, read_input
 
         asked = read_input(options.input)
         already_answered(Path(options.output), asked)
 
-    from common.session import Session, repl, show_turn
+    from common.session import Session
 
-    session = Session(given)
-    if options.benchmark:
-        from common.batch import benchmark
-
+    with Session(given) as session:
         temperature = args.temperature if "temperature" in given else 0.0
-        return benchmark(session, temperature, None if options.output is None else Path(options.output))
-    if options.input is not None:
-        from common.batch import answer_file
+        return benchmark_or_ask(session, options, asked, temperature)
 
-        return answer_file(session, asked, Path(options.output))
+
+def benchmark_or_ask(session: Session, options: argparse.Namespace, asked: list[Asked], temperature: float) -> int:
+    """Do what the flags say with a session that has been checked; returns the exit code.
+
+    Raises:
+        UserError: when a question that was asked with --json fails.
+    """
+    from common import batch
+    from common.session import repl, show_turn
+
+    if options.benchmark:
+        return batch.benchmark(session, temperature, None if options.output is None else Path(options.output))
+    if options.input is not None:
+        return batch.answer_file(session, asked, Path(options.output))
     if options.question is None:
         return repl(session)
-    if options.json:
-        answer = session.run(session.ask(options.question))
-        print(json.dumps(answer.record(), ensure_ascii=False))
-        if answer.result.error is not None:
-            raise UserError(answer.result.error, exit_code=1)
-        return 0
-    return 0 if show_turn(session, options.question).result.error is None else 1
+    if not options.json:
+        return 0 if show_turn(session, options.question).result.error is None else 1
+    answer = session.run(session.ask(options.question))
+    print(json.dumps(answer.record(), ensure_ascii=False))
+    if answer.result.error is not None:
+        raise UserError(answer.result.error, exit_code=1)
+    return 0
 
 
 def check_mode(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -117,13 +118,17 @@ def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
             append_jsonl(output, record)
             bar.update()
 
+        started = time.perf_counter()
         try:
             session.run(_answer_all(session, waiting, done))
         except KeyboardInterrupt:
             bar.close()
             say(f"stopped: {len(records)} of {len(asked)} questions answered; the same command goes on from there")
             return 130
+    seconds = time.perf_counter() - started
     _write(output, records)
+    if waiting:
+        say(f"{len(waiting)} questions asked in {seconds:.1f} s, {len(waiting) / seconds:.2f} a second")
     return _say_summary(records, output)
 
 

@@ -188,11 +188,11 @@ def distance(left: Reply, right: Reply) -> float:
 def _gap(p: dict[str, float], q: dict[str, float], token: str) -> float:
     """|p − q| of a token; where one side does not list it, the least it can be.
 
-    What is not listed is at most as likely as the least of what is: two alternatives of nearly the same
-    probability, of which noise lists now one and now the other, differ by next to nothing.
+    What is not listed is at most as likely as the least of what is, and as all that is left: two alternatives of
+    nearly the same probability, of which noise lists now one and now the other, differ by next to nothing.
     """
     if token not in p:
-        return max(0.0, q[token] - min(p.values()))
-    if token not in q:
-        return max(0.0, p[token] - min(q.values()))
-    return abs(p[token] - q[token])
+        p, q = q, p
+    if token in q:
+        return abs(p[token] - q[token])
+    return max(0.0, p[token] - min(min(q.values()), 1 - sum(q.values())))

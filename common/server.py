@@ -97,6 +97,10 @@ class Server:
         """Run asynchronous work to its end; Ctrl-C cancels it."""
         return self.runner.run(work)
 
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._client.close()
+
     async def models(self) -> list[ServedModel]:
         """What the server serves.
 
@@ -105,13 +109,12 @@ class Server:
         """
 
         async def ask() -> list[ServedModel]:
-            page = await self._client.models.list()
-            entries = getattr(page, "data", None)
-            if not isinstance(entries, list) or not all(getattr(entry, "id", None) for entry in entries):
+            # Not `client.models.list()`: it stumbles over a reply that is no JSON, and drops what vLLM adds.
+            page: Any = await self._client.get("/models", cast_to=object)
+            entries = page.get("data") if isinstance(page, dict) else None
+            if not isinstance(entries, list) or not all(isinstance(e, dict) and e.get("id") for e in entries):
                 raise self._not_openai("list of models")
-            return [
-                ServedModel(entry.id, getattr(entry, "parent", None), getattr(entry, "root", None)) for entry in entries
-            ]
+            return [ServedModel(str(e["id"]), e.get("parent"), e.get("root")) for e in entries]
 
         return await self._attempts(ask)
 

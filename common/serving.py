@@ -21,17 +21,6 @@ from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS
 ADAPTER_NAME = "recursive_reasoner"
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
 
-PLAN_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "should_decompose": {"type": "boolean"},
-        "subproblems": {"type": "array", "items": {"type": "string"}},
-        "plan": {"type": "string"},
-    },
-    "required": ["should_decompose", "subproblems", "plan"],
-    "additionalProperties": False,
-}
-
 
 @dataclass(kw_only=True)
 class ServingArgs:
@@ -78,6 +67,17 @@ class ServingArgs:
 PROMPT_SETTINGS = tuple(
     spec.name for spec in fields(ServingArgs) if spec.metadata["group"] == "prompts" and spec.name != "training_config"
 )
+
+
+def plan_schema(max_subproblems: int, max_subproblem_chars: int) -> dict[str, Any]:
+    """JSON schema of a plan. The bounds are the parser's: without them a small untrained model lists without end."""
+    part = {"type": "string", "minLength": 1, "maxLength": max_subproblem_chars}
+    properties = {
+        "should_decompose": {"type": "boolean"},
+        "subproblems": {"type": "array", "items": part, "maxItems": max_subproblems},
+        "plan": {"type": "string"},
+    }
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def is_on_this_machine(url: str) -> bool:

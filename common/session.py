@@ -18,10 +18,10 @@ from common.probe import probe
 from common.prompts import planner_messages
 from common.server import Endpoint, ServedModel, Server, ServerModel, ServerWorker, adapter_of, base_model
 from common.serving import (
-    PLAN_SCHEMA,
     PROMPT_SETTINGS,
     ServingArgs,
     find_training_config,
+    plan_schema,
     read_training_settings,
     with_trained,
 )
@@ -61,19 +61,39 @@ class Answer:
 
 
 class Session:
-    """A planner and a worker on a server (or two), checked.
+    """A planner and a worker on a server (or two), checked; to be used in a `with` statement.
 
     Args:
         given: settings from the command line; the adapter's own training settings fill in the others.
-
-    Raises:
-        UserError: when a server cannot be reached or used; with exit code 3 when it cannot be trusted.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        args = ServingArgs(**given)
+        self._given = given
+        self.args = ServingArgs(**given)
         self._runner = asyncio.Runner()
-        self.server = Server(_endpoint(args, args.base_url, "--base-url"), self._runner)
+        self.server = Server(_endpoint(self.args, self.args.base_url, "--base-url"), self._runner)
+        self._servers = [self.server]
+
+    def __enter__(self) -> Session:
+        """Find out what is served, take the adapter's settings, check who answers.
+
+        Raises:
+            UserError: when a server cannot be reached or used; with exit code 3 when it cannot be trusted.
+        """
+        try:
+            self._connect()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self._servers:
+            self.run(server.close())
+        self._runner.close()
+
+    def _connect(self) -> None:
+        args, given = self.args, self._given
         served = self.run(self.server.models())
         adapter = find_adapter(served, args.lora_adapter)
         self.base = base_model(served, args.model or _parent(served, adapter), flag="--model", adapter=adapter.name)
@@ -106,6 +126,7 @@ class Session:
         server = self.server
         if args.worker_url is not None:
             server = Server(_endpoint(args, args.worker_url, "--worker-url"), self._runner)
+            self._servers.append(server)
             served = self.run(server.models())
         worker = base_model(served, args.worker_model, flag="--worker-model", adapter=args.lora_adapter)
         return server, worker.name, adapter_of(served, worker.name)
@@ -122,7 +143,8 @@ class Session:
 
     def planner_model(self, name: str, temperature: float, seed: int | None = None) -> ServerModel:
         """A served model as planner."""
-        schema = PLAN_SCHEMA if self.args.structured else None
+        limits = (self.args.max_subproblems, self.args.max_subproblem_chars)
+        schema = plan_schema(*limits) if self.args.structured else None
         return ServerModel(
             self.server, name, max_tokens=self.args.max_tokens, temperature=temperature, seed=seed, schema=schema
         )
