@@ -14,6 +14,7 @@ from conftest import ROOT, run_script
 from misbehaving import MODELS, MisbehavingServer, asks, hang
 
 import inference_vllm
+from common.args import TrainingArgs
 from common.errors import UserError
 from common.pipeline import PipelineExecutor, PipelineItem
 from common.prompts import direct_messages
@@ -406,6 +407,22 @@ def test_grpo_refuses_a_worker_that_is_not_there_or_an_adapter(server, questions
         done = run_script("grpo_training.py", *common, *flags)
         assert done.returncode == code and message in done.stderr, done.stderr
         assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_may_find_its_worker_elsewhere_but_not_become_another_run(tmp_path):
+    from grpo_training import build_parser, settle
+
+    for stored, allowed in (("http://old:1/v1", True), (None, False)):
+        settings = TrainingArgs(output_dir=str(tmp_path), worker_url=stored).to_dict()
+        (tmp_path / "training_config.json").write_text(json.dumps({"script": "grpo_training.py", "settings": settings}))
+        options = build_parser().parse_args(
+            ["--resume", "--output-dir", str(tmp_path), "--worker-url", "http://new:2/v1"]
+        )
+        if allowed:
+            assert settle(options).worker_url == "http://new:2/v1"
+        else:
+            with pytest.raises(UserError, match="is no server's"):
+                settle(options)
 
 
 @pytest.mark.parametrize(("rank", "pattern", "served"), [(4, {}, 8), (16, {}, 16), (12, {"q_proj": 20}, 32)])

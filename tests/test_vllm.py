@@ -90,7 +90,7 @@ def url(serve) -> Iterator[str]:
 
 
 def ask(url: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    return run_script("inference_vllm.py", "--base-url", url, *flags)
+    return run_script("inference_vllm.py", "--base-url", url, *flags, timeout=1800)
 
 
 def test_the_probe_catches_a_server_without_a_spare_slot(serve):
