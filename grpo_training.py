@@ -76,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         artifacts.check_same_data(output_dir, fingerprint(questions))
     held_out = load_held_out(args, questions) if args.eval_samples else []
 
+    if args.worker_url is not None:
+        from common import probe
+
+        probe.check_worker(args)
     if not args.wandb:
         forbid_import("wandb")
     from common import scoring, training  # torch, transformers and trl are imported here, and take seconds
@@ -99,6 +103,9 @@ def settle(options: argparse.Namespace) -> TrainingArgs:
     default_dir = DEMO["output_dir"] if options.demo else TrainingArgs.output_dir
     output_dir = Path(given.get("output_dir", default_dir))
     args = TrainingArgs.from_dict(artifacts.stored_settings(output_dir, given, RESUMABLE, "grpo_training.py"))
+    # The server may have moved, but whether there is one decides who the worker is.
+    if args.worker_url is not None and artifacts.read_run_record(output_dir)["settings"].get("worker_url") is None:
+        raise UserError(f"--worker-url: the worker of the run in {output_dir} is no server's: leave the flag out")
     if options.eval_only and not args.eval_samples:
         raise UserError("--eval-only needs to know how many questions: add --eval-samples 200, say")
     return args

@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from common.errors import UserErrors
 
@@ -66,6 +67,10 @@ class TrainingArgs:
     worker_batch_tokens: int = setting(32768, "worker", "padded tokens (prompt and answer) of one worker micro-batch; lower it if memory runs out", positive=True)
     worker_cache_size: int = setting(20000, "worker", "greedy answers remembered across steps; 0 remembers none", minimum=0)
 
+    worker_url: str | None = setting(None, "worker", "use the base model of this OpenAI-compatible server as worker instead of the shared weights; its key: $OPENAI_API_KEY", metavar="URL")
+    worker_model: str | None = setting(None, "worker", "its name there (default: the entry of /v1/models without a parent)", metavar="NAME")
+    worker_timeout: float = setting(300.0, "worker", "seconds one attempt at one request to --worker-url may take", positive=True)
+
     correctness_weight: float = setting(1.0, "reward", "weight of a correct final answer", minimum=0)
     token_weight: float = setting(0.2, "reward", "weight of token efficiency, 1 − tokens / max-tokens", minimum=0)
     independence_weight: float = setting(0.3, "reward", "weight of the independence of the subproblems", minimum=0)
@@ -102,6 +107,10 @@ class TrainingArgs:
                     f"--format-weight {self.format_weight:g} would pay an invalid plan as much as a correct "
                     f"answer (--correctness-weight {self.correctness_weight:g}): use a smaller one"
                 )
+            if self.worker_url is not None and (problem := url_problem(self.worker_url)) is not None:
+                problems.append(f"--worker-url {problem}")
+            if self.worker_model is not None and self.worker_url is None:
+                problems.append("--worker-model names a model of a server: add its --worker-url")
         if problems:
             raise UserErrors(problems)
 
@@ -124,6 +133,16 @@ def flag_of(name: str) -> str:
 def check_values(settings: Any) -> list[str]:
     """What is wrong with single values of a settings dataclass, one line each."""
     return [problem for spec in fields(settings) if (problem := _problem_with(spec, getattr(settings, spec.name)))]
+
+
+def url_problem(url: str) -> str | None:
+    """What is wrong with a server's address, or None."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        fine = False
+    return None if fine else f"{url!r} is no address of a server: use http://HOST:PORT/v1"
 
 
 def _problem_with(spec: Any, value: Any) -> str | None:
@@ -189,5 +208,5 @@ DEMO: dict[str, Any] = {
 # What may differ when a run is continued: nothing that changes its data, its model or its reward.
 RESUMABLE = {
     "max_steps", "save_steps", "save_total_limit", "output_dir", "wandb", "wandb_project", "wandb_run_name",
-    "worker_batch_tokens", "worker_cache_size", "gradient_checkpointing", "eval_samples", "eval_dataset",
+    "worker_batch_tokens", "worker_cache_size", "worker_url", "worker_timeout", "gradient_checkpointing", "eval_samples", "eval_dataset",
 }  # fmt: skip

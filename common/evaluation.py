@@ -157,7 +157,7 @@ def _record(name: str, result: PipelineResult) -> dict[str, Any]:
     return {
         "row": name,
         "question": result.item.question,
-        "gold": f"{parse_gold(result.item.ground_truth):f}",
+        "gold": f"{result.item.gold:f}",
         "planner_output": result.item.planner_output,
         "decomposed": result.decomposed,
         "invalid_plan": plan is None,

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import copy
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from common import prompts
 from common.args import TrainingArgs
 from common.grading import extract_prediction, parse_gold
 from common.plans import Plan, parse_planner_output
+from common.server import ServerWorker
 from common.similarity import NEUTRAL_INDEPENDENCE, Embeddings, SentenceEncoder, independence_score, relevance
-from common.worker import FrozenWorker, Generation, Worker
+from common.worker import ConcurrentWorker, FrozenWorker, Generation, Worker
+
+# The work on one completion: yields prompts to be answered together, takes their answers, returns the result.
+Steps = Generator[list[list[prompts.Message]], list[Generation], "PipelineResult"]
+# Called with the wave (0: subproblems or direct solve, 1: combine), the place in it, and the answer.
+OnAnswer = Callable[[int, int, Generation], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineItem:
-    """One planner completion to carry out. `planner_tokens` counts the completion with its end token."""
+    """One planner completion to carry out. `planner_tokens` counts the completion with its end token.
+
+    `ground_truth` is None for a question whose answer is not known: it is answered, not graded.
+    """
 
     planner_output: str
     question: str
-    ground_truth: str
+    ground_truth: str | None
     planner_tokens: int = 0
     finished: bool = True
+
+    @property
+    def gold(self) -> Decimal:
+        """The known answer. Raises ValueError where there is none."""
+        return parse_gold(self.ground_truth or "")
 
 
 @dataclass(slots=True)
@@ -61,11 +78,11 @@ class PipelineResult:
 
 
 class PipelineExecutor:
-    """Carries out plans with a worker, in two waves over a whole batch.
+    """Carries out plans with a worker: in two waves over a whole batch, or each question at its own pace.
 
     Args:
         worker: solves subproblems, combines and solves directly.
-        embeddings: for independence and relevance.
+        embeddings: for independence and relevance; None leaves both unmeasured.
         max_subproblems, max_subproblem_chars: a plan beyond them is invalid.
         invalid_plan: what an invalid plan leads to: "fail" (training: nothing is run, the answer is wrong)
             or "direct" (evaluation and serving: the worker solves the question directly).
@@ -74,7 +91,7 @@ class PipelineExecutor:
     def __init__(
         self,
         worker: Worker,
-        embeddings: Embeddings,
+        embeddings: Embeddings | None,
         *,
         max_subproblems: int = 8,
         max_subproblem_chars: int = 500,
@@ -88,13 +105,9 @@ class PipelineExecutor:
 
     def with_fallback(self) -> PipelineExecutor:
         """The same pipeline, in which the worker solves directly what has no valid plan."""
-        return PipelineExecutor(
-            self.worker,
-            self.embeddings,
-            max_subproblems=self._max_subproblems,
-            max_subproblem_chars=self._max_subproblem_chars,
-            invalid_plan="direct",
-        )
+        other = copy.copy(self)
+        other._direct_if_invalid = True
+        return other
 
     def execute_pipeline(
         self, planner_output: str, question: str, ground_truth: str, *, planner_tokens: int = 0
@@ -105,44 +118,86 @@ class PipelineExecutor:
     def execute_batch(self, items: Sequence[PipelineItem]) -> list[PipelineResult]:
         """Carry out many planner completions, in order.
 
-        First wave: every subproblem and every direct solve of all items; second wave: every combine.
+        On a local model in two waves: every subproblem and every direct solve of all items, then every
+        combine. On a worker that answers concurrently each item goes on as soon as its own answers are there.
 
         Raises:
             ValueError: for a ground truth without a number; what the worker does wrong is in the results.
         """
-        golds = [parse_gold(item.ground_truth) for item in items]
-        results = [PipelineResult(item, self._parse(item)) for item in items]
-
-        first = [self._first_wave(result) for result in results]
-        answers = iter(self.worker.generate([request for requests in first for request in requests]))
-        for result, requests in zip(results, first, strict=True):
-            found = [next(answers) for _ in requests]
-            if result.decomposed:
-                result.solutions = found
-            elif found:
-                result.final = found[0]
-            _note_failure(result, found)
-
-        combining = [result for result in results if result.decomposed and result.error is None]
-        combines = [
-            prompts.combine_messages(
-                result.item.question,
-                result.plan.subproblems,
-                [s.text for s in result.solutions],
-                self.worker.style,
-            )
-            for result in combining
-            if result.plan is not None
-        ]
-        for result, answer in zip(combining, self.worker.generate(combines), strict=True):
-            result.final = answer
-            _note_failure(result, [answer])
-
+        golds = [item.gold for item in items]
+        if isinstance(self.worker, ConcurrentWorker):
+            results = self.worker.wait(self._concurrently(items, self.worker))
+        else:
+            results = self._in_waves(items)
         for result, gold in zip(results, golds, strict=True):
             if result.final is not None and result.error is None:
                 result.correct = extract_prediction(result.final.text) == gold
-        self._embed(results)
+        if self.embeddings is not None:
+            self._embed(results, self.embeddings)
         return results
+
+    async def answer(self, item: PipelineItem, on_answer: OnAnswer | None = None) -> PipelineResult:
+        """Carry out one completion, ungraded, on a worker that answers concurrently.
+
+        Raises:
+            TypeError: for a worker that does not.
+        """
+        if not isinstance(self.worker, ConcurrentWorker):
+            raise TypeError(f"{type(self.worker).__name__} answers in batches only: use execute_batch")
+        worker, steps, wave = self.worker, self._steps(item), 0
+
+        async def ask(wave: int, place: int, request: list[prompts.Message]) -> Generation:
+            found = await worker.answer(request)
+            if on_answer is not None:
+                on_answer(wave, place, found)
+            return found
+
+        answers: list[Generation] | None = None
+        while True:
+            try:
+                # A generator's first value is sent as None.
+                requests = next(steps) if answers is None else steps.send(answers)
+            except StopIteration as done:
+                return done.value
+            answers = await asyncio.gather(*(ask(wave, place, request) for place, request in enumerate(requests)))
+            wave += 1
+
+    async def _concurrently(self, items: Sequence[PipelineItem], worker: ConcurrentWorker) -> list[PipelineResult]:
+        return await asyncio.gather(*(self.answer(item) for item in items))
+
+    def _in_waves(self, items: Sequence[PipelineItem]) -> list[PipelineResult]:
+        running = {index: self._steps(item) for index, item in enumerate(items)}
+        results: dict[int, PipelineResult] = {}
+        answers: dict[int, list[Generation]] = {}
+        while True:
+            asked: dict[int, list[list[prompts.Message]]] = {}
+            for index, steps in list(running.items()):
+                try:
+                    asked[index] = steps.send(answers[index]) if index in answers else next(steps)
+                except StopIteration as done:
+                    results[index] = done.value
+                    del running[index]
+            if not asked:
+                break
+            found = iter(self.worker.generate([request for requests in asked.values() for request in requests]))
+            answers = {index: [next(found) for _ in requests] for index, requests in asked.items()}
+        return [results[index] for index in range(len(items))]
+
+    def _steps(self, item: PipelineItem) -> Steps:
+        """What a completion leads to, the same for every worker and every order of work."""
+        result = PipelineResult(item, self._parse(item))
+        question, style, plan = item.question, self.worker.style, result.plan
+        if plan is not None and plan.should_decompose:
+            result.solutions = yield [prompts.subproblem_messages(part, question, style) for part in plan.subproblems]
+            _note_failure(result, result.solutions)
+            if result.error is None:
+                solutions = [solution.text for solution in result.solutions]
+                (result.final,) = yield [prompts.combine_messages(question, plan.subproblems, solutions, style)]
+        elif plan is not None or self._direct_if_invalid:
+            (result.final,) = yield [prompts.direct_messages(question, style)]
+        if result.final is not None:
+            _note_failure(result, [result.final])
+        return result
 
     def _parse(self, item: PipelineItem) -> Plan | None:
         return parse_planner_output(
@@ -152,34 +207,31 @@ class PipelineExecutor:
             finished=item.finished,
         )
 
-    def _first_wave(self, result: PipelineResult) -> list[list[prompts.Message]]:
-        question, style = result.item.question, self.worker.style
-        if result.plan is not None and result.plan.should_decompose:
-            return [prompts.subproblem_messages(part, question, style) for part in result.plan.subproblems]
-        if result.plan is not None or self._direct_if_invalid:
-            return [prompts.direct_messages(question, style)]
-        return []
-
-    def _embed(self, results: Sequence[PipelineResult]) -> None:
+    def _embed(self, results: Sequence[PipelineResult], embeddings: Embeddings) -> None:
         """Independence and relevance of all split plans, each distinct text encoded once."""
         split = [(result, result.plan) for result in results if result.plan and result.plan.should_decompose]
         texts = [text for result, plan in split for text in (*plan.subproblems, result.item.question)]
-        vectors = self.embeddings.vectors(texts) if texts else {}
+        vectors = embeddings.vectors(texts) if texts else {}
         for result, plan in split:
             result.independence = independence_score(plan.subproblems, vectors)
             result.relevance = relevance(plan.subproblems, result.item.question, vectors)
 
 
-def local_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: SentenceEncoder) -> PipelineExecutor:
-    """The pipeline on a local model (or a function that gives it), as the settings say."""
-    worker = FrozenWorker(
-        model,
-        tokenizer,
-        style=args.worker_style,
-        max_tokens=args.worker_max_tokens,
-        batch_tokens=args.worker_batch_tokens,
-        cache_size=args.worker_cache_size,
-    )
+def run_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: SentenceEncoder) -> PipelineExecutor:
+    """The pipeline of a run, as the settings say: the worker is a local model (or a function that gives it), or
+    a server's where they name one."""
+    worker: Worker
+    if args.worker_url is not None:
+        worker = ServerWorker.from_settings(args)
+    else:
+        worker = FrozenWorker(
+            model,
+            tokenizer,
+            style=args.worker_style,
+            max_tokens=args.worker_max_tokens,
+            batch_tokens=args.worker_batch_tokens,
+            cache_size=args.worker_cache_size,
+        )
     return PipelineExecutor(
         worker,
         Embeddings(encoder),

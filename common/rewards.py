@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
-from common.grading import extract_prediction, parse_gold
+from common.grading import extract_prediction
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import near_plan_credit
 from common.stepclock import StepClock
@@ -223,7 +223,7 @@ def _letters(text: str) -> str:
 def _contains_answer(result: PipelineResult) -> bool:
     """Whether the gold answer stands in the plan as a number that the question does not contain."""
     assert result.plan is not None
-    gold = parse_gold(result.item.ground_truth)
+    gold = result.item.gold
     written = " ".join([*result.plan.subproblems, result.plan.plan]).split()
     given = {extract_prediction(word) for word in result.item.question.split()}
     return gold not in given and any(extract_prediction(word) == gold for word in written)
@@ -246,7 +246,7 @@ def sample_record(step: int, result: PipelineResult, reward: float | None, weigh
         "solutions": [solution.text for solution in result.solutions],
         "final": None if result.final is None else result.final.text,
         "answer": result.answer,
-        "gold": f"{parse_gold(result.item.ground_truth):f}",
+        "gold": f"{result.item.gold:f}",
         "correct": result.correct,
         "token_efficiency": token_efficiency(result.total_tokens, weights.max_tokens),
         "independence": result.independence,

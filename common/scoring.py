@@ -9,7 +9,8 @@ from common import evaluation, models
 from common.args import TrainingArgs
 from common.cli import say
 from common.data import Question
-from common.pipeline import PipelineExecutor, local_executor
+from common.pipeline import PipelineExecutor, run_executor
+from common.server import ServerWorker
 from common.similarity import SentenceEncoder
 from common.worker import LocalModel
 
@@ -25,7 +26,7 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question]) -> int:
     model = PeftModel.from_pretrained(base, args.adapter_path or args.output_dir)
     encoder = SentenceEncoder(args.embedding_model)
     encoder.load()
-    scoring = Scoring(args, model, tokenizer, local_executor(args, model, tokenizer, encoder))
+    scoring = Scoring(args, model, tokenizer, run_executor(args, model, tokenizer, encoder))
     scoring.before(held_out)
     models.load_adapter_weights(model, args.output_dir)
     scoring.after(held_out)
@@ -61,7 +62,12 @@ class Scoring:
         args = self._args
         say(f"scoreboard: the trained planner on {len(held_out)} questions")
         trained = self._plan(evaluation.TRAINED, held_out, adapter=True)
-        voters = self._answerer(adapter=False, max_tokens=args.worker_max_tokens, temperature=VOTE_TEMPERATURE)
+        worker = self._executor.worker
+        voters = (
+            worker.sampler(VOTE_TEMPERATURE, args.seed)
+            if isinstance(worker, ServerWorker)
+            else self._answerer(adapter=False, max_tokens=args.worker_max_tokens, temperature=VOTE_TEMPERATURE)
+        )
         budget = trained.mean("total_tokens")
         direct = self._rows[evaluation.DIRECT]
         self._add(evaluation.run_vote(held_out, direct, voters.generate, args.worker_style, budget))

@@ -22,12 +22,13 @@ from common.args import TrainingArgs
 from common.cli import say
 from common.data import Question, fingerprint
 from common.errors import UserError
-from common.pipeline import PipelineExecutor, local_executor
+from common.pipeline import PipelineExecutor, run_executor
 from common.planner_trainer import PlannerTrainer
 from common.plots import plot_training_curves
 from common.report import append_jsonl, format_table, read_jsonl, truncate_jsonl_after
 from common.rewards import PipelineRewardFunction, RewardWeights
 from common.scoring import Scoring
+from common.serving import server_command, shown_command
 from common.similarity import SentenceEncoder
 from common.stepclock import StepClock, breakdown_rows
 from common.worker import end_token_ids
@@ -153,7 +154,7 @@ def build_trainer(
     announce_device(four_bit)
     holder: list[GRPOTrainer] = []
     clock = StepClock()
-    executor = local_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
+    executor = run_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
     reward = PipelineRewardFunction(
         executor, reward_weights(args), eos_ids=end_token_ids(base, tokenizer), sink=samples, clock=clock
     )
@@ -292,12 +293,16 @@ def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir:
     if rows := breakdown_rows(records):
         print(f"\n{format_table(rows)}")
     print(f"\nadapter, samples and curves: {output_dir}")
-    print(
-        "serve it with vLLM:\n"
-        f"  python -m vllm.entrypoints.openai.api_server --model {models.resolve_model(args.base_model)} "
-        f"--enable-lora --max-lora-rank {max(8, args.lora_r)} --max-loras 2 "
-        f"--lora-modules recursive_reasoner={output_dir} --port 8000"
+    command = server_command(
+        models.resolve_model(args.base_model),
+        output_dir,
+        cpu=not torch.cuda.is_available(),
+        # A base model without a chat template was trained with ours, which vLLM cannot know.
+        chat_template=str(output_dir / "chat_template.jinja")
+        if tokenizer.chat_template == prompts.PLAIN_CHAT_TEMPLATE
+        else None,
     )
+    print(f"serve it with vLLM, and ask it with inference_vllm.py:\n  {shown_command(command)}")
 
 
 SUMMARY = {

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from common import prompts
 from common.prompts import Message
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,36 @@ class Worker(Protocol):
 
     def take_stats(self) -> WorkerStats:
         """The counts since the last call, which starts them anew."""
+
+
+@runtime_checkable
+class ConcurrentWorker(Worker, Protocol):
+    """A worker that gains nothing from batches: each prompt is answered on its own, many at a time."""
+
+    async def answer(self, request: Sequence[Message]) -> Generation:
+        """Answer one prompt; `error` says why there is no answer."""
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run asynchronous work on this worker to its end."""
+
+
+class WorkerCalls:
+    """The three documented calls, thin views on the `generate` of the worker they are mixed into."""
+
+    style: str
+    generate: Callable[[Sequence[Sequence[Message]]], list[Generation]]
+
+    def solve_subproblem(self, subproblem: str, question: str) -> Generation:
+        """Answer one subproblem of a question."""
+        return self.generate([prompts.subproblem_messages(subproblem, question, self.style)])[0]
+
+    def combine_solutions(self, question: str, subproblems: Sequence[str], solutions: Sequence[str]) -> Generation:
+        """Answer a question from its solved subproblems."""
+        return self.generate([prompts.combine_messages(question, subproblems, solutions, self.style)])[0]
+
+    def solve_directly(self, question: str) -> Generation:
+        """Answer a whole question, steps written out."""
+        return self.generate([prompts.direct_messages(question, self.style)])[0]
 
 
 @contextmanager
@@ -232,7 +264,7 @@ class LocalModel:
         return [*self._run_batch(model, encoded[:middle]), *self._run_batch(model, encoded[middle:])]
 
 
-class FrozenWorker(LocalModel):
+class FrozenWorker(LocalModel, WorkerCalls):
     """The worker on a local model: adapter off, greedy, so that a prompt has one answer.
 
     Args:
@@ -254,18 +286,6 @@ class FrozenWorker(LocalModel):
             model, tokenizer, adapter=False, max_tokens=max_tokens, batch_tokens=batch_tokens, cache_size=cache_size
         )
         self.style = style
-
-    def solve_subproblem(self, subproblem: str, question: str) -> Generation:
-        """Answer one subproblem of a question."""
-        return self.generate([prompts.subproblem_messages(subproblem, question, self.style)])[0]
-
-    def combine_solutions(self, question: str, subproblems: Sequence[str], solutions: Sequence[str]) -> Generation:
-        """Answer a question from its solved subproblems."""
-        return self.generate([prompts.combine_messages(question, subproblems, solutions, self.style)])[0]
-
-    def solve_directly(self, question: str) -> Generation:
-        """Answer a whole question, steps written out."""
-        return self.generate([prompts.direct_messages(question, self.style)])[0]
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -187,9 +187,50 @@ def smollm2_adapter(questions_file, tmp_path_factory) -> Path:
         "grpo_training.py", "--demo", "--adapter-path", str(folder / "warm"), "--dataset", str(questions_file),
         "--output-dir", str(folder / "trained"), "--worker-max-tokens", "8", "--max-completion-length", "32",
         "--batch-size", "4", "--grad-accum", "1", "--num-generations", "4", "--max-steps", "1",
-        "--format-weight", "0.5", "--eval-samples", "0", "--lr", "1e-3",
+        "--format-weight", "0.5", "--eval-samples", "0", "--lr", "1e-3", "--warmup-steps", "0",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     before, after = (load_file(folder / name / "adapter_model.safetensors") for name in ("warm", "trained"))
     assert any(not torch.equal(after[name], before[name]) for name in before), "GRPO changed nothing"
     return folder / "trained"
+
+
+@pytest.fixture(scope="session")
+def planner_adapter(tmp_path_factory) -> str:
+    """Folder of a LoRA adapter on SmolLM2 that was taught for seconds to answer with a plan: enough to differ."""
+    import torch
+    from peft import get_peft_model
+
+    from common import artifacts
+    from common.args import PACKAGED_MODEL, TrainingArgs
+    from common.models import load_base, load_tokenizer, lora_config
+    from common.plans import Plan
+    from common.prompts import planner_messages, render
+
+    tokenizer = load_tokenizer(PACKAGED_MODEL)
+    base = load_base(PACKAGED_MODEL, four_bit=False)
+    torch.manual_seed(0)
+    args = TrainingArgs(
+        base_model=PACKAGED_MODEL, planner_style="short", worker_style="few-shot", lora_layers=4, worker_max_tokens=48
+    )
+    model = get_peft_model(base, lora_config(args, base))
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    rows = []
+    for question in QUESTIONS:
+        a, b, c = question[8:-1].split(" + ")
+        prompt = tokenizer(render(tokenizer, planner_messages(question, "short")), add_special_tokens=False).input_ids
+        plan = Plan(True, (f"What is {a} + {b}?", f"What is {b} + {c}?"))
+        rows.append((prompt, [*tokenizer(plan.to_json()).input_ids, tokenizer.eos_token_id]))
+    for step in range(24):
+        prompt, target = rows[step % len(rows)]
+        labels = torch.tensor([[-100] * len(prompt) + target])
+        loss = model(input_ids=torch.tensor([prompt + target]), labels=labels).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    artifacts.save_adapter(model, tokenizer, folder)
+    artifacts.write_json(
+        folder / artifacts.TRAINING_CONFIG, artifacts.run_record(args.to_dict(), script="grpo_training.py")
+    )
+    return str(folder)

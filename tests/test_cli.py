@@ -182,24 +182,15 @@ def test_an_unreachable_model_is_one_line_that_names_the_ways_out(questions_file
 
 
 LIGHT = (
-    "errors",
-    "prompts",
-    "plans",
-    "grading",
-    "cli",
-    "args",
-    "artifacts",
-    "data",
-    "generated",
-    "demonstrations",
-    "stepclock",
-)
+    "errors", "prompts", "plans", "grading", "cli", "args", "artifacts", "data", "generated", "demonstrations",
+    "stepclock", "serving",
+)  # fmt: skip
 LAYERS = (
     LIGHT,
-    ("worker", "models", "similarity", "branching", "decoding", "packing", "report", "plots"),
+    ("worker", "models", "similarity", "branching", "decoding", "packing", "report", "plots", "server", "probe"),
     ("pipeline", "callbacks", "wandb_log", "hub", "certificate"),
-    ("rewards", "evaluation", "model_card"),
-    ("scoring", "planner_trainer"),
+    ("rewards", "evaluation", "model_card", "session"),
+    ("scoring", "planner_trainer", "batch", "demo_server"),
     ("training", "merging"),
     ("supervised",),
 )

@@ -43,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from common import models
     from common.evaluation import wilson_interval
-    from common.pipeline import PipelineItem, local_executor
+    from common.pipeline import PipelineItem, run_executor
     from common.report import format_table
     from common.similarity import SentenceEncoder
 
     args = TrainingArgs(**{**DEMO, "dataset": options.dataset})
     tokenizer = models.load_tokenizer(args.base_model)
     model = models.load_base(args.base_model, four_bit=False).eval()
-    executor = local_executor(args, model, tokenizer, SentenceEncoder(args.embedding_model))
+    executor = run_executor(args, model, tokenizer, SentenceEncoder(args.embedding_model))
     questions = load_questions(args.dataset, limit=options.questions, seed=options.seed)
     rows = []
     for name, grouping in KINDS.items():

@@ -1,0 +1,450 @@
+"""A model behind an OpenAI-compatible server (vLLM above all): the same prompts, another backend.
+
+`Server` talks HTTP: bounded concurrency, retries that back off, and errors that say in one line what is wrong
+with which address. `ServerModel` is to it what `LocalModel` is to local weights, `ServerWorker` what
+`FrozenWorker` is. The key is sent to the server and kept nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from common.args import TrainingArgs
+from common.errors import UserError
+from common.prompts import Message, fold_system
+from common.worker import Generation, WorkerCalls, WorkerStats
+
+T = TypeVar("T")
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_BACKOFF_SECONDS = 30.0
+# Of a training run: its retries take about 20 s of pauses, so a server that is briefly away costs no samples.
+TRAINING_RETRIES, TRAINING_CONCURRENCY = 5, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a server is and how to talk to it. `timeout` is the seconds one attempt may take in all."""
+
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+    timeout: float = 120.0
+    retries: int = 2
+    concurrency: int = 32
+    flag: str = "--base-url"  # named in errors
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """An entry of /v1/models. On vLLM an adapter has its base as `parent`, and `root` is where its files lie."""
+
+    name: str
+    parent: str | None = None
+    root: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A server's answer to one prompt; where asked for, each token chosen and the log-probabilities around it.
+
+    `chosen` has a token and `top` its likeliest alternatives (token → log-probability) per place, or both are
+    empty: not every server tells.
+    """
+
+    generation: Generation
+    chosen: tuple[str, ...] = ()
+    top: tuple[dict[str, float], ...] = ()
+
+
+class ServerError(UserError):
+    """A request that came to nothing. `retryable` where another attempt may fare better."""
+
+    def __init__(self, message: str, *, exit_code: int = 1, retryable: bool = False, wait: float = 0.0) -> None:
+        super().__init__(message, exit_code=exit_code)
+        self.retryable = retryable
+        self.wait = wait  # seconds the server asks for
+
+
+class Server:
+    """One OpenAI-compatible server.
+
+    Args:
+        endpoint: address, key and patience.
+        runner: of the event loop that all requests run on; give two servers the same one to use both at once.
+    """
+
+    def __init__(self, endpoint: Endpoint, runner: asyncio.Runner | None = None) -> None:
+        from openai import AsyncOpenAI
+
+        self.endpoint = endpoint
+        self.runner = runner or asyncio.Runner()
+        self._key = endpoint.api_key or os.environ.get(KEY_VARIABLE) or "none"
+        # Retries and time limits are ours: the client's own cover neither a reply that is no JSON nor a trickle.
+        self._client = AsyncOpenAI(base_url=endpoint.url, api_key=self._key, max_retries=0, timeout=endpoint.timeout)
+        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self.takes_schema = True  # until it refuses one
+        self._folds_system = False  # until the model's chat template refuses a system message
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run asynchronous work to its end; Ctrl-C cancels it."""
+        return self.runner.run(work)
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._client.close()
+
+    async def models(self) -> list[ServedModel]:
+        """What the server serves.
+
+        Raises:
+            ServerError: where nothing, or nothing of the kind, answers.
+        """
+
+        async def ask() -> list[ServedModel]:
+            # Not `client.models.list()`: it stumbles over a reply that is no JSON, and drops what vLLM adds.
+            page: Any = await self._client.get("/models", cast_to=object)
+            entries = page.get("data") if isinstance(page, dict) else None
+            if not isinstance(entries, list) or not all(isinstance(e, dict) and e.get("id") for e in entries):
+                raise self._not_openai("list of models")
+            return [ServedModel(str(e["id"]), e.get("parent"), e.get("root")) for e in entries]
+
+        return await self._attempts(ask)
+
+    async def chat(
+        self,
+        model: str,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        schema: dict[str, Any] | None = None,
+        top_logprobs: int = 0,
+    ) -> Reply:
+        """Answer one prompt.
+
+        A JSON schema is asked for only as long as the server takes one; a system message is put into the first
+        user message for good once the model's chat template refuses it (training does the same).
+
+        Raises:
+            ServerError: with what is wrong, after the retries.
+        """
+        request: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
+        if seed is not None:
+            request["seed"] = seed
+        if top_logprobs:
+            request |= {"logprobs": True, "top_logprobs": top_logprobs}
+
+        async def ask() -> Reply:
+            request["messages"] = fold_system(messages) if self._folds_system else list(messages)
+            form = {"type": "json_schema", "json_schema": {"name": "plan", "schema": schema}}
+            asked = request if schema is None or not self.takes_schema else {**request, "response_format": form}
+            return self._read(await self._client.chat.completions.create(**asked))
+
+        try:
+            return await self._attempts(ask)
+        except RefusedError as refused:
+            told = refused.told.casefold()
+            if not self._folds_system and messages[0]["role"] == "system" and "system" in told:
+                self._folds_system = True
+            elif schema is not None and self.takes_schema and _is_about_schema(told):
+                self.takes_schema = False
+            else:
+                raise
+            return await self._attempts(ask)
+
+    async def _attempts(self, ask: Any) -> Any:
+        """`ask` until it succeeds, fails for good or has failed too often; waits longer each time."""
+        for attempt in range(self.endpoint.retries + 1):
+            try:
+                async with self._slots, asyncio.timeout(self.endpoint.timeout):
+                    return await ask()
+            except Exception as error:
+                explained = self._explain(error)
+                if not explained.retryable or attempt == self.endpoint.retries:
+                    raise explained from error
+            # Doubled each time, with jitter, so that many clients do not come back at once.
+            pause = min(MAX_BACKOFF_SECONDS, 0.5 * 2**attempt) * (1 + random.random() / 4)
+            await asyncio.sleep(max(pause, min(explained.wait, MAX_BACKOFF_SECONDS)))
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _read(self, completion: Any) -> Reply:
+        choices = getattr(completion, "choices", None)
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if getattr(choice, "message", None) is None:
+            raise self._not_openai("chat completion")
+        assert choice is not None
+        text = choice.message.content
+        if not isinstance(text, str):
+            raise ServerError(f"{self.endpoint.flag} {self.endpoint.url} sent a reply without text")
+        tokens = getattr(getattr(completion, "usage", None), "completion_tokens", None) or 0
+        listed = getattr(getattr(choice, "logprobs", None), "content", None) or []
+        return Reply(
+            Generation(text.strip(), tokens, choice.finish_reason == "stop"),
+            tuple(place.token for place in listed),
+            tuple({entry.token: entry.logprob for entry in place.top_logprobs} for place in listed),
+        )
+
+    def _not_openai(self, wanted: str) -> ServerError:
+        return ServerError(
+            f"{self.endpoint.flag} {self.endpoint.url}: what answers there is no OpenAI-compatible server (its reply "
+            f"is no {wanted}): the address of vLLM's usually ends in :8000/v1",
+            retryable=True,
+        )
+
+    def _explain(self, error: Exception) -> ServerError:
+        """One line for whatever went wrong, with the way out."""
+        import openai
+
+        where = f"{self.endpoint.flag} {self.endpoint.url}"
+        if isinstance(error, ServerError):
+            return error
+        if isinstance(error, (openai.APITimeoutError, TimeoutError)):
+            return ServerError(
+                f"{where}: no reply within {self.endpoint.timeout:g} s: is the server overloaded or hanging? "
+                "Raise --timeout if it is only slow",
+                retryable=True,
+            )
+        if isinstance(error, openai.APIConnectionError):
+            cause = error.__cause__
+            reason = self._clean(str(cause) or type(cause).__name__) if cause is not None else "connection error"
+            return ServerError(
+                f"{where}: no answer ({reason}): is the server up, and the address right?", retryable=True
+            )
+        if isinstance(error, openai.APIStatusError):
+            return self._explain_status(error, where)
+        if isinstance(error, ValueError):  # a body that is no JSON, or of another shape
+            return self._not_openai("JSON")
+        if isinstance(error, openai.OpenAIError):
+            return ServerError(f"{where}: {self._clean(str(error))}")
+        raise error
+
+    def _explain_status(self, error: Any, where: str) -> ServerError:
+        told, status = self._clean(_told(error)), error.status_code
+        if status in (401, 403):
+            return ServerError(
+                f"{where} refuses the key ({status}): give the right one in {KEY_VARIABLE} or --api-key", exit_code=2
+            )
+        if status in (408, 409, 429) or status >= 500:
+            wait = error.response.headers.get("retry-after", "")
+            return ServerError(
+                f"{where} is in trouble ({status}: {told}): look at the server's log",
+                retryable=True,
+                wait=float(wait) if wait.isdigit() else 0.0,
+            )
+        if status == 404 and "model" not in told.casefold():
+            return ServerError(f"{where} knows no such path (404): the address usually ends in /v1", exit_code=2)
+        return RefusedError(f"{where} refuses the request ({status}): {told}", told)
+
+    def _clean(self, text: str) -> str:
+        """The first line of a text, short, without the key: servers like to repeat it."""
+        lines = text.strip().splitlines() or [""]
+        line = lines[0] if self._key == "none" else lines[0].replace(self._key, "…")
+        return line if len(line) <= 240 else line[:239] + "…"
+
+
+class RefusedError(ServerError):
+    """A request that the server will never take: a model it lacks, a prompt that is too long. `told` is its reason."""
+
+    def __init__(self, message: str, told: str) -> None:
+        super().__init__(message, exit_code=2)
+        self.told = told
+
+
+class ServerModel:
+    """Answers prompts with one model of a server, all in flight together; greedy answers are shared and remembered.
+
+    Args:
+        server: that serves it.
+        model: its name there.
+        max_tokens: longest answer.
+        temperature: above 0 answers are sampled, each request on its own.
+        seed: of the first sample, the next one's is one higher; None leaves it to the server.
+        schema: JSON schema of the answers, where the server supports it.
+        cache_size: greedy answers remembered, least recently used dropped first.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        model: str,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        schema: dict[str, Any] | None = None,
+        cache_size: int = 0,
+    ) -> None:
+        self.server = server
+        self.model = model
+        self._max_tokens = max_tokens
+        self._temperature = temperature
+        self._seed = seed
+        self._schema = schema
+        self._cache_size = cache_size
+        self._answers: OrderedDict[str, asyncio.Task[Generation]] = OrderedDict()
+        self._stats = WorkerStats()
+
+    def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
+        """Answer prompts, in order; failures fail only their own prompt."""
+
+        async def together() -> list[Generation]:
+            return await asyncio.gather(*(self.answer(request) for request in requests))
+
+        return self.wait(together())
+
+    async def answer(self, request: Sequence[Message]) -> Generation:
+        """Answer one prompt; one that cannot be answered carries its `error`."""
+        self._stats.requests += 1
+        key = json.dumps(request) if self._temperature == 0 else None
+        task = self._answers.get(key) if key is not None else None
+        if task is None:
+            task = asyncio.ensure_future(self._ask(request))
+            if key is not None:
+                self._answers[key] = task
+        elif key is not None:
+            self._answers.move_to_end(key)
+        try:
+            found = await task
+        finally:
+            # Whatever became of it: only a finished, successful answer is kept beyond those in flight.
+            if key is not None and (not task.done() or task.cancelled() or task.result().error is not None):
+                self._answers.pop(key, None)
+        self._stats.failures += found.error is not None
+        while len(self._answers) > self._cache_size and next(iter(self._answers.values())).done():
+            self._answers.popitem(last=False)
+        return found
+
+    async def _ask(self, request: Sequence[Message]) -> Generation:
+        seed = self._seed
+        if seed is not None:
+            self._seed = seed + 1
+        try:
+            reply = await self.server.chat(
+                self.model,
+                request,
+                max_tokens=self._max_tokens,
+                temperature=self._temperature,
+                seed=seed,
+                schema=self._schema,
+            )
+        except ServerError as error:
+            return Generation("", 0, False, str(error))
+        self._stats.generated += 1
+        self._stats.generated_tokens += reply.generation.tokens
+        return reply.generation
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run asynchronous work to its end, its time counted."""
+        started = time.perf_counter()
+        try:
+            return self.server.run(work)
+        finally:
+            self._stats.seconds += time.perf_counter() - started
+
+    def take_stats(self) -> WorkerStats:
+        """The counts since the last call, which starts them anew."""
+        stats, self._stats = self._stats, WorkerStats()
+        return stats
+
+
+class ServerWorker(ServerModel, WorkerCalls):
+    """The worker on a server: its base model, greedy, so that a prompt has one answer.
+
+    Args:
+        style: of the prompts, see `common.prompts`.
+        (the others): as in `ServerModel`.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        model: str,
+        *,
+        style: str = "instruct",
+        max_tokens: int = 256,
+        cache_size: int = 20000,
+    ) -> None:
+        super().__init__(server, model, max_tokens=max_tokens, cache_size=cache_size)
+        self.style = style
+
+    @classmethod
+    def from_settings(cls, args: TrainingArgs) -> ServerWorker:
+        """The worker that `--worker-url` and its companions name.
+
+        Raises:
+            UserError: where the server cannot be reached, or serves no such base model.
+        """
+        assert args.worker_url is not None
+        server = Server(
+            Endpoint(
+                args.worker_url,
+                timeout=args.worker_timeout,
+                retries=TRAINING_RETRIES,
+                concurrency=TRAINING_CONCURRENCY,
+                flag="--worker-url",
+            )
+        )
+        name = base_model(server.run(server.models()), args.worker_model, flag="--worker-model").name
+        return cls(
+            server, name, style=args.worker_style, max_tokens=args.worker_max_tokens, cache_size=args.worker_cache_size
+        )
+
+    def sampler(self, temperature: float, seed: int) -> ServerModel:
+        """The same model, sampled instead of greedy."""
+        return ServerModel(self.server, self.model, max_tokens=self._max_tokens, temperature=temperature, seed=seed)
+
+
+def base_model(served: Sequence[ServedModel], asked: str | None, *, flag: str, adapter: str = "") -> ServedModel:
+    """The model to use as base: the one asked for, else the one entry without a parent.
+
+    Args:
+        served: by the server.
+        asked: its name, or None to detect it.
+        flag: that names it, for errors.
+        adapter: a name that is not the base's, on servers that tell no parents.
+
+    Raises:
+        UserError: when it is not served, is an adapter, or cannot be told from others.
+    """
+    names = ", ".join(model.name for model in served) or "nothing"
+    if asked is not None:
+        found = next((model for model in served if model.name == asked), None)
+        if found is None:
+            raise UserError(f"{flag} {asked} is not served there: {names}")
+        if found.parent is not None:
+            raise UserError(f"{flag} {asked} is an adapter of {found.parent}, a base model is needed: {found.parent}?")
+        return found
+    bases = [model for model in served if model.parent is None and model.name != adapter]
+    if len(bases) != 1:
+        # One model under several names has one root.
+        roots = {model.root or model.name for model in bases}
+        if len(roots) != 1:
+            raise UserError(f"{flag} is needed, the server does not serve exactly one base model: {names}")
+    return bases[0]
+
+
+def adapter_of(served: Sequence[ServedModel], base: str) -> str | None:
+    """The name of an adapter that the same server serves and that could answer in the base's place."""
+    return next((model.name for model in served if model.parent is not None and model.name != base), None)
+
+
+def _is_about_schema(told: str) -> bool:
+    return any(word in told for word in ("response_format", "json_schema", "schema", "grammar", "structured"))
+
+
+def _told(error: Any) -> str:
+    """What a server says about an error: OpenAI's body is {"error": {"message": …}}, others put it elsewhere."""
+    body = error.body
+    for key in ("error", "message", "detail"):
+        if isinstance(body, dict) and key in body:
+            body = body[key]
+    return body if isinstance(body, str) else str(error.message)

@@ -1,0 +1,118 @@
+"""Ask a trained planner on a vLLM server: it plans, the server's base model does the work.
+
+A conversation:         python inference_vllm.py
+One question:           python inference_vllm.py --question "Ann has 3 pens, Bob has 5. How many do they have?" [--json]
+A file of questions:    python inference_vllm.py --input questions.jsonl --output answers.jsonl
+A scoreboard:           python inference_vllm.py --benchmark --samples 100 [--dataset SOURCE] [--output FOLDER]
+
+The server:             the command that grpo_training.py prints when it ends; on a CPU: make serve-demo
+
+At start it is checked that the base model answers as itself also while the adapter is busy. Exit codes: 0 done,
+1 the server failed (or some questions of a file did), 2 wrong input, 3 the server answers with the wrong model.
+--output FILE gets a line per question as it is answered; the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.cli import Parser, add_settings, given_settings, run
+from common.data import check_source
+from common.errors import UserError
+from common.serving import ServingArgs, find_training_config
+
+if TYPE_CHECKING:
+    from common.batch import Asked
+    from common.session import Session
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; the settings' defaults are those of `ServingArgs`."""
+    parser = Parser(prog="inference_vllm.py", description=__doc__)
+    what = parser.add_argument_group("what to ask (default: a conversation)")
+    what.add_argument("--question", metavar="TEXT", help="one question")
+    what.add_argument("--json", action="store_true", help="with --question: the answer as one JSON object on stdout")
+    what.add_argument("--input", metavar="FILE", help="JSONL, objects with question (and perhaps answer, id)")
+    what.add_argument(
+        "--output", metavar="PATH", help="of --input: JSONL answers; of --benchmark: folder for its files"
+    )
+    what.add_argument("--benchmark", action="store_true", help="direct, untrained and trained planner, compared")
+    what.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_settings(parser, ServingArgs)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check what is cheap to check, connect, ask. Returns the exit code."""
+    options = build_parser().parse_args(argv)
+    given = given_settings(options, ServingArgs)
+    args = ServingArgs(**given)
+    args.validate()
+    check_mode(options)
+    if args.training_config is not None:
+        find_training_config(args.training_config, args.base_url, None)
+    if args.dataset is not None:
+        check_source(args.dataset, "test")
+    asked: list[Asked] = []
+    if options.input is not None:
+        from common.batch import already_answered, read_input
+
+        asked = read_input(options.input)
+        already_answered(Path(options.output), asked)
+
+    from common.session import Session
+
+    with Session(given) as session:
+        temperature = args.temperature if "temperature" in given else 0.0
+        return benchmark_or_ask(session, options, asked, temperature)
+
+
+def benchmark_or_ask(session: Session, options: argparse.Namespace, asked: list[Asked], temperature: float) -> int:
+    """Do what the flags say with a session that has been checked; returns the exit code.
+
+    Raises:
+        UserError: when a question that was asked with --json fails.
+    """
+    from common import batch
+    from common.session import repl, show_turn
+
+    if options.benchmark:
+        return batch.benchmark(session, temperature, None if options.output is None else Path(options.output))
+    if options.input is not None:
+        return batch.answer_file(session, asked, Path(options.output))
+    if options.question is None:
+        return repl(session)
+    if not options.json:
+        return 0 if show_turn(session, options.question).result.error is None else 1
+    answer = session.run(session.ask(options.question))
+    print(json.dumps(answer.record(), ensure_ascii=False))
+    if answer.result.error is not None:
+        raise UserError(answer.result.error, exit_code=1)
+    return 0
+
+
+def check_mode(options: argparse.Namespace) -> None:
+    """Stop for flags that do not go together.
+
+    Raises:
+        UserError: with the flags.
+    """
+    modes = [f"--{name}" for name in ("question", "input", "benchmark") if getattr(options, name) not in (None, False)]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} exclude each other: use one")
+    if options.question is not None and not options.question.strip():
+        raise UserError("--question is empty: ask something")
+    if options.json and options.question is None:
+        raise UserError("--json goes with --question: add one (the files of --input are JSON anyway)")
+    if options.input is not None and options.output is None:
+        raise UserError("--input needs --output: name the file for the answers")
+    if options.output is not None and options.input is None and not options.benchmark:
+        raise UserError("--output goes with --input or --benchmark: add one of them")
+
+
+if __name__ == "__main__":
+    run(main)
