@@ -122,7 +122,8 @@ class PipelineRewardFunction:
         self._stop_if_nothing_works(results)
         stats = self.executor.worker.take_stats()
         self._clock.add("worker_seconds", stats.seconds)
-        self._clock.add("embedding_seconds", self.executor.embeddings.take_seconds())
+        if self.executor.embeddings is not None:
+            self._clock.add("embedding_seconds", self.executor.embeddings.take_seconds())
         if log_metric is not None:
             for name, value in batch_metrics(results, self._weights).items():
                 log_metric(name, value)

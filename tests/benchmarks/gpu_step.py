@@ -116,7 +116,7 @@ def training(folder: Path, steps: int, *, tiny: bool) -> tuple[str, float]:
     short: dict[str, Any] = {"max_completion_length": 16, "worker_max_tokens": 16} if tiny else {}
     with tempfile.TemporaryDirectory() as output:
         args = TrainingArgs(base_model=str(folder), output_dir=output, max_steps=steps, wandb=False, **short)
-        questions = [Question(group[0].question, group[0].ground_truth) for group in mix.load_groups()]
+        questions = [Question(group[0].question, group[0].ground_truth or "") for group in mix.load_groups()]
         trainer, executor = training.build_trainer(args, questions, models.load_tokenizer(args.base_model))
         reward: Any = trainer.reward_funcs[0]
         reward.executor = executor.with_fallback()

@@ -114,7 +114,7 @@ def training_steps(job: Job) -> dict[str, Any]:
             worker_max_tokens=job.max_tokens,
         )
         tokenizer = models.load_tokenizer(PACKAGED_MODEL)
-        questions = [Question(group[0].question, group[0].ground_truth) for group in mix.load_groups()]
+        questions = [Question(group[0].question, group[0].ground_truth or "") for group in mix.load_groups()]
         trainer, executor = training.build_trainer(args, questions, tokenizer)
         reward: Any = trainer.reward_funcs[0]
         # An untrained small planner writes no valid plan: solved directly, so that the worker has work.
