@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+VLLM_INSTALL_SECONDS = 900
 QUESTIONS = [f"What is {a} + {b} + {c}?" for a, b, c in [(2, 3, 4), (5, 6, 7), (8, 2, 5), (9, 4, 3)]]
 
 
@@ -234,3 +235,20 @@ def planner_adapter(tmp_path_factory) -> str:
         folder / artifacts.TRAINING_CONFIG, artifacts.run_record(args.to_dict(), script="grpo_training.py")
     )
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """Python of an environment with vLLM: made by the target that `make serve-demo` uses, or the test is skipped."""
+    environment = ROOT / os.environ.get("VLLM_VENV", ".venv-vllm")
+    if not (environment / ".installed").exists():
+        try:
+            made = subprocess.run(
+                ["make", f"VLLM_VENV={environment}", f"{environment}/.installed"],
+                cwd=ROOT, capture_output=True, text=True, timeout=VLLM_INSTALL_SECONDS, check=False,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            pytest.skip(f"vLLM for CPUs cannot be installed here: {error}")
+        if made.returncode != 0:
+            pytest.skip(f"vLLM for CPUs cannot be installed here: {made.stderr.strip().splitlines()[-1:]}")
+    return environment / "bin" / "python"

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import time
-import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import merge_and_push
-from common import certificate, prompts
-
-VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-START_SECONDS = 400  # about one minute on an idle machine
+from common import certificate, demo_server, prompts
+from common.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -32,41 +25,26 @@ def merged(smollm2_adapter, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(merged) -> str:
+def served(merged, vllm_python) -> Iterator[str]:
     """Address of a vLLM server of the merged folder (DESIGN, section 5)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = merged.parent / "vllm.log"
-    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(merged), "--host", "127.0.0.1",
-             "--port", str(port), "--served-model-name", "planner", "--dtype", "float32", "--max-model-len", "1024"],
-            stdout=stream, stderr=subprocess.STDOUT, cwd=merged.parent, env={**os.environ, **quiet},
-            start_new_session=True,
-        )  # fmt: skip
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(merged), "--host", "127.0.0.1", "--port"]
+    command += [str(port), "--served-model-name", "planner", "--dtype", "float32", "--max-model-len", "1024"]
+    with log.open("wb") as stream:
+        server = demo_server.start(vllm_python, command, log=stream.fileno())
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, "vLLM did not start: " + log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except (urllib.error.URLError, TimeoutError, ConnectionError):
-                time.sleep(1)
+        try:
+            demo_server.wait_until_ready(server, port)
+        except UserError as error:
+            pytest.fail(f"{error}\n{log.read_text()[-3000:]}")
         yield f"http://127.0.0.1:{port}/v1/chat/completions"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        demo_server.stop(server)
 
 
-@pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no vLLM here: `make .venv-vllm/.installed` makes .venv-vllm")
 def test_vllm_serves_the_merged_model_and_it_writes_the_plans_of_adapter_on_base(merged, served):
     report = json.loads((merged / certificate.REPORT).read_text())
     for plan in report["certificate"]["plans"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import run_script
 
 from common import demo_server
 from common.args import PACKAGED_MODEL
@@ -27,30 +26,12 @@ from common.worker import FrozenWorker
 
 NAME = "SmolLM2-135M-Instruct"
 SOURCE = "generated:shares?people=4&low=1&high=5"
-INSTALL_SECONDS = 900
 
 
 def free_port() -> int:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         return unused.getsockname()[1]
-
-
-@pytest.fixture(scope="session")
-def vllm_python() -> Path:
-    """Python of an environment with vLLM: made by the target that `make serve-demo` uses, or the test is skipped."""
-    environment = ROOT / os.environ.get("VLLM_VENV", ".venv-vllm")
-    if not (environment / ".installed").exists():
-        try:
-            made = subprocess.run(
-                ["make", f"VLLM_VENV={environment}", f"{environment}/.installed"],
-                cwd=ROOT, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False,
-            )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired) as error:
-            pytest.skip(f"vLLM for CPUs cannot be installed here: {error}")
-        if made.returncode != 0:
-            pytest.skip(f"vLLM for CPUs cannot be installed here: {made.stderr.strip().splitlines()[-1:]}")
-    return environment / "bin" / "python"
 
 
 @pytest.fixture(scope="session")
