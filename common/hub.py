@@ -5,6 +5,7 @@ The endpoint is huggingface_hub's own setting, HF_ENDPOINT. No message here ever
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,10 @@ def api_for(token: str | None) -> HfApi:
         UserError: where there is none.
     """
     from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     found = token or get_token()
     if not found:
         raise UserError(

@@ -30,15 +30,20 @@ def read_card(path: str) -> ModelCard:
     """
     import yaml
     from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     if not Path(path).is_file():
         raise UserError(f"--model-card {path} is not a file: name a Markdown file, or leave it out")
     try:
-        card = ModelCard(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        card = ModelCard(text)
+        block = REGEX_YAML_BLOCK.search(text)
+        values = (
+            yaml.safe_load(block.group(2)) if block else None
+        ) or {}  # as written: ModelCard splits a text of tags
     except (OSError, UnicodeDecodeError, ValueError, TypeError, yaml.YAMLError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"--model-card {path} is no valid model card ({first}): mend its metadata block") from error
-    values = card.data.to_dict()
     wrong = [key for key in _LISTS if key in values and not _texts(values[key])]
     wrong += [
         key for key in (*LICENSE_KEYS, "library_name", "pipeline_tag") if not isinstance(values.get(key, ""), str)
@@ -182,10 +187,9 @@ def _usage(repo_id: str, base: str, record: dict[str, Any]) -> str:
         "With transformers:\n\n"
         "```python\nfrom transformers import pipeline\n\n"
         f'planner = pipeline("text-generation", model="{repo_id}")\n'
-        f"messages = [\n"
-        f'    {{"role": "system", "content": {json.dumps(system, ensure_ascii=False)}}},\n'
-        f'    {{"role": "user", "content": {json.dumps(certifying.QUESTIONS[0])}}},\n'
-        "]\n"
+        f"system = {system!r}\n"
+        f"question = {certifying.QUESTIONS[0]!r}\n".replace("'", '"')
+        + 'messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]\n'
         'print(planner(messages, max_new_tokens=256, do_sample=False)[0]["generated_text"][-1]["content"])\n```\n\n'
         "The system message is the one it was trained with; leave it as it is."
     )

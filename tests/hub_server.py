@@ -209,9 +209,9 @@ class Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "file":
                 repo.files[value["path"]] = base64.b64decode(value["content"])
-            elif self.server.xet_store is not None:
+            elif line["key"] == "lfsFile" and self.server.xet_store is not None:
                 repo.in_xet[value["path"]] = value["oid"]
-            else:
+            elif line["key"] == "lfsFile":
                 repo.files[value["path"]] = self.server.objects[value["oid"]]
         repo.commits += 1
         return 200, {
