@@ -32,7 +32,16 @@ def served(merged, vllm_python) -> Iterator[str]:
         port = probe.getsockname()[1]
     log = merged.parent / "vllm.log"
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(merged), "--host", "127.0.0.1", "--port"]
-    command += [str(port), "--served-model-name", "planner", "--dtype", "float32", "--max-model-len", "1024"]
+    command += [
+        str(port),
+        "--served-model-name",
+        "planner",
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "1024",
+        "--enforce-eager",
+    ]
     with log.open("wb") as stream:
         server = demo_server.start(vllm_python, command, log=stream.fileno())
     try:
