@@ -188,8 +188,8 @@ def _usage(repo_id: str, base: str, record: dict[str, Any]) -> str:
         "```python\nfrom transformers import pipeline\n\n"
         f'planner = pipeline("text-generation", model="{repo_id}")\n'
         f"system = {system!r}\n"
-        f"question = {certifying.QUESTIONS[0]!r}\n".replace("'", '"')
-        + 'messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]\n'
+        f"question = {json.dumps(certifying.QUESTIONS[0])}\n"
+        'messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]\n'
         'print(planner(messages, max_new_tokens=256, do_sample=False)[0]["generated_text"][-1]["content"])\n```\n\n'
         "The system message is the one it was trained with; leave it as it is."
     )
