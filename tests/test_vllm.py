@@ -151,7 +151,7 @@ def test_grpo_trains_with_the_servers_base_as_worker(url, tiny_planner, question
     done = run_script(
         "grpo_training.py", "--base-model", tiny_planner, "--dataset", str(questions_file), "--output-dir", str(tmp_path / "run"),
         "--planner-style", "short", "--worker-style", "few-shot", "--worker-max-tokens", "16", "--worker-url", url,
-        "--max-completion-length", "60", "--batch-size", "4", "--max-steps", "2", "--temperature", "1", "--no-wandb",
+        "--max-completion-length", "60", "--batch-size", "4", "--grad-accum", "4", "--max-steps", "1", "--temperature", "1", "--no-wandb",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
