@@ -38,7 +38,8 @@ def test_json_plans_then_grpo_from_the_adapter(tiny_planner, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = read_jsonl(warm / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 7 and losses[-1] < losses[0]
+    assert len(losses) == 7
+    assert sum(losses[-3:]) < sum(losses[:3])  # of three batches: single ones of eight plans are noisy
     assert any("eval_loss" in line for line in lines)
     for name in ("adapter_model.safetensors", "training_config.json", "training_curves.png", "special_tokens_map.json"):
         assert (warm / name).exists(), name
