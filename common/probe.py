@@ -23,7 +23,8 @@ from common.args import TrainingArgs
 from common.cli import say
 from common.errors import UserError
 from common.prompts import Message, planner_messages
-from common.server import Reply, Server, ServerWorker, adapter_of
+from common.served import adapter_of
+from common.server import Reply, Server, ServerWorker
 
 EXIT_CODE = 3
 TOKENS = 4  # compared per answer

@@ -1,8 +1,7 @@
 """A model behind an OpenAI-compatible server (vLLM above all): the same prompts, another backend.
 
-`Server` talks HTTP: bounded concurrency, retries that back off, and errors that say in one line what is wrong
-with which address. `ServerModel` is to it what `LocalModel` is to local weights, `ServerWorker` what
-`FrozenWorker` is. The key is sent to the server and kept nowhere else.
+`Server` talks HTTP: bounded concurrency, retries that back off, errors of one line. `ServerModel` is to it what
+`LocalModel` is to local weights, `ServerWorker` what `FrozenWorker` is. The key is sent and kept nowhere else.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 from common.args import TrainingArgs
 from common.errors import UserError
 from common.prompts import Message, fold_system
+from common.served import ServedModel, base_model
 from common.worker import Generation, WorkerCalls, WorkerStats
 
 T = TypeVar("T")
@@ -40,15 +40,6 @@ class Endpoint:
     retries: int = 2
     concurrency: int = 32
     flag: str = "--base-url"  # named in errors
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """An entry of /v1/models. On vLLM an adapter has its base as `parent`, and `root` is where its files lie."""
-
-    name: str
-    parent: str | None = None
-    root: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,15 +375,8 @@ class ServerWorker(ServerModel, WorkerCalls):
             UserError: where the server cannot be reached, or serves no such base model.
         """
         assert args.worker_url is not None
-        server = Server(
-            Endpoint(
-                args.worker_url,
-                timeout=args.worker_timeout,
-                retries=TRAINING_RETRIES,
-                concurrency=TRAINING_CONCURRENCY,
-                flag="--worker-url",
-            )
-        )
+        patience = (args.worker_timeout, TRAINING_RETRIES, TRAINING_CONCURRENCY)
+        server = Server(Endpoint(args.worker_url, None, *patience, "--worker-url"))
         name = base_model(server.run(server.models()), args.worker_model, flag="--worker-model").name
         return cls(
             server, name, style=args.worker_style, max_tokens=args.worker_max_tokens, cache_size=args.worker_cache_size
@@ -401,40 +385,6 @@ class ServerWorker(ServerModel, WorkerCalls):
     def sampler(self, temperature: float, seed: int) -> ServerModel:
         """The same model, sampled instead of greedy."""
         return ServerModel(self.server, self.model, max_tokens=self._max_tokens, temperature=temperature, seed=seed)
-
-
-def base_model(served: Sequence[ServedModel], asked: str | None, *, flag: str, adapter: str = "") -> ServedModel:
-    """The model to use as base: the one asked for, else the one entry without a parent.
-
-    Args:
-        served: by the server.
-        asked: its name, or None to detect it.
-        flag: that names it, for errors.
-        adapter: a name that is not the base's, on servers that tell no parents.
-
-    Raises:
-        UserError: when it is not served, is an adapter, or cannot be told from others.
-    """
-    names = ", ".join(model.name for model in served) or "nothing"
-    if asked is not None:
-        found = next((model for model in served if model.name == asked), None)
-        if found is None:
-            raise UserError(f"{flag} {asked} is not served there: {names}")
-        if found.parent is not None:
-            raise UserError(f"{flag} {asked} is an adapter of {found.parent}, a base model is needed: {found.parent}?")
-        return found
-    bases = [model for model in served if model.parent is None and model.name != adapter]
-    if len(bases) != 1:
-        # One model under several names has one root.
-        roots = {model.root or model.name for model in bases}
-        if len(roots) != 1:
-            raise UserError(f"{flag} is needed, the server does not serve exactly one base model: {names}")
-    return bases[0]
-
-
-def adapter_of(served: Sequence[ServedModel], base: str) -> str | None:
-    """The name of an adapter that the same server serves and that could answer in the base's place."""
-    return next((model.name for model in served if model.parent is not None and model.name != base), None)
 
 
 def _is_about_schema(told: str) -> bool:

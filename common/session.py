@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.cli import say
-from common.errors import UserError
 from common.pipeline import OnAnswer, PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import Plan, parse_planner_output
 from common.probe import probe
 from common.prompts import planner_messages
-from common.server import Endpoint, ServedModel, Server, ServerModel, ServerWorker, adapter_of, base_model
+from common.served import ServedModel, adapter_of, base_model, check_parent, find_adapter
+from common.server import Endpoint, Server, ServerModel, ServerWorker
 from common.serving import (
     PROMPT_SETTINGS,
     ServingArgs,
@@ -97,7 +97,7 @@ class Session:
         served = self.run(self.server.models())
         adapter = find_adapter(served, args.lora_adapter)
         self.base = base_model(served, args.model or _parent(served, adapter), flag="--model", adapter=adapter.name)
-        check_parent(served, adapter, self.base, args)
+        check_parent(served, adapter, self.base)
 
         config = find_training_config(args.training_config, args.base_url, adapter.root)
         self.trained: dict[str, Any] = {} if config is None else read_training_settings(config)
@@ -210,40 +210,6 @@ class Session:
 
 def _endpoint(args: ServingArgs, url: str, flag: str) -> Endpoint:
     return Endpoint(url, args.api_key, args.timeout, args.retries, args.concurrency, flag)
-
-
-def find_adapter(served: list[ServedModel], name: str) -> ServedModel:
-    """The planner among the served models.
-
-    Raises:
-        UserError: when it is not among them, or is no adapter.
-    """
-    found = next((model for model in served if model.name == name), None)
-    names = ", ".join(model.name for model in served) or "nothing"
-    if found is None:
-        raise UserError(
-            f"--lora-adapter {name} is not served, found {names}: start the server with --enable-lora "
-            f"--lora-modules {name}=FOLDER, or name another"
-        )
-    return found
-
-
-def check_parent(served: list[ServedModel], adapter: ServedModel, base: ServedModel, args: ServingArgs) -> None:
-    """Stop when the adapter belongs to another model than the one in use.
-
-    Raises:
-        UserError: with both names.
-    """
-    if adapter.name == base.name:
-        raise UserError(f"--lora-adapter {adapter.name} is the base model itself: name an adapter")
-    if adapter.parent in (None, base.name):
-        return  # other servers tell no parents
-    parent = next((model for model in served if model.name == adapter.parent), None)
-    if parent is None or parent.root is None or parent.root != base.root:  # one model may have several names
-        raise UserError(
-            f"--lora-adapter {adapter.name} is an adapter of {adapter.parent}, not of --model {base.name}: "
-            f"use --model {adapter.parent}"
-        )
 
 
 def _parent(served: list[ServedModel], adapter: ServedModel) -> str | None:

@@ -20,7 +20,8 @@ from common.errors import UserError
 from common.models import resolve_model
 from common.probe import probe
 from common.prompts import direct_messages, planner_messages
-from common.server import Endpoint, Server, ServerModel, ServerWorker, base_model
+from common.served import base_model
+from common.server import Endpoint, Server, ServerModel, ServerWorker
 from common.serving import server_command
 from common.worker import FrozenWorker
 
