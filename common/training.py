@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ def build_trainer(
     args: TrainingArgs, questions: list[Question], tokenizer: Any, samples: SampleLog | None = None
 ) -> tuple[GRPOTrainer, PipelineExecutor]:
     """TRL's trainer with the planner's adapter, and the pipeline whose worker is the trainer's own model."""
+    check_enough(args, len(questions))
     encoder = SentenceEncoder(args.embedding_model)
     encoder.load()
     four_bit = models.use_4bit(args)
@@ -178,6 +180,21 @@ def build_trainer(
     if args.adapter_path is not None:
         models.load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), args.adapter_path)
     return trainer, executor
+
+
+def check_enough(args: TrainingArgs, questions: int) -> None:
+    """Stop for fewer questions than one step takes: TRL's sampler would yield nothing and training end at once.
+
+    Raises:
+        UserError: with how many are needed.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    needed = args.batch_size * processes * args.grad_accum // args.num_generations
+    if questions < needed:
+        raise UserError(
+            f"--dataset {args.dataset} gives {questions} questions, one step takes {needed} (--batch-size × "
+            "processes × --grad-accum / --num-generations): lower --grad-accum or --batch-size, or add questions"
+        )
 
 
 def planner_row(item: Question, style: str, fold_system: bool) -> dict[str, Any]:

@@ -259,3 +259,10 @@ def test_a_gpu_run_is_4bit_by_default(tiny_args):
     done = run_script("grpo_training.py", *[flag for flag in flags(tiny_args) if flag != "--no-4bit"])
     assert done.returncode == 0, done.stderr
     assert json.loads((Path(tiny_args.output_dir) / "training_config.json").read_text())["four_bit"] is True
+
+
+def test_fewer_questions_than_a_step_takes_is_said_before_anything_is_trained(tiny_args):
+    tiny_args.grad_accum = 8  # eight groups of four, and there are four questions
+    done = run_script("grpo_training.py", *flags(tiny_args))
+    assert done.returncode == 2
+    assert "gives 4 questions, one step takes 8" in done.stderr
