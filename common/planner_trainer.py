@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
@@ -64,6 +66,76 @@ class PlannerTrainer(GRPOTrainer):
         # Once for rollouts and reward together, and gone before gradients need the memory.
         with packed_linears(model, rows=len(inputs), steps=args.max_completion_length or 0):
             return super()._generate_and_score_completions(inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **others: Any,
+    ) -> Any:
+        """Log-probabilities of B completions; a prompt that several of them answer is run once.
+
+        A group's G completions share their prompt, which is often the longer part: the gradient of all of them
+        flows through one copy of its keys and values instead of G (`docs/performance.md`).
+
+        Returns:
+            log-probabilities and entropies (None unless asked for), each (B, `logits_to_keep`), and TRL's
+            auxiliary loss of a mixture of experts (None without one).
+        """
+        whole = batch_size is None or batch_size >= len(input_ids)
+        plain = all(value is None or value is False for value in others.values())  # no images, no experts' loss
+        if not (whole and plain and self._shares_prompts()):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
+            )
+        # The prompt's last token goes with the completion, whose first token it predicts.
+        head = input_ids.shape[1] - logits_to_keep - 1
+        masked = torch.where(attention_mask[:, :head] == 1, input_ids[:, :head], -1)  # padding may be any token
+        distinct, member = torch.unique(masked, dim=0, return_inverse=True)
+        cache = self._empty_cache()
+        with self.accelerator.autocast():
+            model(
+                input_ids=distinct.clamp(min=0),
+                attention_mask=(distinct >= 0).long(),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache.batch_select_indices(member)
+            tail, real = input_ids[:, head:], attention_mask[:, head:]
+            scored = model(
+                input_ids=tail,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                labels=tail.masked_fill(real == 0, -100),
+                fused_lm_head=True,
+            )
+        return (
+            scored.log_probs[:, -logits_to_keep:],
+            scored.entropy[:, -logits_to_keep:] if compute_entropy else None,
+            None,
+        )
+
+    def _shares_prompts(self) -> bool:
+        """Whether prompts can be run apart: in one process, with all activations kept and a plain cache.
+
+        Recomputed activations exclude a cache; several processes may wrap the model in an engine that counts
+        forward passes; sliding windows and recurrent layers keep another cache than keys and values.
+        """
+        return (
+            self.accelerator.num_processes == 1
+            and not self.args.gradient_checkpointing
+            and all(type(layer) is DynamicLayer for layer in self._empty_cache().layers)
+        )
+
+    def _empty_cache(self) -> DynamicCache:
+        """Keys and values of nothing yet, with the layers that the model needs."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return DynamicCache(config=model.config)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a step with the seconds that its parts took."""

@@ -266,3 +266,52 @@ def test_fewer_questions_than_a_step_takes_is_said_before_anything_is_trained(ti
     done = run_script("grpo_training.py", *flags(tiny_args))
     assert done.returncode == 2
     assert "gives 4 questions, one step takes 8" in done.stderr
+
+
+def test_a_shared_prompt_gives_the_gradient_that_separate_prompts_give(tiny_args):
+    """Prompts run once for their group: same log-probabilities, entropies and gradient as TRL's own way."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    from common.training import build_trainer
+
+    tiny_args.gradient_checkpointing = False
+    tokenizer = models.load_tokenizer(tiny_args.base_model)
+    trainer, _ = build_trainer(tiny_args, load_questions(tiny_args.dataset, limit=10), tokenizer)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)  # at 0 no gradient reaches lora_A
+    prompts_of = [[5, 6, 7, 8, 9, 10], [5, 6, 11, 12]]
+    rows = [
+        (prompts_of[0], [20, 21, 22]),
+        (prompts_of[1], [23, 24]),
+        (prompts_of[0], [25]),
+        (prompts_of[1], [26, 27, 28]),
+    ]
+    ids = torch.tensor([[0] * (6 - len(p)) + p + c + [0] * (3 - len(c)) for p, c in rows])
+    mask = torch.tensor([[0] * (6 - len(p)) + [1] * len(p + c) + [0] * (3 - len(c)) for p, c in rows])
+
+    read: list[int] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda *call: read.append(call[1][0].numel()))
+
+    def scored(method):
+        model.zero_grad()
+        read.clear()
+        logps, entropy, _ = method(trainer, model, ids, mask, 3, compute_entropy=True)
+        (logps * torch.arange(1.0, 13.0).view(4, 3)).sum().backward()
+        real = mask[:, 6:] == 1
+        gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        return logps.detach()[real], entropy.detach()[real], gradient, sum(read)
+
+    expected = scored(GRPOTrainer._get_per_token_logps_and_entropies)
+    ours = scored(type(trainer)._get_per_token_logps_and_entropies)
+    handle.remove()
+    assert (expected[3], ours[3]) == (4 * 9, 2 * 5 + 4 * 4), "tokens that the model reads"
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours[1], expected[1], rtol=1e-4, atol=1e-4)
+    for name, gradient in expected[2].items():
+        torch.testing.assert_close(
+            ours[2][name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-8, msg=name
+        )
+    assert any(float(gradient.abs().max()) > 0 for name, gradient in expected[2].items() if "lora_A" in name)
