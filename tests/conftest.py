@@ -11,8 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
+import re
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -252,3 +256,34 @@ def vllm_python() -> Path:
         if made.returncode != 0:
             pytest.skip(f"vLLM for CPUs cannot be installed here: {made.stderr.strip().splitlines()[-1:]}")
     return environment / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def vllm_server(vllm_python, tmp_path_factory):
+    """A context manager: a running vLLM with a command line of its own (but for the port), as its address."""
+    from common import demo_server
+    from common.errors import UserError
+
+    available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    memory = int(available[1]) / 2**20
+    if memory < 5:
+        pytest.skip(f"a vLLM server needs about 4 GB of memory, {memory:.1f} GB are free")
+
+    @contextmanager
+    def serve(command: Sequence[str]) -> Iterator[str]:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+        log = tmp_path_factory.mktemp("vllm") / "log"
+        with log.open("wb") as stream:
+            server = demo_server.start(vllm_python, [*command, "--port", str(port)], log=stream.fileno())
+        try:
+            try:
+                demo_server.wait_until_ready(server, port)
+            except UserError as error:
+                pytest.fail(f"{error}\n{log.read_text()[-3000:]}")
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            demo_server.stop(server)
+
+    return serve

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import merge_and_push
-from common import certificate, demo_server, prompts
-from common.errors import UserError
+from common import certificate, prompts
 
 
 @pytest.fixture(scope="module")
@@ -25,33 +23,11 @@ def merged(smollm2_adapter, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(merged, vllm_python) -> Iterator[str]:
+def served(merged, vllm_server) -> Iterator[str]:
     """Address of a vLLM server of the merged folder (DESIGN, section 5)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = merged.parent / "vllm.log"
-    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(merged), "--host", "127.0.0.1", "--port"]
-    command += [
-        str(port),
-        "--served-model-name",
-        "planner",
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "1024",
-        "--enforce-eager",
-    ]
-    with log.open("wb") as stream:
-        server = demo_server.start(vllm_python, command, log=stream.fileno())
-    try:
-        try:
-            demo_server.wait_until_ready(server, port)
-        except UserError as error:
-            pytest.fail(f"{error}\n{log.read_text()[-3000:]}")
-        yield f"http://127.0.0.1:{port}/v1/chat/completions"
-    finally:
-        demo_server.stop(server)
+    flags = "--host 127.0.0.1 --served-model-name planner --dtype float32 --max-model-len 1024 --enforce-eager"
+    with vllm_server(["-m", "vllm.entrypoints.openai.api_server", "--model", str(merged), *flags.split()]) as address:
+        yield f"{address}/chat/completions"
 
 
 def test_vllm_serves_the_merged_model_and_it_writes_the_plans_of_adapter_on_base(merged, served):

@@ -39,8 +39,8 @@ def test_json_plans_then_grpo_from_the_adapter(tiny_planner, tmp_path):
     lines = read_jsonl(warm / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 7
-    assert sum(losses[-3:]) < sum(losses[:3])  # of three batches: single ones of eight plans are noisy
-    assert any("eval_loss" in line for line in lines)
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert held_out[-1] < held_out[0], "the same questions each time: what was learned must show"
     for name in ("adapter_model.safetensors", "training_config.json", "training_curves.png", "special_tokens_map.json"):
         assert (warm / name).exists(), name
     assert json.loads((warm / "training_config.json").read_text())["rows"] == 49

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from conftest import run_script
 
-from common import demo_server
 from common.args import PACKAGED_MODEL
 from common.data import load_questions
-from common.errors import UserError
 from common.models import resolve_model
 from common.probe import probe
 from common.prompts import direct_messages, planner_messages
@@ -29,38 +24,17 @@ NAME = "SmolLM2-135M-Instruct"
 SOURCE = "generated:shares?people=4&low=1&high=5"
 
 
-def free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return unused.getsockname()[1]
-
-
 @pytest.fixture(scope="session")
-def serve(vllm_python, planner_adapter, tmp_path_factory):
-    """A context manager: a running server with so many LoRA slots, as its address."""
-    available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-    memory = int(available[1]) / 2**20
-    if memory < 5:
-        pytest.skip(f"a vLLM server needs about 4 GB of memory, {memory:.1f} GB are free")
+def serve(vllm_server, planner_adapter):
+    """A context manager: a server of base and adapter with so many LoRA slots, as its address."""
 
     @contextmanager
     def serve(slots: int) -> Iterator[str]:
-        port = free_port()
-        command = server_command(resolve_model(PACKAGED_MODEL), planner_adapter, port=port, cpu=True)
+        command = server_command(resolve_model(PACKAGED_MODEL), planner_adapter, cpu=True)
         for flag in ("--max-loras", "--max-cpu-loras"):
             command[command.index(flag) + 1] = str(slots)
-        log = tmp_path_factory.mktemp("vllm") / "log"
-        with log.open("wb") as stream:
-            command += ["--served-model-name", NAME, "--max-model-len", "1024"]
-            server = demo_server.start(vllm_python, command, log=stream.fileno())
-        try:
-            try:
-                demo_server.wait_until_ready(server, port)
-            except UserError as error:
-                pytest.fail(f"{error}\n{log.read_text()[-3000:]}")
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            demo_server.stop(server)
+        with vllm_server([*command, "--served-model-name", NAME, "--max-model-len", "1024"]) as address:
+            yield address
 
     return serve
 
