@@ -93,6 +93,7 @@ class Scoring:
 
     def _add(self, row: evaluation.Row) -> evaluation.Row:
         self._rows[row.name] = row
+        say(f"  {row.name}: {row.mean('correct'):.1%} in {row.seconds:.0f} s")
         return row
 
     def _save(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from conftest import QUESTIONS
 from common import prompts
 from common.branching import shared_heads
 from common.decoding import decode, shared_prefix_length
+from common.models import load_base
 from common.packing import packed_linears
 from common.worker import FrozenWorker, end_token_ids, inference
 
@@ -216,3 +217,23 @@ def test_heads_are_shared_where_that_saves_most():
     # a chain of prompts that each begin the next one, deeper than any recursion
     chain = [list(range(n)) for n in range(1, 400)]
     assert all(0 <= head < len(row) for head, row in zip(shared_heads(chain), chain, strict=True))
+
+
+def test_sampled_tokens_follow_the_models_odds(tiny_planner):
+    """First tokens of 600 samples, in how often each comes, against softmax(logits / temperature)."""
+    model = load_base(tiny_planner, four_bit=False).eval()
+    prompt, draws, temperature = [5, 6, 7], 600, 1.5
+    with torch.no_grad():
+        odds = torch.softmax(model(torch.tensor([prompt])).logits[0, -1] / temperature, dim=-1)
+    sampled = decode(
+        model, [prompt] * draws, max_new_tokens=1, eos_ids=frozenset(), pad_id=0, temperature=temperature,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    counts = torch.bincount(torch.tensor(sampled).flatten(), minlength=len(odds)).double()
+    # In ten classes of about a tenth of the odds each, in the order of the vocabulary.
+    classes = ((odds.double().cumsum(0) - odds / 2) * 10).long().clamp(0, 9)
+    expected = torch.zeros(10, dtype=torch.float64).index_add(0, classes, odds.double()) * draws
+    found = torch.zeros(10, dtype=torch.float64).index_add(0, classes, counts)
+    spread = (expected * (1 - expected / draws)).sqrt().clamp(min=1)
+    assert ((found - expected).abs() < 4 * spread).all(), (found, expected)
+    assert (expected > 0).sum() >= 2, "the tiny model's odds are spread over several classes"
