@@ -63,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         asked = read_input(options.input)
         already_answered(Path(options.output), asked)
+    if options.benchmark and options.output is not None:
+        from common.batch import check_scores_folder
+
+        check_scores_folder(Path(options.output))
 
     from common.session import Session
 
@@ -110,6 +114,11 @@ def check_mode(options: argparse.Namespace) -> None:
         raise UserError("--json goes with --question: add one (the files of --input are JSON anyway)")
     if options.input is not None and options.output is None:
         raise UserError("--input needs --output: name the file for the answers")
+    if options.input is not None and Path(options.input).absolute() == Path(options.output).absolute():
+        raise UserError(f"--input and --output are the same file, {options.input}: name another for the answers")
+    for name in ("samples", "dataset"):
+        if hasattr(options, name) and not options.benchmark:
+            raise UserError(f"--{name} goes with --benchmark: add it, or leave --{name} out")
     if options.output is not None and options.input is None and not options.benchmark:
         raise UserError("--output goes with --input or --benchmark: add one of them")
 

@@ -201,7 +201,6 @@ DEMO: dict[str, Any] = {
     "worker_style": "few-shot",
     "worker_max_tokens": 96,
     "max_tokens": 300,
-    "gate_on_correct": True,
     "eval_samples": 100,
     "wandb": False,
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 from common import evaluation
 from common.args import TrainingArgs
-from common.artifacts import write_text_atomically
+from common.artifacts import TRAINING_CONFIG, write_text_atomically
 from common.cli import say
 from common.data import Question, check_source, is_generated, load_held_out, load_questions
 from common.errors import UserError
@@ -31,7 +31,7 @@ VOTE_TEMPERATURE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A line of the input file: its number (from 1), the question, and the known answer and id if it has them."""
+    """A line of the input file: its number (from 1), the question, the known answer (`#### 7`) and the id, if any."""
 
     line: int
     question: str
@@ -40,18 +40,20 @@ class Asked:
 
 
 def read_input(path: str) -> list[Asked]:
-    """The questions of a JSONL file, each line an object with `question` and perhaps `answer` (`… #### 7`) and `id`.
+    """The questions of a JSONL file, each line an object with `question` and perhaps `answer` and `id`.
+
+    An answer is a number, or a text that is one or ends in one as GSM8K's do (`… #### 7`).
 
     Raises:
         UserError: for the first line that is not such an object.
     """
     source = Path(path)
     if not source.is_file():
-        raise UserError(f"--input {path} does not exist: name a JSONL file")
+        raise UserError(f"--input {path} {'is a folder' if source.is_dir() else 'does not exist'}: name a JSONL file")
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--input {path} cannot be read: {error}") from error
+        raise UserError(f"--input {path} cannot be read ({error}): name a JSONL file in UTF-8") from error
     asked = [_asked(path, number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not asked:
         raise UserError(f"--input {path} holds no question: it is empty")
@@ -59,19 +61,25 @@ def read_input(path: str) -> list[Asked]:
 
 
 def _asked(path: str, number: int, line: str) -> Asked:
+    gold: str | None = None
     try:
         row = json.loads(line)
-        question = row["question"]
+        if not isinstance(row, dict):
+            raise ValueError(f"found {type(row).__name__}, no object")
+        question = row.get("question")
         if not isinstance(question, str) or not question.strip():
-            raise ValueError("the question is empty or no text")
-        gold = row.get("answer")
-        if gold is not None:
-            parse_gold(gold if isinstance(gold, str) else f"#### {gold}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError("no text in 'question'")
+        if row.get("answer") is not None:
+            gold = str(row["answer"])
+            gold = gold if "####" in gold else f"#### {gold}"
+            parse_gold(gold)
+    except (ValueError, RecursionError) as error:
+        reason = f"not valid JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(
-            f'--input {path}:{number}: {error}: one object a line is expected, such as {{"question": "…"}}'
+            f'--input {path}:{number}: {reason}: one object a line is expected, such as {{"question": "…"}}, '
+            'with a known answer {"question": "…", "answer": 7}'
         ) from error
-    return Asked(number, question, None if gold is None else str(gold), row.get("id"))
+    return Asked(number, question, gold, row.get("id"))
 
 
 def already_answered(path: Path, asked: Sequence[Asked]) -> dict[int, dict[str, Any]]:
@@ -82,18 +90,50 @@ def already_answered(path: Path, asked: Sequence[Asked]) -> dict[int, dict[str, 
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--output {path} cannot be written: name a file in a folder that exists")
+    _check_writable(path)
     if not path.exists():
         return {}
     questions = {item.line: item.question for item in asked}
     found = {}
-    for record in read_jsonl(path):
+    try:
+        earlier = read_jsonl(path)
+    except UserError as error:
+        raise UserError(f"--output {path} holds something else than answers ({error}): name another file") from error
+    for record in earlier:
         if questions.get(record.get("line", 0)) != record.get("question"):
             raise UserError(
-                f"--output {path} holds answers to other questions than --input: name another file, or remove it"
+                f"--output {path} holds answers to other questions than --input, or none at all: name another file"
             )
         if record.get("error") is None:
             found[record["line"]] = record
     return found
+
+
+def check_scores_folder(path: Path) -> None:
+    """Stop when a benchmark's files cannot be written to a folder, or would replace those of another one.
+
+    Raises:
+        UserError: with what is there.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output {path} is a file: --benchmark writes into a folder, name one")
+    taken = next((name for name in (evaluation.RECORDS, TRAINING_CONFIG) if (path / name).exists()), None)
+    if taken is not None:
+        raise UserError(f"--output {path} already holds {taken}, which is not overwritten: name another folder")
+    above = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
+    _check_writable(above / f".{path.name}.tmp")
+
+
+def _check_writable(path: Path) -> None:
+    """Raise a `UserError` where a file cannot be written; leaves nothing behind and changes nothing."""
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written ({error.strerror}): name another place") from error
 
 
 def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
@@ -125,6 +165,15 @@ def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
             bar.close()
             say(f"stopped: {len(records)} of {len(asked)} questions answered; the same command goes on from there")
             return 130
+        except ExceptionGroup as errors:
+            unwritten = errors.subgroup(OSError)
+            if unwritten is None:
+                raise
+            raise UserError(
+                f"--output {output} could not be written ({unwritten.exceptions[0]}) after {len(records)} of "
+                f"{len(asked)} questions: make room, then the same command goes on from there",
+                exit_code=1,
+            ) from errors
     seconds = time.perf_counter() - started
     _write(output, records)
     if waiting:
@@ -141,7 +190,7 @@ async def _answer_all(session: Session, asked: Sequence[Asked], done: Callable[[
             answer = await session.ask(item.question)
             record = {"line": item.line, **({} if item.id is None else {"id": item.id}), **answer.record()}
             if item.answer is not None:
-                gold = parse_gold(item.answer if "####" in item.answer else f"#### {item.answer}")
+                gold = parse_gold(item.answer)
                 record["gold"] = f"{gold:f}"
                 record["correct"] = record["answer"] is not None and extract_prediction(record["answer"]) == gold
             done(item, record)

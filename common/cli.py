@@ -135,6 +135,15 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{program}: stopped", file=sys.stderr)
         code = 130
+    except ModuleNotFoundError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(
+            f"{program}: error: the package {error.name} is not installed for {sys.executable}: use .venv/bin/python, "
+            "which make demo fills, or pip install -r requirements.txt",
+            file=sys.stderr,
+        )
+        code = 1
     except Exception as error:  # the last line of defence: shown, and a failure
         if "--debug" in sys.argv:
             raise

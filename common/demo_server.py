@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = server_command(resolve_model(PACKAGED_MODEL), options.adapter, port=options.port, cpu=True)
     command += ["--served-model-name", Path(PACKAGED_MODEL).name]
     say(f"starting, which takes about a minute:\n  {shown_command(command)}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, which takes the server along
+    for number in (signal.SIGTERM, signal.SIGHUP):  # they end it like Ctrl-C, which takes the server along
+        signal.signal(number, signal.default_int_handler)
     server = start(python, command)
     try:
         wait_until_ready(server, options.port)

@@ -38,6 +38,8 @@ def base_model(served: Sequence[ServedModel], asked: str | None, *, flag: str, a
             raise UserError(f"{flag} {asked} is an adapter of {found.parent}, a base model is needed: {found.parent}?")
         return found
     bases = [model for model in served if model.parent is None and model.name != adapter]
+    if not bases:
+        raise UserError(f"the server serves no base model besides the planner, found {names}: start it with the base")
     if len(bases) != 1:
         # One model under several names has one root.
         roots = {model.root or model.name for model in bases}

@@ -94,7 +94,8 @@ def find_training_config(given: str | None, url: str, adapter_root: str | None) 
     if given is not None:
         path = Path(given)
         if not path.is_file():
-            raise UserError(f"--training-config {given} does not exist: name the adapter's {TRAINING_CONFIG}")
+            wrong = "is a folder" if path.is_dir() else "does not exist"
+            raise UserError(f"--training-config {given} {wrong}: name the adapter's {TRAINING_CONFIG}")
         return path
     if adapter_root is None or not is_on_this_machine(url):
         return None
