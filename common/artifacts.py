@@ -114,6 +114,7 @@ def save_adapter(model: Any, tokenizer: Any, output_dir: Path) -> None:
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as temporary:
         folder = Path(temporary)
         model.save_pretrained(folder, safe_serialization=True)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled template of a card
         save_tokenizer(tokenizer, folder)
         publish_folder(folder, output_dir)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -274,6 +275,11 @@ def test_ctrl_c_leaves_a_file_that_the_same_command_finishes(server, tmp_path):
 def test_wrong_input_is_told_before_any_server_is_asked(server, tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"question": "a"}\n{"text": "b"}\n')
+    good, foreign, run = tmp_path / "good.jsonl", tmp_path / "notes", tmp_path / "run"
+    good.write_text('{"question": "a"}\n')
+    foreign.write_text("my notes\n")
+    run.mkdir()
+    (run / "evaluation.jsonl").write_text("{}\n")
     cases = {
         ("--base-url", "localhost:8000"): "use http://HOST:PORT/v1",
         ("--worker-url", "http://h:port/v1"): "--worker-url",
@@ -287,12 +293,40 @@ def test_wrong_input_is_told_before_any_server_is_asked(server, tmp_path):
         ("--output", "o"): "--output goes with",
         ("--training-config", "none.json"): "none.json does not exist",
         ("--benchmark", "--dataset", "./none.jsonl"): "none.jsonl does not exist",
+        ("--input", str(tmp_path), "--output", "o"): "is a folder",
+        ("--input", str(source), "--output", str(source)): "are the same file",
+        ("--input", str(good), "--output", "/proc/answers.jsonl"): "cannot be written",
+        ("--input", str(good), "--output", str(foreign)): "name another file",
+        ("--benchmark", "--output", str(run)): "already holds evaluation.jsonl, which is not overwritten",
+        ("--benchmark", "--output", str(good)): "is a file",
+        ("--benchmark", "--output", "/proc/scores"): "cannot be written",
+        ("--samples", "5", "--question", "q"): "--samples goes with --benchmark",
     }
     for flags, message in cases.items():
         with pytest.raises(UserError) as caught:
             inference_vllm.main(["--base-url", server.url, *flags])
         assert caught.value.exit_code == 2 and message in str(caught.value), flags
     assert server.requests == []
+    assert foreign.read_text() == "my notes\n" and sorted(path.name for path in tmp_path.iterdir()) == [
+        "good.jsonl", "in.jsonl", "notes", "run",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [5, 5.0, "5", "2 + 3 = 5\n#### 5"])
+def test_a_known_answer_may_be_a_number_or_text(server, tmp_path, answer):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"question": "2 + 3?", "answer": answer}) + "\n")
+    assert ask(server, "--input", str(source), "--output", str(output), "--no-probe") == 0
+    assert json.loads(output.read_text())["correct"] is True
+
+
+def test_an_output_that_goes_away_is_told(server, tmp_path):
+    source, folder = tmp_path / "in.jsonl", tmp_path / "stick"
+    source.write_text('{"question": "a"}\n{"question": "b"}\n')
+    folder.mkdir()
+    server.fault = lambda handler, request: shutil.rmtree(folder, ignore_errors=True) is not None
+    code, line = failure(server, "--input", str(source), "--output", str(folder / "out.jsonl"), "--no-probe")
+    assert code == 1 and "could not be written" in line and "the same command goes on from there" in line
 
 
 def test_the_adapters_training_settings_are_used_unless_overridden(server, tmp_path, capsys):
