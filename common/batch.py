@@ -99,6 +99,9 @@ def already_answered(path: Path, asked: Sequence[Asked]) -> dict[int, dict[str, 
         earlier = read_jsonl(path)
     except UserError as error:
         raise UserError(f"--output {path} holds something else than answers ({error}): name another file") from error
+    # A torn line is dropped when it is the last one, so a file without any record may still be something else.
+    if not earlier and not '{"line": '.startswith(path.read_text(encoding="utf-8", errors="replace")[:9]):
+        raise UserError(f"--output {path} holds something else than answers: name another file")
     for record in earlier:
         if questions.get(record.get("line", 0)) != record.get("question"):
             raise UserError(

@@ -324,7 +324,14 @@ def test_an_output_that_goes_away_is_told(server, tmp_path):
     source, folder = tmp_path / "in.jsonl", tmp_path / "stick"
     source.write_text('{"question": "a"}\n{"question": "b"}\n')
     folder.mkdir()
-    server.fault = lambda handler, request: shutil.rmtree(folder, ignore_errors=True) is not None
+
+    def fault(handler, request):
+        if request and folder.is_dir():
+            shutil.rmtree(folder)
+            folder.write_text("what was plugged in there instead")
+        return False
+
+    server.fault = fault
     code, line = failure(server, "--input", str(source), "--output", str(folder / "out.jsonl"), "--no-probe")
     assert code == 1 and "could not be written" in line and "the same command goes on from there" in line
 
