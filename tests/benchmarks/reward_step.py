@@ -22,7 +22,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +33,7 @@ from common.cli import Parser, run, say
 from common.errors import UserError
 from tests.benchmarks.measure import Job
 
+SECTIONS = ("grpo", "distinct", "scale", "threads", "memory")
 SAME_TEXTS = ("one-call", "ours", "padded")
 
 
@@ -40,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = Parser(prog="reward_step", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small repeat of everything")
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}"
+    )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="repeats (default: 5)")
     parser.add_argument("--completions", type=int, default=24, metavar="N", help="of the mixes (default: 24)")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
@@ -62,20 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     variants = [job, *(replace(job, variant=name) for name in ("one-call", "padded"))]
     if options.vllm_url:
         variants.append(replace(job, variant="vllm", url=options.vllm_url, server=options.vllm_pid))
-    sections = [heading(options, job, repeats)]
-    for title, plans in (("GRPO mix", "grpo"), ("All prompts distinct", "distinct")):
-        jobs = [replace(variant, plans=plans) for variant in variants]
-        results = interleaved(jobs, repeats, options.threads)
-        check_same_texts(results)
-        sections.append(f"## {title}\n\n{comparison(results)}")
-    results = interleaved([replace(job, completions=count) for count in scale], repeats, options.threads)
-    sections.append(f"## Scale\n\n{scale_table(results)}")
-    by_threads = {count: interleaved([job], repeats, count) for count in (1, 2)}
-    sections.append(f"## Threads\n\n{threads_table(by_threads)}")
-    steps = [replace(job, task="train", variant=name) for name in ("ours", "two-copies")]
-    sections.append(
-        f"## Memory of a training step\n\n{memory_table(interleaved(steps, min(repeats, 3), options.threads))}"
-    )
+    makers: dict[str, Callable[[], str]] = {
+        "grpo": lambda: compared("GRPO mix", "grpo", variants, repeats, options.threads),
+        "distinct": lambda: compared("All prompts distinct", "distinct", variants, repeats, options.threads),
+        "scale": lambda: scaled([replace(job, completions=count) for count in scale], repeats, options.threads),
+        "threads": lambda: threaded(job, repeats),
+        "memory": lambda: memory(job, min(repeats, 3), options.threads),
+    }
+    sections = [heading(options, job, repeats), *(makers[name]() for name in options.sections)]
     text = "\n\n".join(sections) + "\n"
     print(text)
     if options.output is not None:
@@ -84,6 +82,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 Results = dict[Job, list[dict[str, Any]]]
+
+
+def compared(title: str, plans: str, variants: Sequence[Job], repeats: int, threads: int) -> str:
+    """The variants on one kind of plans; raises a `UserError` where their texts differ."""
+    results = interleaved([replace(variant, plans=plans) for variant in variants], repeats, threads)
+    check_same_texts(results)
+    return f"## {title}\n\n{comparison(results)}"
+
+
+def scaled(jobs: Sequence[Job], repeats: int, threads: int) -> str:
+    """Ours with more and more completions."""
+    return f"## Scale\n\n{scale_table(interleaved(jobs, repeats, threads))}"
+
+
+def threaded(job: Job, repeats: int) -> str:
+    """Ours on one thread and on two."""
+    by_threads = {count: interleaved([job], repeats, count) for count in (1, 2)}
+    return f"## Threads\n\n{threads_table(by_threads)}"
+
+
+def memory(job: Job, repeats: int, threads: int) -> str:
+    """GRPO steps with one copy of the model and with two."""
+    steps = [replace(job, task="train", variant=name) for name in ("ours", "two-copies")]
+    return f"## Memory of a training step\n\n{memory_table(interleaved(steps, repeats, threads))}"
 
 
 def interleaved(jobs: Sequence[Job], repeats: int, threads: int) -> Results:
