@@ -167,7 +167,7 @@ def upload(api: HfApi, args: MergeArgs, repo_id: str) -> None:
     say(f"uploading {args.target} to {repo_id}")
     try:
         url = hub.push(api, args.target, repo_id, private=args.private, message="Merged planner")
-    except BaseException:
+    except (Exception, KeyboardInterrupt):
         say(f"the merged model is whole in {args.target}; continue the upload with\n  {continue_command(args)}")
         raise
     print(f"pushed: {url}")

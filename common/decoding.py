@@ -98,7 +98,7 @@ def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator
     if temperature == 0:
         return logits.argmax(dim=-1)
     # By inverting the cumulative distribution: one random number a row, where `torch.multinomial` draws one for
-    # every entry of the vocabulary, which took a third of a sampled step's time (docs/performance.md).
+    # every entry of the vocabulary and takes 3 to 10 times as long on a CPU (docs/performance.md).
     # Rounding the sums to fp32 moves odds of less than 1e-7.
     reached = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
     drawn = torch.rand(len(logits), 1, device=logits.device, generator=generator)

@@ -88,14 +88,15 @@ class PlannerTrainer(GRPOTrainer):
         """
         whole = batch_size is None or batch_size >= len(input_ids)
         plain = all(value is None or value is False for value in others.values())  # no images, no experts' loss
-        if not (whole and plain and self._shares_prompts()):
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
-            )
         # The prompt's last token goes with the completion, whose first token it predicts.
         head = input_ids.shape[1] - logits_to_keep - 1
         masked = torch.where(attention_mask[:, :head] == 1, input_ids[:, :head], -1)  # padding may be any token
         distinct, member = torch.unique(masked, dim=0, return_inverse=True)
+        shared = head > 0 and len(distinct) < len(input_ids)
+        if not (shared and whole and plain and self._shares_prompts()):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
+            )
         cache = self._empty_cache()
         with self.accelerator.autocast():
             model(

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +81,10 @@ class Session:
         Raises:
             UserError: when a server cannot be reached or used; with exit code 3 when it cannot be trusted.
         """
-        try:
+        with ExitStack() as unfinished:
+            unfinished.callback(self.__exit__)
             self._connect()
-        except BaseException:
-            self.__exit__()
-            raise
+            unfinished.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
