@@ -138,11 +138,13 @@ class _Layer(DynamicLayer):
         width = max(part[0].shape[1] for part in parts if part is not None)
         heads, _, size = found[0].shape
         self.lazy_initialization(found[0], found[1])
-        self.keys = found[0].new_zeros(len(parts), heads, self.room, size)
-        self.values = found[1].new_zeros(len(parts), heads, self.room, size)
+        self.keys = found[0].new_empty(len(parts), heads, self.room, size)
+        self.values = found[1].new_empty(len(parts), heads, self.room, size)
         for row, part in enumerate(parts):
+            start = width - (0 if part is None else part[0].shape[1])
+            # Masked, but not to be left as it is: what memory held before may be NaN, and 0 × NaN is NaN.
+            self.keys[row, :, :start], self.values[row, :, :start] = 0, 0
             if part is not None:
-                start = width - part[0].shape[1]
                 self.keys[row, :, start:width], self.values[row, :, start:width] = part
         self.used = width
 

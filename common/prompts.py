@@ -1,7 +1,8 @@
 """Every message the models see. Training, evaluation and serving import them from here and nowhere else.
 
-Two styles for the worker: `instruct` gives instructions to a capable chat model; `few-shot` shows solved
-turns, which a small model needs far more than instructions (measured: docs/results.md). No planner prompt
+Three styles for the worker: `instruct` gives instructions to a capable chat model; `worked` adds two solved word
+problems, which keep a smaller model's answers short; `few-shot` shows solved turns of the demo's kind of problem,
+which a very small model needs far more than instructions (measured: docs/results.md). No planner prompt
 contains an example subproblem: a small policy copies it verbatim and collapses onto it (DESIGN §4.10).
 """
 
@@ -40,10 +41,7 @@ def direct_messages(question: str, style: str = "instruct") -> list[Message]:
     """The worker's prompt for a whole question, to be solved with the steps written out."""
     if style == "few-shot":
         return [*_DIRECT_TURNS, {"role": "user", "content": question}]
-    return [
-        {"role": "system", "content": _SOLVE_SYSTEM},
-        {"role": "user", "content": f"{question}\n\n{_ANSWER_FORMAT}"},
-    ]
+    return [*_opening(_WORKED_DIRECT, style), {"role": "user", "content": _asked_directly(question)}]
 
 
 def subproblem_messages(subproblem: str, question: str, style: str = "instruct") -> list[Message]:
@@ -52,14 +50,7 @@ def subproblem_messages(subproblem: str, question: str, style: str = "instruct")
         # Without the question: it gains a small model nothing (91 against 92 % of sums right), and a subproblem
         # that many questions share is answered once.
         return [*_SUBPROBLEM_TURNS, {"role": "user", "content": subproblem}]
-    return [
-        {"role": "system", "content": _SOLVE_SYSTEM},
-        {
-            "role": "user",
-            "content": f"The whole problem, for context only:\n{question}\n\nAnswer just this part of it:\n"
-            f"{subproblem}\n\n{_ANSWER_FORMAT}",
-        },
-    ]
+    return [*_opening(_WORKED_PART, style), {"role": "user", "content": _asked_for_part(subproblem, question)}]
 
 
 def combine_messages(
@@ -68,18 +59,35 @@ def combine_messages(
     """The worker's prompt that turns the subproblems' solutions into the final answer."""
     if style == "few-shot":
         return [*_COMBINE_TURNS, {"role": "user", "content": _known(question, solutions)}]
+    asked = _asked_to_combine(question, subproblems, solutions)
+    return [*_opening(_WORKED_COMBINE, style), {"role": "user", "content": asked}]
+
+
+def _opening(worked: Sequence[Message], style: str) -> Sequence[Message]:
+    """What stands before the request: instructions, and for `worked` solved turns too."""
+    return worked if style == "worked" else worked[:1]
+
+
+def _asked_directly(question: str) -> str:
+    return f"{question}\n\n{_ANSWER_FORMAT}"
+
+
+def _asked_for_part(subproblem: str, question: str) -> str:
+    return (
+        f"The whole problem, for context only:\n{question}\n\nAnswer just this part of it:\n"
+        f"{subproblem}\n\n{_ANSWER_FORMAT}"
+    )
+
+
+def _asked_to_combine(question: str, subproblems: Sequence[str], solutions: Sequence[str]) -> str:
     known = "\n\n".join(
         f"Part {number}: {part}\nSolution: {found}"
         for number, (part, found) in enumerate(zip(subproblems, solutions, strict=True), start=1)
     )
-    return [
-        {"role": "system", "content": _SOLVE_SYSTEM},
-        {
-            "role": "user",
-            "content": f"{question}\n\nParts that were already solved:\n\n{known}\n\n"
-            f"Use them to answer the whole problem. {_ANSWER_FORMAT}",
-        },
-    ]
+    return (
+        f"{question}\n\nParts that were already solved:\n\n{known}\n\n"
+        f"Use them to answer the whole problem. {_ANSWER_FORMAT}"
+    )
 
 
 def _known(question: str, solutions: Sequence[str]) -> str:
@@ -114,6 +122,61 @@ def _steps(amounts: Sequence[int]) -> str:
 def _pair_sums(amounts: Sequence[int]) -> list[int]:
     return [sum(amounts[start : start + 2]) for start in range(0, len(amounts), 2)]
 
+
+def _answer(*steps: str, number: int) -> str:
+    """Steps, a line each, and the line of JSON that the worker is asked for."""
+    return "\n".join([*steps, json.dumps({"final_answer": number})])
+
+
+_BAKER = (
+    "A baker fills 6 trays with 12 rolls each. He sells 44 rolls in the morning and half of the rest in the afternoon. "
+    "How many rolls are left?"
+)
+_BAKED = ("How many rolls does he bake?", _answer("He bakes 6 * 12 = 72 rolls.", number=72))
+_MORNING = (
+    "How many rolls are left after the morning?",
+    _answer("He bakes 6 * 12 = 72 rolls.", "After the morning 72 - 44 = 28 rolls are left.", number=28),
+)
+_ROLLS = ("In the afternoon he sells 28 / 2 = 14 rolls.", "So 28 - 14 = 14 rolls are left.")
+_BIKE = "Ida saves $15 a week for 8 weeks. A bike costs $200, and the shop takes 10% off. How much is she short of?"
+_SAVED = ("How much does she save?", _answer("She saves 15 * 8 = 120 dollars.", number=120))
+_PRICE = (
+    "What does the bike cost after the discount?",
+    _answer("The discount is 200 * 10 / 100 = 20 dollars.", "The bike costs 200 - 20 = 180 dollars.", number=180),
+)
+_SHORT = "She is short of 180 - 120 = 60 dollars."
+_WORKED_DIRECT = _turns(
+    _SOLVE_SYSTEM,
+    (
+        _asked_directly(_BAKER),
+        _answer("He bakes 6 * 12 = 72 rolls.", "After the morning 72 - 44 = 28 rolls are left.", *_ROLLS, number=14),
+    ),
+    (
+        _asked_directly(_BIKE),
+        _answer(
+            "She saves 15 * 8 = 120 dollars.",
+            "The discount is 200 * 10 / 100 = 20 dollars.",
+            "The bike costs 200 - 20 = 180 dollars.",
+            _SHORT,
+            number=60,
+        ),
+    ),
+)
+_WORKED_PART = _turns(
+    _SOLVE_SYSTEM,
+    (_asked_for_part(_MORNING[0], _BAKER), _MORNING[1]),
+    (_asked_for_part(_SAVED[0], _BIKE), _SAVED[1]),
+)
+_WORKED_COMBINE = _turns(
+    _SOLVE_SYSTEM,
+    *(
+        (_asked_to_combine(question, *zip(*parts, strict=True)), answer)
+        for question, parts, answer in (
+            (_BAKER, (_BAKED, _MORNING), _answer(*_ROLLS, number=14)),
+            (_BIKE, (_SAVED, _PRICE), _answer(_SHORT, number=60)),
+        )
+    ),
+)
 
 # The few-shot problems are of the kind the demo uses, with other names and things. How many turns, and how the
 # steps are worded, was chosen by measurement, for direct solving above all: a weak baseline proves nothing.

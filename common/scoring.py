@@ -51,11 +51,11 @@ class Scoring:
         if evaluation.DIRECT not in self._rows:
             say(f"scoreboard: direct solving and the untrained planner on {len(held_out)} questions")
             self._add(evaluation.run_direct(held_out, self._executor))
+        if evaluation.UNTRAINED not in self._rows:
             self._plan(evaluation.UNTRAINED, held_out, adapter=False)
-            if args.adapter_path is not None:
-                self._plan(evaluation.SUPERVISED, held_out, adapter=True)
+        if args.adapter_path is not None and evaluation.SUPERVISED not in self._rows:
+            self._plan(evaluation.SUPERVISED, held_out, adapter=True)
         self._executor.worker.take_stats()  # the first training step counts its own calls only
-        self._save()
 
     def after(self, held_out: list[Question]) -> None:
         """The trained planner, and direct solving at its token cost."""
@@ -92,7 +92,9 @@ class Scoring:
         )
 
     def _add(self, row: evaluation.Row) -> evaluation.Row:
+        """Keep a row, on disk too: a row can take an hour, and a run that is stopped goes on from the next one."""
         self._rows[row.name] = row
+        self._save()
         say(f"  {row.name}: {row.mean('correct'):.1%} in {row.seconds:.0f} s")
         return row
 

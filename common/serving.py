@@ -44,7 +44,7 @@ class ServingArgs:
 
     training_config: str | None = setting(None, "prompts", "take the settings below from this training_config.json (default: the one in the adapter's folder, where server and folder are on this machine)", metavar="FILE")
     planner_style: Literal["full", "short"] = setting("full", "prompts", "wording the planner was trained with")
-    worker_style: Literal["instruct", "few-shot"] = setting("instruct", "prompts", "wording the worker had in training")
+    worker_style: Literal["instruct", "worked", "few-shot"] = setting("instruct", "prompts", "wording the worker had in training")
     worker_max_tokens: int = setting(256, "prompts", "longest answer of the worker to one call", positive=True)
     max_subproblems: int = setting(MAX_SUBPROBLEMS, "prompts", "a plan with more is invalid", positive=True)
     max_subproblem_chars: int = setting(MAX_SUBPROBLEM_CHARS, "prompts", "a plan with a longer subproblem is invalid", positive=True)

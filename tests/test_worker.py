@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import QUESTIONS
@@ -9,6 +11,7 @@ from conftest import QUESTIONS
 from common import prompts
 from common.branching import shared_heads
 from common.decoding import decode, shared_prefix_length
+from common.grading import extract_prediction
 from common.models import load_base
 from common.packing import packed_linears
 from common.worker import FrozenWorker, end_token_ids, inference
@@ -37,6 +40,41 @@ def test_batched_decoding_equals_one_plain_generate_call_per_prompt(smollm2):
     for chosen in (range(len(texts)), range(len(SUMS)), [2]):  # mixed, long shared prefix, single
         found = decode(model, [ids[i] for i in chosen], max_new_tokens=24, eos_ids=eos, pad_id=tokenizer.pad_token_id)
         assert found == [expected[i] for i in chosen]
+
+
+def test_what_memory_held_before_reaches_no_answer(smollm2):
+    model, tokenizer = smollm2
+    sums = [f"What is {a} + {a + 1}?" for a in range(3)]
+    requests = [prompts.subproblem_messages(part, question) for question in SUMS[:2] for part in sums]
+    requests += [prompts.combine_messages(SUMS[2], sums, ["1", "3", "5"]), prompts.direct_messages(SUMS[3])]
+    texts = [prompts.render(tokenizer, request) for request in requests]
+    expected = plain_generate(model, tokenizer, texts, 6)
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    eos = end_token_ids(model, tokenizer)
+    torch.use_deterministic_algorithms(True)  # makes every uninitialised tensor NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        assert decode(model, ids, max_new_tokens=6, eos_ids=eos, pad_id=tokenizer.pad_token_id) == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("style", ["worked", "few-shot"])
+def test_the_workers_solved_turns_are_right_and_end_in_the_number_the_grader_reads(style):
+    parts, found = ["How many?", "How many more?"], ["1 + 1 = 2", "1 + 2 = 3"]
+    requests = [
+        prompts.direct_messages("How many are left?", style),
+        prompts.subproblem_messages("How many?", "How many are left?", style),
+        prompts.combine_messages("How many are left?", parts, found, style),
+    ]
+    for request in requests:
+        assert [turn["role"] for turn in request[1:]] == ["user", "assistant"] * (len(request) // 2 - 1) + ["user"]
+        answers = [turn["content"] for turn in request if turn["role"] == "assistant"]
+        assert len(answers) >= 2
+        for answer in answers:
+            steps = re.findall(r"([\d +*/-]*\d) = (\d+)", answer)
+            assert steps and all(eval(left) == int(right) for left, right in steps)
+            assert extract_prediction(answer) == int(steps[-1][1])
 
 
 def test_tokens_count_the_end_token_and_no_padding(smollm2):
