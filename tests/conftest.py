@@ -20,6 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from misbehaving import MisbehavingServer
+
+import inference_vllm
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM_INSTALL_SECONDS = 900
@@ -37,6 +41,29 @@ def run_script(script: str, *flags: str, timeout: float = 600, env: dict[str, st
         env={**os.environ, **(env or {})},
         check=False,
     )
+
+
+@pytest.fixture
+def server() -> Iterator[MisbehavingServer]:
+    """A server on real HTTP whose answers, faults and delays a test chooses."""
+    running = MisbehavingServer()
+    yield running
+    running.close()
+
+
+def ask(server: MisbehavingServer, *flags: str) -> int:
+    """Run the script in this process; retries pause for next to nothing with none."""
+    default = () if {"--question", "--input", "--benchmark"} & set(flags) else ("--question", "How many?")
+    retries = () if "--retries" in flags else ("--retries", "0")
+    return inference_vllm.main(["--base-url", server.url, *retries, *default, *flags])
+
+
+def failure(server: MisbehavingServer, *flags: str) -> tuple[int, str]:
+    """(exit code, its one line) of a run that cannot go on."""
+    with pytest.raises(UserError) as caught:
+        ask(server, *flags)
+    assert "\n" not in str(caught.value)
+    return caught.value.exit_code, str(caught.value)
 
 
 def flags(args) -> list[str]:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, run_script
-from misbehaving import MODELS, MisbehavingServer, asks, hang
+from conftest import ask, failure, run_script
+from misbehaving import MODELS, asks, hang
 
 import inference_vllm
 from common.args import TrainingArgs
@@ -22,28 +18,6 @@ from common.prompts import direct_messages
 from common.rewards import RewardWeights, reward_of
 from common.server import Endpoint, Server, ServerModel, ServerWorker
 from common.serving import ServingArgs, server_command, shown_command
-
-
-@pytest.fixture
-def server():
-    running = MisbehavingServer()
-    yield running
-    running.close()
-
-
-def ask(server: MisbehavingServer, *flags: str) -> int:
-    """Run the script in this process; retries pause for next to nothing with none."""
-    default = () if {"--question", "--input", "--benchmark"} & set(flags) else ("--question", "How many?")
-    retries = () if "--retries" in flags else ("--retries", "0")
-    return inference_vllm.main(["--base-url", server.url, *retries, *default, *flags])
-
-
-def failure(server: MisbehavingServer, *flags: str) -> tuple[int, str]:
-    """(exit code, its one line) of a run that cannot go on."""
-    with pytest.raises(UserError) as caught:
-        ask(server, *flags)
-    assert "\n" not in str(caught.value)
-    return caught.value.exit_code, str(caught.value)
 
 
 def test_one_question_is_planned_split_solved_and_combined(server, capsys):
@@ -217,61 +191,6 @@ def test_trouble_that_passes_is_retried_and_trouble_that_stays_is_told(server, c
     assert code == 1 and "chat completion" in line
 
 
-def test_a_file_is_answered_whole_but_for_what_fails_and_then_resumed(server, tmp_path, capsys):
-    questions = [f"Question {number}: 2 + 3?" for number in range(6)]
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text(
-        "".join(json.dumps({"question": q, "answer": "#### 5", "id": q[:10]}) + "\n\n" for q in questions)
-    )
-
-    def fault(handler, request):
-        if asks(request, "Question 4"):
-            return handler.error(400, "This model's maximum context length is 2048 tokens")
-        return False
-
-    server.fault = fault
-    flags = ("--input", str(source), "--output", str(output), "--worker-style", "instruct")
-    assert ask(server, *flags) == 1
-    records = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [record["question"] for record in records] == questions
-    assert [record["line"] for record in records] == [1, 3, 5, 7, 9, 11]
-    assert [record["error"] is None for record in records] == [True] * 4 + [False, True]
-    assert "maximum context length" in records[4]["error"]
-    assert [record.get("correct") for record in records] == [True] * 4 + [False, True]
-    assert "1 failed" in capsys.readouterr().err
-
-    asked_before = len(server.requests)
-    server.fault = lambda handler, request: False
-    assert ask(server, *flags, "--no-probe") == 0
-    assert len(server.requests) - asked_before == 4  # a plan, two subproblems, a combine: of the failed one alone
-    assert all(json.loads(line)["error"] is None for line in output.read_text().splitlines())
-
-    source.write_text(json.dumps({"question": "Another?"}) + "\n")
-    code, line = failure(server, *flags)
-    assert code == 2 and "other questions" in line
-
-
-def test_ctrl_c_leaves_a_file_that_the_same_command_finishes(server, tmp_path):
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps({"question": f"Question {n}?"}) + "\n" for n in range(40)))
-    server.fault = hang(0.1)
-    command = [sys.executable, "inference_vllm.py", "--base-url", server.url, "--input", str(source)]
-    command += ["--output", str(output), "--concurrency", "2", "--no-probe"]
-    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not output.exists() or output.read_text().count("\n") < 3:
-        assert running.poll() is None, running.stderr.read()
-        time.sleep(0.02)
-    running.send_signal(signal.SIGINT)
-    _, told = running.communicate(timeout=20)
-    assert running.returncode == 130 and "Traceback" not in told
-    before = output.read_text()
-    assert 3 <= before.count("\n") < 40
-    server.fault = lambda handler, request: False
-    assert ask(server, "--input", str(source), "--output", str(output), "--no-probe") == 0
-    lines = output.read_text().splitlines()
-    assert len(lines) == 40 and set(before.splitlines()) <= set(lines)
-
-
 def test_wrong_input_is_told_before_any_server_is_asked(server, tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"question": "a"}\n{"text": "b"}\n')
@@ -310,30 +229,6 @@ def test_wrong_input_is_told_before_any_server_is_asked(server, tmp_path):
     assert foreign.read_text() == "my notes\n" and sorted(path.name for path in tmp_path.iterdir()) == [
         "good.jsonl", "in.jsonl", "notes", "run",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("answer", [5, 5.0, "5", "2 + 3 = 5\n#### 5"])
-def test_a_known_answer_may_be_a_number_or_text(server, tmp_path, answer):
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text(json.dumps({"question": "2 + 3?", "answer": answer}) + "\n")
-    assert ask(server, "--input", str(source), "--output", str(output), "--no-probe") == 0
-    assert json.loads(output.read_text())["correct"] is True
-
-
-def test_an_output_that_goes_away_is_told(server, tmp_path):
-    source, folder = tmp_path / "in.jsonl", tmp_path / "stick"
-    source.write_text('{"question": "a"}\n{"question": "b"}\n')
-    folder.mkdir()
-
-    def fault(handler, request):
-        if request and folder.is_dir():
-            shutil.rmtree(folder)
-            folder.write_text("what was plugged in there instead")
-        return False
-
-    server.fault = fault
-    code, line = failure(server, "--input", str(source), "--output", str(folder / "out.jsonl"), "--no-probe")
-    assert code == 1 and "could not be written" in line and "the same command goes on from there" in line
 
 
 def test_the_adapters_training_settings_are_used_unless_overridden(server, tmp_path, capsys):

@@ -1,0 +1,93 @@
+"""A file of questions to a server, on real HTTP: answered whole, resumable, and told what went wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, ask, failure
+from misbehaving import asks, hang
+
+
+def test_a_file_is_answered_whole_but_for_what_fails_and_then_resumed(server, tmp_path, capsys):
+    questions = [f"Question {number}: 2 + 3?" for number in range(6)]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        "".join(json.dumps({"question": q, "answer": "#### 5", "id": q[:10]}) + "\n\n" for q in questions)
+    )
+
+    def fault(handler, request):
+        if asks(request, "Question 4"):
+            return handler.error(400, "This model's maximum context length is 2048 tokens")
+        return False
+
+    server.fault = fault
+    flags = ("--input", str(source), "--output", str(output), "--worker-style", "instruct")
+    assert ask(server, *flags) == 1
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["question"] for record in records] == questions
+    assert [record["line"] for record in records] == [1, 3, 5, 7, 9, 11]
+    assert [record["error"] is None for record in records] == [True] * 4 + [False, True]
+    assert "maximum context length" in records[4]["error"]
+    assert [record.get("correct") for record in records] == [True] * 4 + [False, True]
+    assert "1 failed" in capsys.readouterr().err
+
+    asked_before = len(server.requests)
+    server.fault = lambda handler, request: False
+    assert ask(server, *flags, "--no-probe") == 0
+    assert len(server.requests) - asked_before == 4  # a plan, two subproblems, a combine: of the failed one alone
+    assert all(json.loads(line)["error"] is None for line in output.read_text().splitlines())
+
+    source.write_text(json.dumps({"question": "Another?"}) + "\n")
+    code, line = failure(server, *flags)
+    assert code == 2 and "other questions" in line
+
+
+def test_ctrl_c_leaves_a_file_that_the_same_command_finishes(server, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"question": f"Question {n}?"}) + "\n" for n in range(40)))
+    server.fault = hang(0.1)
+    command = [sys.executable, "inference_vllm.py", "--base-url", server.url, "--input", str(source)]
+    command += ["--output", str(output), "--concurrency", "2", "--no-probe"]
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not output.exists() or output.read_text().count("\n") < 3:
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, told = running.communicate(timeout=20)
+    assert running.returncode == 130 and "Traceback" not in told
+    before = output.read_text()
+    assert 3 <= before.count("\n") < 40
+    server.fault = lambda handler, request: False
+    assert ask(server, "--input", str(source), "--output", str(output), "--no-probe") == 0
+    lines = output.read_text().splitlines()
+    assert len(lines) == 40 and set(before.splitlines()) <= set(lines)
+
+
+@pytest.mark.parametrize("answer", [5, 5.0, "5", "2 + 3 = 5\n#### 5"])
+def test_a_known_answer_may_be_a_number_or_text(server, tmp_path, answer):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"question": "2 + 3?", "answer": answer}) + "\n")
+    assert ask(server, "--input", str(source), "--output", str(output), "--no-probe") == 0
+    assert json.loads(output.read_text())["correct"] is True
+
+
+def test_an_output_that_goes_away_is_told(server, tmp_path):
+    source, folder = tmp_path / "in.jsonl", tmp_path / "stick"
+    source.write_text('{"question": "a"}\n{"question": "b"}\n')
+    folder.mkdir()
+
+    def fault(handler, request):
+        if request and folder.is_dir():
+            shutil.rmtree(folder)
+            folder.write_text("what was plugged in there instead")
+        return False
+
+    server.fault = fault
+    code, line = failure(server, "--input", str(source), "--output", str(folder / "out.jsonl"), "--no-probe")
+    assert code == 1 and "could not be written" in line and "the same command goes on from there" in line
