@@ -87,7 +87,9 @@ def train(args: Any, checkpoint: Path | None = None) -> int:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stopper.received is not None:
         return stopped_early("dummy_planner.py", stopper.received, trainer.state, output_dir)
-    final = trainer.evaluate()
+    # The trainer evaluates after its last step, but not where it was resumed there.
+    done = [record for record in trainer.state.log_history if "eval_loss" in record]
+    final = done[-1] if done and done[-1]["step"] == trainer.state.global_step else trainer.evaluate()
     if trainer.accelerator.is_main_process:
         artifacts.save_adapter(model, tokenizer, output_dir)
         plot_loss_curves(output_dir / "metrics.jsonl", output_dir / "training_curves.png")

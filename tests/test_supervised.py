@@ -66,6 +66,9 @@ def test_planning_data_in_its_own_columns_with_a_validation_split(tiny_planner, 
     )
     assert done.returncode == 0, done.stderr
     assert "2 rows to imitate, 1 to validate on" in done.stderr
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (validation,) = [record["eval_loss"] for record in logged if "eval_loss" in record]  # a pass costs time: just one
+    assert f"{validation:.3f}" in done.stdout
 
 
 @pytest.mark.parametrize(
