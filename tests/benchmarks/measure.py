@@ -71,6 +71,8 @@ def reward_step(job: Job) -> dict[str, Any]:
         )
     worker.generate([[{"role": "user", "content": "Hello"}]])  # what is done once is no part of a step
     worker.take_stats()
+    if job.variant == "vllm":
+        worker.forget()
 
     cpu, wall = cpu_seconds(job.server), time.perf_counter()
     if job.variant == "one-call":

@@ -127,7 +127,10 @@ def plain_pipeline(
 
 
 class VllmWorker:
-    """A worker over a vLLM server's completions endpoint, every prompt of a wave in flight at once."""
+    """A worker over a vLLM server's completions endpoint, every prompt of a wave in flight at once.
+
+    The server must run with VLLM_SERVER_DEV_MODE=1: that is how it can be told to `forget`.
+    """
 
     def __init__(self, url: str, tokenizer: Any, *, style: str, max_tokens: int) -> None:
         self.style = style
@@ -144,6 +147,11 @@ class VllmWorker:
             found = dict(zip(distinct, pool.map(self._complete, distinct), strict=True))
         self._stats.generated_tokens += sum(answer.tokens for answer in found.values())
         return [found[text] for text in texts]
+
+    def forget(self) -> None:
+        """Drop the prompts that the server has cached: an earlier repeat's must not help the next one."""
+        with urlopen(Request(f"{self._url}/reset_prefix_cache", b"")):
+            pass
 
     def take_stats(self) -> WorkerStats:
         """What was generated since the last call."""

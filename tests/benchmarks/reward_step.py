@@ -7,7 +7,8 @@ Compared, greedy, SmolLM2-135M in fp32:
   one-call  plan after plan, one `generate` call per prompt, on a second copy of the model
   ours      PipelineExecutor and FrozenWorker
   padded    `generate` on one padded batch of a wave's distinct prompts: the fair upper reference
-  vllm      a vLLM server, where --vllm-url names one
+  vllm      a vLLM server, where --vllm-url names one (http://HOST:PORT, started with VLLM_SERVER_DEV_MODE=1, so that
+            it can be told to forget an earlier repeat's prompts)
 
 Every measurement is a process of its own; the variants take turns, so that a slower minute hits all of them; the
 tables show medians. The plans are `sample_plans.py`'s. Fails (exit code 1) where the texts or token counts of
