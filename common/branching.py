@@ -8,6 +8,7 @@ every token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from itertools import pairwise
@@ -23,6 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 PIECE_TOKENS = 256
 # Sharing that saves fewer tokens than this costs more in bookkeeping.
 MIN_SAVED = 16
+# Attention over another block of rows costs about as much as it does over this many padding tokens.
+MIN_UNPADDED = 1000
 
 
 def run(
@@ -103,43 +106,43 @@ def _pieces(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield piece
 
 
+def block_ends(lengths: Sequence[int]) -> list[int]:
+    """Where to cut rows of these lengths into runs that are padded apart, so that little is padding: ascending ends.
+
+    A run is cut where that saves most, as long as it saves enough. Rows in order of their length need fewest cuts.
+    """
+    widest, best, cut = max(lengths), 0, 0
+    for at in range(1, len(lengths)):
+        left, right = max(lengths[:at]), max(lengths[at:])
+        saved = at * (widest - left) + (len(lengths) - at) * (widest - right)
+        if saved > best:
+            best, cut = saved, at
+    if best < MIN_UNPADDED:
+        return [len(lengths)]
+    return [*block_ends(lengths[:cut]), *(cut + end for end in block_ends(lengths[cut:]))]
+
+
 _Part = tuple[torch.Tensor, torch.Tensor]  # keys and values of one row in one layer, each (Hkv, S, D)
 
 
-class _Layer(DynamicLayer):
-    """A layer's cache: one prefix for all rows, and room for each row's own tokens, written in place."""
+class _Block:
+    """Keys and values of some rows, aligned at their ends, with room for more: written in place, not concatenated."""
 
-    def __init__(self, keys: torch.Tensor | None, values: torch.Tensor | None, shared: int, room: int) -> None:
-        super().__init__()
-        self.prefix = (keys, values)  # each (1, Hkv, P, D), or None
-        self.shared = shared
-        self.room = room
+    def __init__(self, like: torch.Tensor, rows: int, room: int) -> None:
+        """`like`: any tensor (…, Hkv, S, D) of the right dtype."""
+        heads, _, size = like.shape[-3:]
+        self.keys = like.new_empty(rows, heads, room, size)
+        self.values = like.new_empty(rows, heads, room, size)
         self.used = 0
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (B, Hkv, Q, D); returns the rows' own keys and values so far, (B, Hkv, S, D)."""
-        if self.keys is None or self.values is None:
-            self.lazy_initialization(key_states, value_states)
-            batch, heads, _, size = key_states.shape
-            self.keys = key_states.new_empty(batch, heads, self.room, size)
-            self.values = value_states.new_empty(batch, heads, self.room, size)
-        assert self.keys is not None and self.values is not None
-        end = self.used + key_states.shape[2]
-        self.keys[:, :, self.used : end] = key_states
-        self.values[:, :, self.used : end] = value_states
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add (rows, Hkv, Q, D) to each."""
+        end = self.used + keys.shape[2]
+        self.keys[:, :, self.used : end], self.values[:, :, self.used : end] = keys, values
         self.used = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def preload(self, parts: Sequence[_Part | None]) -> None:
-        """Begin each row with given keys and values, (Hkv, G, D) of any G each or none, aligned at their ends."""
-        found = next(part for part in parts if part is not None)
-        width = max(part[0].shape[1] for part in parts if part is not None)
-        heads, _, size = found[0].shape
-        self.lazy_initialization(found[0], found[1])
-        self.keys = found[0].new_empty(len(parts), heads, self.room, size)
-        self.values = found[1].new_empty(len(parts), heads, self.room, size)
+    def preload(self, parts: Sequence[_Part | None], width: int) -> None:
+        """Begin each row with given keys and values of at most this width, or with none."""
         for row, part in enumerate(parts):
             start = width - (0 if part is None else part[0].shape[1])
             # Masked, but not to be left as it is: what memory held before may be NaN, and 0 × NaN is NaN.
@@ -148,15 +151,61 @@ class _Layer(DynamicLayer):
                 self.keys[row, :, start:width], self.values[row, :, start:width] = part
         self.used = width
 
+
+class _Layer(DynamicLayer):
+    """A layer's cache: one prefix for all rows, and each row's own tokens in blocks of rows of similar length."""
+
+    def __init__(self, keys: torch.Tensor | None, values: torch.Tensor | None, shared: int, room: int) -> None:
+        super().__init__()
+        self.prefix = (keys, values)  # each (1, Hkv, P, D), or None
+        self.shared = shared
+        self.room = room
+        self.blocks: list[_Block] = []  # of consecutive rows
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (B, Hkv, Q, D). Returns them as they came: our attention reads the blocks."""
+        if not self.blocks:
+            self.blocks = [_Block(key_states, len(key_states), self.room)]
+        start = 0
+        for block in self.blocks:
+            end = start + len(block.keys)
+            block.append(key_states[start:end], value_states[start:end])
+            start = end
+        return key_states, value_states
+
+    def preload(self, parts: Sequence[_Part | None], ends: Sequence[int]) -> None:
+        """Begin each row with given keys and values, (Hkv, G, D) of any G each or none; a block up to each end."""
+        lengths = [0 if part is None else part[0].shape[1] for part in parts]
+        like = next(part[0] for part in parts if part is not None)
+        for start, end in pairwise([0, *ends]):
+            width = max(lengths[start:end])
+            block = _Block(like, end - start, self.room - max(lengths) + width)
+            block.preload(parts[start:end], width)
+            self.blocks.append(block)
+
     def real(self, row: int, seen: torch.Tensor) -> _Part:
-        """The keys and values of one row that are no padding; `seen` (S,) says which."""
-        assert self.keys is not None and self.values is not None
-        keys, values = self.keys[row, :, : self.used], self.values[row, :, : self.used]
-        return keys[:, seen], values[:, seen]
+        """The keys and values of one row that are no padding; `seen` (S,) says which. For a single block."""
+        (block,) = self.blocks
+        return block.keys[row, :, : block.used][:, seen], block.values[row, :, : block.used][:, seen]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows only, in ascending order."""
+        start, kept = 0, []
+        for block in self.blocks:
+            end = start + len(block.keys)
+            mine = indices[(indices >= start) & (indices < end)] - start
+            if 0 < len(mine) < len(block.keys):
+                block.keys, block.values = block.keys[mine], block.values[mine]
+            if len(mine):
+                kept.append(block)
+            start = end
+        self.blocks = kept
 
     def get_seq_length(self) -> int:
         """Tokens before the next one."""
-        return self.shared + self.used
+        return self.shared + max((block.used for block in self.blocks), default=0)
 
 
 def _layers(cache: DynamicCache) -> list[_Layer]:
@@ -201,10 +250,10 @@ class Branched:
         by_head: dict[tuple[int, ...], list[_Part] | None] = {(): None, **dict(zip(distinct, found, strict=True))}
         tails = [row[len(head) :] for row, head in zip(rows, heads, strict=True)]
         parts, logits = self._read(tails, [by_head[head] for head in heads])
-        width = max(map(len, rows))
-        self.past = self._cache(width + room)
+        lengths = [len(row) for row in rows]
+        self.past, ends = self._cache(max(lengths) + room), block_ends(lengths)
         for number, layer in enumerate(_layers(self.past)):
-            layer.preload([row[number] for row in parts])
+            layer.preload([row[number] for row in parts], ends)
         _, mask = padded(rows, self._pad_id, logits[0].device)
         last = torch.tensor([[self._shared + len(row) - 1] for row in rows], device=mask.device)
         return torch.stack(logits), mask, last
@@ -231,10 +280,14 @@ class Branched:
             cache = self._cache(width + tokens.shape[1])
             if width:
                 for number, layer in enumerate(_layers(cache)):
-                    layer.preload([None if known is None else known[number] for known in given])
+                    layer.preload([None if known is None else known[number] for known in given], [len(piece)])
             mask = torch.cat([(torch.arange(width) >= width - lengths[:, None]).to(real.dtype), real], dim=1)
             positions = (real.cumsum(dim=1) - 1).clamp(min=0) + lengths[:, None] + self._shared
-            found = self._run(cache, tokens, mask, positions)
+            # Of a long piece, what comes first need not be compared with what comes after it.
+            step = math.ceil(tokens.shape[1] / max(1, round(tokens.numel() / PIECE_TOKENS)))
+            for start in range(0, tokens.shape[1], step):
+                now = slice(start, start + step)
+                found = self._run(cache, tokens[:, now], mask[:, : width + start + step], positions[:, now])
             for row, index in enumerate(piece):
                 seen = mask[row].bool()  # both blocks are aligned at their ends: padding may lie between them
                 parts[index] = [layer.real(row, seen) for layer in _layers(cache)]
@@ -284,19 +337,35 @@ def _branched_attention(
     of repeating keys and values for them.
 
     Args:
-        query: (B, Hq, Q, D). key, value: (B, Hkv, S, D), the rows' own. attention_mask: (B, 1, Q, S).
+        query: (B, Hq, Q, D). key, value: the newest ones, which the cache's blocks hold already.
+        attention_mask: added to the scores of each row's own keys, (B, 1, Q, S).
 
     Returns:
         (B, Q, Hq, D) and None.
     """
+    layer = _layers(_active.get())[module.layer_idx]
+    found, start = [], 0
+    for block in layer.blocks:
+        end = start + len(block.keys)
+        bias = attention_mask[start:end, ..., -block.used :]
+        found.append(_attend(query[start:end] * scaling, block, layer.prefix, bias))
+        start = end
+    return found[0] if len(found) == 1 else torch.cat(found), None
+
+
+def _attend(
+    query: torch.Tensor, block: _Block, prefix: tuple[torch.Tensor | None, torch.Tensor | None], bias: torch.Tensor
+) -> torch.Tensor:
+    """Attention of a block's rows: scaled queries (B, Hq, Q, D), bias (B, 1, Q, S); returns (B, Q, Hq, D)."""
+    key, value = block.keys[:, :, : block.used], block.values[:, :, : block.used]  # (B, Hkv, S, D)
     batch, query_heads, queries, size = query.shape
     heads = key.shape[1]
     together = (query_heads // heads) * queries
-    grouped = (query * scaling).reshape(batch, heads, together, size)  # (B, Hkv, GQ, D)
+    grouped = query.reshape(batch, heads, together, size)  # (B, Hkv, GQ, D)
     own = grouped @ key.transpose(2, 3)  # (B, Hkv, GQ, S)
-    own = (own.view(batch, heads, -1, queries, key.shape[2]) + attention_mask.unsqueeze(2)).view_as(own)
-    prefix_key, prefix_value = _layers(_active.get())[module.layer_idx].prefix
-    if prefix_key is None:
+    own.view(batch, heads, -1, queries, block.used).add_(bias.unsqueeze(2))
+    prefix_key, prefix_value = prefix
+    if prefix_key is None or prefix_value is None:
         odds = torch.softmax(own, dim=-1, dtype=torch.float32).to(query.dtype)
         mixed = odds @ value
     else:
@@ -307,7 +376,7 @@ def _branched_attention(
         shared_odds = odds[..., :length].transpose(0, 1).reshape(heads, batch * together, length)
         from_prefix = (shared_odds @ prefix_value[0]).view(heads, batch, together, size).transpose(0, 1)
         mixed = odds[..., length:] @ value + from_prefix
-    return mixed.reshape(batch, query_heads, queries, size).transpose(1, 2).contiguous(), None
+    return mixed.reshape(batch, query_heads, queries, size).transpose(1, 2).contiguous()
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _branched_attention)

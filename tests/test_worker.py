@@ -9,7 +9,7 @@ import torch
 from conftest import QUESTIONS
 
 from common import prompts
-from common.branching import shared_heads
+from common.branching import PIECE_TOKENS, block_ends, shared_heads
 from common.decoding import decode, shared_prefix_length
 from common.grading import extract_prediction
 from common.models import load_base
@@ -40,6 +40,28 @@ def test_batched_decoding_equals_one_plain_generate_call_per_prompt(smollm2):
     for chosen in (range(len(texts)), range(len(SUMS)), [2]):  # mixed, long shared prefix, single
         found = decode(model, [ids[i] for i in chosen], max_new_tokens=24, eos_ids=eos, pad_id=tokenizer.pad_token_id)
         assert found == [expected[i] for i in chosen]
+
+
+def test_long_and_short_prompts_together_decode_like_each_alone(smollm2):
+    model, tokenizer = smollm2
+    story = " ".join(f"Then {name} buys {count} pens." for count in range(2, 40) for name in ("Ada", "Ben"))
+    questions = [*SUMS, f"{story} How many pens does Ben buy first?", f"{story} Who buys pens?"]
+    texts = [prompts.render(tokenizer, prompts.direct_messages(question)) for question in questions]
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    lengths = [len(row) - shared_prefix_length(ids) for row in ids]
+    assert lengths[-1] > 2 * PIECE_TOKENS and block_ends(lengths) == [5, 7]  # read in pieces, padded apart
+    eos = end_token_ids(model, tokenizer)
+    found = decode(model, ids, max_new_tokens=24, eos_ids=eos, pad_id=tokenizer.pad_token_id)
+    assert found == plain_generate(model, tokenizer, texts, 24)
+    assert len({len(row) for row in found}) > 1, "rows must leave the batch at different times"
+
+
+def test_rows_are_padded_apart_where_that_saves_enough():
+    assert block_ends([5]) == [1]
+    assert block_ends([300] * 8) == [8]
+    assert block_ends([30] * 3 + [300]) == [4]  # saves 810 tokens of padding: less than another block costs
+    assert block_ends([30] * 4 + [300] + [2000] * 2) == [4, 5, 7]
+    assert block_ends([2000, 30, 30, 30]) == [1, 4]  # rows stay in their order
 
 
 def test_what_memory_held_before_reaches_no_answer(smollm2):
