@@ -63,7 +63,7 @@ class TrainingArgs:
     planner_style: Literal["full", "short"] = setting("full", "planner", "wording of the planner's system message; 'short' suits small fine-tuned models")
 
     worker_max_tokens: int = setting(256, "worker", "longest answer of the frozen worker to one call", positive=True)
-    worker_style: Literal["instruct", "worked", "few-shot"] = setting("instruct", "worker", "zero-shot instructions; these with two solved word problems, for shorter answers of a small model; or turns of the demo's kind of problem")
+    worker_style: Literal["instruct", "worked", "few-shot"] = setting("instruct", "worker", "instruct: zero-shot instructions; worked: these and two solved word problems, for shorter answers of a small model; few-shot: turns of the demo's kind of problem")
     worker_batch_tokens: int = setting(32768, "worker", "padded tokens (prompt and answer) of one worker micro-batch; lower it if memory runs out", positive=True)
     worker_cache_size: int = setting(20000, "worker", "greedy answers remembered across steps; 0 remembers none", minimum=0)
 

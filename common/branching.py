@@ -289,7 +289,7 @@ class Branched:
                 now = slice(start, start + step)
                 found = self._run(cache, tokens[:, now], mask[:, : width + start + step], positions[:, now])
             for row, index in enumerate(piece):
-                seen = mask[row].bool()  # both blocks are aligned at their ends: padding may lie between them
+                seen = mask[row].bool()  # what was before and what was read end apart: padding may lie between them
                 parts[index] = [layer.real(row, seen) for layer in _layers(cache)]
                 logits[index] = found[row]
         return parts, logits

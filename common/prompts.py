@@ -128,39 +128,32 @@ def _answer(*steps: str, number: int) -> str:
     return "\n".join([*steps, json.dumps({"final_answer": number})])
 
 
+# Two problems, the steps that solve each, and which of the steps answer a part of it.
 _BAKER = (
     "A baker fills 6 trays with 12 rolls each. He sells 44 rolls in the morning and half of the rest in the afternoon. "
     "How many rolls are left?"
 )
-_BAKED = ("How many rolls does he bake?", _answer("He bakes 6 * 12 = 72 rolls.", number=72))
-_MORNING = (
-    "How many rolls are left after the morning?",
-    _answer("He bakes 6 * 12 = 72 rolls.", "After the morning 72 - 44 = 28 rolls are left.", number=28),
+_BAKER_STEPS = (
+    "He bakes 6 * 12 = 72 rolls.",
+    "After the morning 72 - 44 = 28 rolls are left.",
+    "In the afternoon he sells 28 / 2 = 14 rolls.",
+    "So 28 - 14 = 14 rolls are left.",
 )
-_ROLLS = ("In the afternoon he sells 28 / 2 = 14 rolls.", "So 28 - 14 = 14 rolls are left.")
+_BAKED = ("How many rolls does he bake?", _answer(*_BAKER_STEPS[:1], number=72))
+_MORNING = ("How many rolls are left after the morning?", _answer(*_BAKER_STEPS[:2], number=28))
 _BIKE = "Ida saves $15 a week for 8 weeks. A bike costs $200, and the shop takes 10% off. How much is she short of?"
-_SAVED = ("How much does she save?", _answer("She saves 15 * 8 = 120 dollars.", number=120))
-_PRICE = (
-    "What does the bike cost after the discount?",
-    _answer("The discount is 200 * 10 / 100 = 20 dollars.", "The bike costs 200 - 20 = 180 dollars.", number=180),
+_BIKE_STEPS = (
+    "She saves 15 * 8 = 120 dollars.",
+    "The discount is 200 * 10 / 100 = 20 dollars.",
+    "The bike costs 200 - 20 = 180 dollars.",
+    "She is short of 180 - 120 = 60 dollars.",
 )
-_SHORT = "She is short of 180 - 120 = 60 dollars."
+_SAVED = ("How much does she save?", _answer(*_BIKE_STEPS[:1], number=120))
+_PRICE = ("What does the bike cost after the discount?", _answer(*_BIKE_STEPS[1:3], number=180))
 _WORKED_DIRECT = _turns(
     _SOLVE_SYSTEM,
-    (
-        _asked_directly(_BAKER),
-        _answer("He bakes 6 * 12 = 72 rolls.", "After the morning 72 - 44 = 28 rolls are left.", *_ROLLS, number=14),
-    ),
-    (
-        _asked_directly(_BIKE),
-        _answer(
-            "She saves 15 * 8 = 120 dollars.",
-            "The discount is 200 * 10 / 100 = 20 dollars.",
-            "The bike costs 200 - 20 = 180 dollars.",
-            _SHORT,
-            number=60,
-        ),
-    ),
+    (_asked_directly(_BAKER), _answer(*_BAKER_STEPS, number=14)),
+    (_asked_directly(_BIKE), _answer(*_BIKE_STEPS, number=60)),
 )
 _WORKED_PART = _turns(
     _SOLVE_SYSTEM,
@@ -169,13 +162,8 @@ _WORKED_PART = _turns(
 )
 _WORKED_COMBINE = _turns(
     _SOLVE_SYSTEM,
-    *(
-        (_asked_to_combine(question, *zip(*parts, strict=True)), answer)
-        for question, parts, answer in (
-            (_BAKER, (_BAKED, _MORNING), _answer(*_ROLLS, number=14)),
-            (_BIKE, (_SAVED, _PRICE), _answer(_SHORT, number=60)),
-        )
-    ),
+    (_asked_to_combine(_BAKER, *zip(_BAKED, _MORNING, strict=True)), _answer(*_BAKER_STEPS[2:], number=14)),
+    (_asked_to_combine(_BIKE, *zip(_SAVED, _PRICE, strict=True)), _answer(*_BIKE_STEPS[3:], number=60)),
 )
 
 # The few-shot problems are of the kind the demo uses, with other names and things. How many turns, and how the

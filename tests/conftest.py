@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import json
 import re
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -314,3 +315,27 @@ def vllm_server(vllm_python, tmp_path_factory):
             demo_server.stop(server)
 
     return serve
+
+
+@pytest.fixture(scope="session")
+def adapter(finished_run) -> Path:
+    """An adapter of the tiny planner, trained by grpo_training.py."""
+    return finished_run[1]
+
+
+@pytest.fixture(scope="session")
+def merged(adapter, tmp_path_factory) -> Path:
+    """The tiny planner merged, in several weight files."""
+    from merges import merge
+
+    target = tmp_path_factory.mktemp("merged") / "planner"
+    assert merge(adapter, target, "--max-shard-size", "5MB") == 0
+    return target
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a whole PNG file."""
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height

@@ -22,6 +22,7 @@ from common.evaluation import (
     scoreboard_table,
     wilson_interval,
 )
+from common.report import append_jsonl, read_jsonl
 from common.worker import Generation
 
 
@@ -110,9 +111,16 @@ def test_ten_questions_on_a_real_model_before_after_and_again(tiny_args, tmp_pat
     assert first["rows"][VOTE]["total_tokens"] >= first["rows"][TRAINED]["total_tokens"] * 0.9
     for name in first["rows"]:
         assert name in done.stdout
+    # As if stopped while the untrained planner was being scored: what is there is kept, the rest is done.
+    records = read_jsonl(folder / "evaluation.jsonl")
+    (folder / "evaluation.jsonl").unlink()
+    for record in records:
+        if record["row"] == DIRECT:
+            append_jsonl(folder / "evaluation.jsonl", {**record, "seconds": 12345})
     done = run_script("grpo_training.py", "--output-dir", str(folder), "--eval-only", "--eval-samples", "10")
     assert done.returncode == 0, done.stderr
     again = json.loads((folder / "evaluation.json").read_text())
+    assert again["rows"][DIRECT]["seconds"] == 12345 > again["rows"][UNTRAINED]["seconds"]
     for name, values in first["rows"].items():
         assert {k: v for k, v in values.items() if k != "seconds"} == {
             k: v for k, v in again["rows"][name].items() if k != "seconds"

@@ -19,6 +19,13 @@ def any_vectors(texts: list[str]) -> np.ndarray:
     return np.array([list(hashlib.sha256(text.encode()).digest()) for text in texts], dtype=float)
 
 
+def test_a_larger_mix_begins_with_the_smaller_one_and_uses_no_completion_twice():
+    small, large = mix.grpo_mix(24), mix.grpo_mix(128)
+    assert len(large) == 128 and large[:24] == small
+    groups = [item for group in mix.load_groups() for item in group]
+    assert all(large.count(item) <= groups.count(item) for item in large)
+
+
 def test_texts_and_token_counts_equal_one_generate_call_per_prompt(smollm2):
     model, tokenizer = smollm2
     plans = mix.grpo_mix(8, (4,))

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from common import prompts
@@ -34,13 +35,15 @@ def load_groups(path: Path = PLANS) -> list[list[PipelineItem]]:
 
 
 def grpo_mix(count: int, sizes: Sequence[int] = (8, 4)) -> list[PipelineItem]:
-    """`count` completions in groups of these sizes in turn, duplicates and invalid ones as they were sampled."""
-    items: list[PipelineItem] = []
-    for group, size in zip(load_groups(), cycle(sizes), strict=False):
-        items += group[: min(size, count - len(items))]
+    """`count` completions in groups of these sizes in turn, duplicates and invalid ones as they were sampled.
+
+    When the questions are used up, they come again with the completions that were left over.
+    """
+    taken = [(group[:size], group[size:]) for group, size in zip(load_groups(), cycle(sizes), strict=False)]
+    items = [item for part in zip(*taken, strict=True) for group in part for item in group]
     if len(items) < count:
-        raise ValueError(f"{PLANS} has plans for {len(items)} completions in groups of {sizes}, not {count}")
-    return items
+        raise ValueError(f"{PLANS} has {len(items)} plans, not {count}")
+    return items[:count]
 
 
 def distinct_mix(count: int) -> list[PipelineItem]:
@@ -150,8 +153,10 @@ class VllmWorker:
 
     def forget(self) -> None:
         """Drop the prompts that the server has cached: an earlier repeat's must not help the next one."""
-        with urlopen(Request(f"{self._url}/reset_prefix_cache", b"")):
-            pass
+        try:
+            urlopen(Request(f"{self._url}/reset_prefix_cache", b"")).close()
+        except HTTPError as error:
+            raise ValueError(f"{error}: start the vLLM server with VLLM_SERVER_DEV_MODE=1") from error
 
     def take_stats(self) -> WorkerStats:
         """What was generated since the last call."""

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "distinct": lambda: compared("All prompts distinct", "distinct", variants, repeats, options.threads),
         "scale": lambda: scaled([replace(job, completions=count) for count in scale], repeats, options.threads),
         "threads": lambda: threaded(job, repeats),
-        "memory": lambda: memory(job, min(repeats, 3), options.threads),
+        "memory": lambda: memory(job, repeats, options.threads),
     }
     sections = [heading(options, job, repeats), *(makers[name]() for name in options.sections)]
     text = "\n\n".join(sections) + "\n"
