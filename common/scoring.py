@@ -43,6 +43,7 @@ class Scoring:
         # What a user of the planner gets: a plan that cannot be used is solved directly.
         self._executor = executor.with_fallback()
         self._rows: dict[str, evaluation.Row] = {}
+        self._summary: dict[str, Any] = {}
 
     def before(self, held_out: list[Question]) -> None:
         """Direct solving, the base model as planner, and the planner that training starts from, if any."""
@@ -71,7 +72,7 @@ class Scoring:
         budget = trained.mean("total_tokens")
         direct = self._rows[evaluation.DIRECT]
         self._add(evaluation.run_vote(held_out, direct, voters.generate, args.worker_style, budget))
-        print("\n" + evaluation.scoreboard_table(self._save()))
+        print("\n" + evaluation.scoreboard_table(self._summary))
         print(f"scoreboard: {Path(args.output_dir) / 'evaluation.json'} and evaluation.png beside it")
 
     def _plan(self, name: str, held_out: list[Question], *, adapter: bool) -> evaluation.Row:
@@ -94,9 +95,6 @@ class Scoring:
     def _add(self, row: evaluation.Row) -> evaluation.Row:
         """Keep a row, on disk too: a row can take an hour, and a run that is stopped goes on from the next one."""
         self._rows[row.name] = row
-        self._save()
+        self._summary = evaluation.save_scoreboard(list(self._rows.values()), Path(self._args.output_dir))
         say(f"  {row.name}: {row.mean('correct'):.1%} in {row.seconds:.0f} s")
         return row
-
-    def _save(self) -> dict[str, Any]:
-        return evaluation.save_scoreboard(list(self._rows.values()), Path(self._args.output_dir))
