@@ -1,57 +1,46 @@
-"""Reading prompts that share their beginnings, on a CPU: every shared part is run once.
+"""Reading and continuing many prompts at once on a CPU: nothing that they share is run twice, and nothing is padded.
 
-The beginning that all rows share is kept once for the whole batch, and attention reads it from there
-(`_branched_attention`). What only some share, such as the question among its subproblems, is run once for those
-and copied into their caches. Each row's own cache is written in place instead of being concatenated anew for
-every token.
+The tokens of a pass stand in one line, prompt after prompt, so that the matrix products meet no padding; only
+attention tells the prompts apart (`_branched_attention`). What all prompts of a kind begin with, such as few-shot
+turns, is kept once, and attention reads it from there. What only some share, such as the question among its
+subproblems, is run once for those and copied. Every prompt's own keys and values are written in place instead of
+being concatenated anew for every token, and the newest can be forgotten again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from itertools import pairwise
-from typing import Any, cast
+from itertools import groupby, pairwise
+from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Tokens of one forward pass over prompts: full speed on a CPU needs about a hundred, and the more there are in a
-# pass, the more of them are padding.
+from common.drafts import matching
+
+# Tokens of one forward pass over prompts: full speed on a CPU needs about a hundred.
 PIECE_TOKENS = 256
+# Queries of one product of attention: of a long piece, what comes first is not compared with what comes after it.
+PIECE_QUERIES = 128
+# A kept beginning that is shorter than this saves less than it costs.
+MIN_SHARED_PREFIX = 8
 # Sharing that saves fewer tokens than this costs more in bookkeeping.
 MIN_SAVED = 16
 # Attention over another block of rows costs about as much as it does over this many padding tokens.
 MIN_UNPADDED = 1000
 
-
-def run(
-    model: Any,
-    tokens: torch.Tensor,
-    past: DynamicCache,
-    attention_mask: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Run tokens (B, Q) on top of a cache, which grows by them; returns the last position's logits (B, V)."""
-    return model(
-        input_ids=tokens,
-        attention_mask=attention_mask,
-        position_ids=positions,
-        past_key_values=past,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+Part = tuple[torch.Tensor, torch.Tensor]  # keys and values in one layer, each (Hkv, S, D)
+# What prompts of each kind have begun with so far: tokens, and a part a layer.
+Prefixes = dict[Hashable, tuple[list[int], list[Part]]]
 
 
-def padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token lists as one left-padded tensor, and which of it is real: both (B, S)."""
-    width = max(map(len, rows))
-    tokens = [[pad_id] * (width - len(row)) + list(row) for row in rows]
-    real = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(tokens, device=device), torch.tensor(real, device=device)
+def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Number of leading tokens that all prompts share, at least one token of each left over."""
+    # In lexicographic order only the extremes need comparing.
+    shared = matching(min(map(list, prompts)), max(map(list, prompts)))
+    return min(shared, min(map(len, prompts)) - 1)
 
 
 def shared_heads(rows: Sequence[Sequence[int]]) -> list[int]:
@@ -61,7 +50,7 @@ def shared_heads(rows: Sequence[Sequence[int]]) -> list[int]:
     group, or its parts do, whichever saves more. At least one token of each row is left over. 0: no group.
     """
     order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
-    common = [0] + [_common(rows[a], rows[b]) for a, b in pairwise(order)]
+    common = [0] + [matching(rows[a], rows[b]) for a, b in pairwise(order)]
     shortest = [len(rows[index]) - 1 for index in order]
 
     def best(low: int, high: int, depth: int) -> tuple[int, list[tuple[int, int, int]]]:
@@ -86,20 +75,12 @@ def shared_heads(rows: Sequence[Sequence[int]]) -> list[int]:
     return heads
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning of two token lists."""
-    for place, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return place
-    return min(len(left), len(right))
-
-
 def _pieces(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Indices in batches of similar length, of about `PIECE_TOKENS` each."""
     piece: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         piece.append(index)
-        if len(piece) * lengths[index] >= PIECE_TOKENS:
+        if sum(lengths[at] for at in piece) >= PIECE_TOKENS:
             yield piece
             piece = []
     if piece:
@@ -122,95 +103,157 @@ def block_ends(lengths: Sequence[int]) -> list[int]:
     return [*block_ends(lengths[:cut]), *(cut + end for end in block_ends(lengths[cut:]))]
 
 
-_Part = tuple[torch.Tensor, torch.Tensor]  # keys and values of one row in one layer, each (Hkv, S, D)
-
-
 class _Block:
-    """Keys and values of some rows, aligned at their ends, with room for more: written in place, not concatenated."""
+    """Rows that begin with one prefix: its keys and values once, and each row's own ones, from the left."""
 
-    def __init__(self, like: torch.Tensor, rows: int, room: int) -> None:
-        """`like`: any tensor (…, Hkv, S, D) of the right dtype."""
-        heads, _, size = like.shape[-3:]
-        self.keys = like.new_empty(rows, heads, room, size)
-        self.values = like.new_empty(rows, heads, room, size)
-        self.used = 0
+    def __init__(self, prefix: list[Part], before: Sequence[list[Part]], room: int) -> None:
+        """`before`: what each row begins with after the prefix, a part a layer, or nothing; `room`: in tokens."""
+        self.prefix, self.room = prefix, room
+        self.shared = prefix[0][0].shape[1] if prefix else 0
+        self.lengths = [parts[0][0].shape[1] if parts else 0 for parts in before]
+        self.clean = max(self.lengths)  # columns up to here hold numbers in every row: memory may hold NaN before
+        self._layers: list[Part] = []  # each (R, Hkv, room, D)
+        like = next((parts for parts in before if parts), [])
+        for number, (key, _) in enumerate(like):
+            for store, side in zip(self.layer(number, key), (0, 1), strict=True):
+                for row, (parts, length) in enumerate(zip(before, self.lengths, strict=True)):
+                    store[row, :, length : self.clean] = 0
+                    if parts:
+                        store[row, :, :length] = parts[number][side]
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add (rows, Hkv, Q, D) to each."""
-        end = self.used + keys.shape[2]
-        self.keys[:, :, self.used : end], self.values[:, :, self.used : end] = keys, values
-        self.used = end
+    def layer(self, number: int, like: torch.Tensor) -> Part:
+        """Room for a layer's keys and values, each (R, Hkv, room, D), of the dtype of `like` (Hkv, …, D)."""
+        if number == len(self._layers):
+            shape = (len(self.lengths), like.shape[0], self.room, like.shape[-1])
+            self._layers.append((like.new_empty(shape), like.new_empty(shape)))
+        return self._layers[number]
 
-    def preload(self, parts: Sequence[_Part | None], width: int) -> None:
-        """Begin each row with given keys and values of at most this width, or with none."""
-        for row, part in enumerate(parts):
-            start = width - (0 if part is None else part[0].shape[1])
-            # Masked, but not to be left as it is: what memory held before may be NaN, and 0 × NaN is NaN.
-            self.keys[row, :, :start], self.values[row, :, :start] = 0, 0
-            if part is not None:
-                self.keys[row, :, start:width], self.values[row, :, start:width] = part
-        self.used = width
+    def row(self, row: int) -> list[Part]:
+        """One row's own keys and values, a part a layer."""
+        length = self.lengths[row]
+        return [(keys[row, :, :length], values[row, :, :length]) for keys, values in self._layers]
 
-
-class _Layer(DynamicLayer):
-    """A layer's cache: one prefix for all rows, and each row's own tokens in blocks of rows of similar length."""
-
-    def __init__(self, keys: torch.Tensor | None, values: torch.Tensor | None, shared: int, room: int) -> None:
-        super().__init__()
-        self.prefix = (keys, values)  # each (1, Hkv, P, D), or None
-        self.shared = shared
-        self.room = room
-        self.blocks: list[_Block] = []  # of consecutive rows
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (B, Hkv, Q, D). Returns them as they came: our attention reads the blocks."""
-        if not self.blocks:
-            self.blocks = [_Block(key_states, len(key_states), self.room)]
-        start = 0
-        for block in self.blocks:
-            end = start + len(block.keys)
-            block.append(key_states[start:end], value_states[start:end])
-            start = end
-        return key_states, value_states
-
-    def preload(self, parts: Sequence[_Part | None], ends: Sequence[int]) -> None:
-        """Begin each row with given keys and values, (Hkv, G, D) of any G each or none; a block up to each end."""
-        lengths = [0 if part is None else part[0].shape[1] for part in parts]
-        like = next(part[0] for part in parts if part is not None)
-        for start, end in pairwise([0, *ends]):
-            width = max(lengths[start:end])
-            block = _Block(like, end - start, self.room - max(lengths) + width)
-            block.preload(parts[start:end], width)
-            self.blocks.append(block)
-
-    def real(self, row: int, seen: torch.Tensor) -> _Part:
-        """The keys and values of one row that are no padding; `seen` (S,) says which. For a single block."""
-        (block,) = self.blocks
-        return block.keys[row, :, : block.used][:, seen], block.values[row, :, : block.used][:, seen]
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows only, in ascending order."""
-        start, kept = 0, []
-        for block in self.blocks:
-            end = start + len(block.keys)
-            mine = indices[(indices >= start) & (indices < end)] - start
-            if 0 < len(mine) < len(block.keys):
-                block.keys, block.values = block.keys[mine], block.values[mine]
-            if len(mine):
-                kept.append(block)
-            start = end
-        self.blocks = kept
-
-    def get_seq_length(self) -> int:
-        """Tokens before the next one."""
-        return self.shared + max((block.used for block in self.blocks), default=0)
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows only."""
+        if len(rows) < len(self.lengths):
+            kept = torch.tensor(rows, dtype=torch.long)
+            self._layers = [(keys[kept], values[kept]) for keys, values in self._layers]
+            self.lengths = [self.lengths[row] for row in rows]
 
 
-def _layers(cache: DynamicCache) -> list[_Layer]:
-    """The layers of one of our caches, by their true type."""
-    return cast("list[_Layer]", cache.layers)
+class _Pass:
+    """The tokens of a block's rows in one forward pass: where they stand, and what each of them sees."""
+
+    def __init__(self, block: _Block, counts: Sequence[int], start: int, dtype: torch.dtype) -> None:
+        """`counts`: of each row's tokens, which begin at `start` in the line of all tokens of the pass."""
+        lengths = block.lengths
+        self._block, self._counts = block, counts
+        self._here = slice(start, start + sum(counts))
+        self._queries = most = max(counts)
+        self._end = max(length + count for length, count in zip(lengths, counts, strict=True))
+        places = [length + turn for length, count in zip(lengths, counts, strict=True) for turn in range(count)]
+        self.positions = [block.shared + place for place in places]
+        even = min(counts) == most
+        aligned = even and min(lengths) == max(lengths)
+        self._place: tuple[torch.Tensor, torch.Tensor] | None = None  # of each token: its row, and where in it
+        if not aligned:
+            rows = [row for row, count in enumerate(counts) for _ in range(count)]
+            self._place = (torch.tensor(rows), torch.tensor(places))
+        self._spread: torch.Tensor | None = None  # (R · Q,) → token, where rows have unlike numbers of them
+        self._gather: torch.Tensor | None = None  # token → (R · Q,)
+        if not even:
+            starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+            last = starts[-1] - 1
+            self._spread = torch.tensor([min(at + turn, last) for at in starts[:-1] for turn in range(most)])
+            self._gather = torch.tensor(
+                [row * most + turn for row, count in enumerate(counts) for turn in range(count)]
+            )
+        self._wiped = None if aligned and lengths[0] == block.clean else slice(block.clean, self._end)
+        self._bias: torch.Tensor | None = None  # added to the scores, (R, 1, Q, S)
+        if not aligned or most > 1:
+            newest = torch.tensor(lengths)[:, None] + torch.arange(most)  # (R, Q): the last key that each sees
+            hidden = torch.arange(self._end) > newest[:, None, :, None]
+            self._bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+
+    def done(self) -> None:
+        """All layers have seen these tokens."""
+        block = self._block
+        block.lengths = [length + count for length, count in zip(block.lengths, self._counts, strict=True)]
+        block.clean = max(block.clean, self._end)
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of this block's tokens in one layer.
+
+        Args:
+            query: scaled, of all tokens of the pass, (Hq, T, D). key, value: theirs, (Hkv, T, D).
+
+        Returns:
+            (N, Hq, D) of the block's N tokens.
+        """
+        query, key, value = (states[:, self._here] for states in (query, key, value))
+        keys, values = self._block.layer(layer, key)
+        self._write(keys, key)
+        self._write(values, value)
+        if self._spread is not None:
+            query = query[:, self._spread]
+        rows, heads, size = len(keys), len(key), key.shape[-1]
+        grouped = query.reshape(heads, -1, rows, self._queries, size).permute(2, 0, 1, 3, 4)  # (R, Hkv, G, Q, D)
+        prefix = self._block.prefix[layer] if self._block.prefix else None
+        found, first = [], max(self._block.lengths)
+        for start in range(0, self._queries, PIECE_QUERIES):
+            now = slice(start, start + PIECE_QUERIES)
+            end = min(self._end, first + now.stop)
+            bias = None if self._bias is None else self._bias[:, :, now, :end]
+            found.append(_attend(grouped[..., now, :], keys[:, :, :end], values[:, :, :end], prefix, bias))
+        mixed = (found[0] if len(found) == 1 else torch.cat(found, dim=1)).flatten(0, 1)  # (R · Q, Hq, D)
+        return mixed if self._gather is None else mixed[self._gather]
+
+    def _write(self, store: torch.Tensor, states: torch.Tensor) -> None:
+        """Put the tokens' keys or values (Hkv, N, D) where they belong in (R, Hkv, room, D)."""
+        if self._wiped is not None:
+            store[:, :, self._wiped] = 0
+        if self._place is None:
+            rows, heads, _, size = store.shape
+            new = states.reshape(heads, rows, self._queries, size).transpose(0, 1)
+            store[:, :, self._end - self._queries : self._end] = new
+        else:
+            row, place = self._place
+            store[row, :, place] = states.transpose(0, 1)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix: Part | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention over a prefix that all rows share and over each row's own keys.
+
+    The queries of all rows meet the prefix in one matrix product per key-value head, so that it is read once and
+    not once a row; query heads that share a key-value head (GQA) share the product too, instead of repeating keys
+    and values for them.
+
+    Args:
+        query: (R, Hkv, G, Q, D), scaled. key, value: (R, Hkv, S, D). bias: (R, 1, Q, S).
+
+    Returns:
+        (R, Q, Hkv · G, D).
+    """
+    rows, heads, group, queries, size = query.shape
+    together = group * queries
+    grouped = query.reshape(rows, heads, together, size)
+    scores = grouped @ key.transpose(2, 3)  # (R, Hkv, GQ, S)
+    if bias is not None:
+        scores.view(rows, heads, group, queries, -1).add_(bias.unsqueeze(1))
+    if prefix is None:
+        mixed = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    else:
+        prefix_key, prefix_value = prefix  # each (Hkv, P, D)
+        length = prefix_key.shape[1]
+        flat = grouped.transpose(0, 1).reshape(heads, rows * together, size)
+        shared = (flat @ prefix_key.transpose(1, 2)).view(heads, rows, together, length).transpose(0, 1)
+        odds = torch.softmax(torch.cat([shared, scores], dim=-1), dim=-1, dtype=torch.float32).to(query.dtype)
+        shared_odds = odds[..., :length].transpose(0, 1).reshape(heads, rows * together, length)
+        from_prefix = (shared_odds @ prefix_value).view(heads, rows, together, size).transpose(0, 1)
+        mixed = odds[..., length:] @ value + from_prefix
+    return mixed.view(rows, heads * group, queries, size).transpose(1, 2)
 
 
 class Branched:
@@ -218,17 +261,15 @@ class Branched:
 
     Args:
         model: one that `can_branch`.
-        prefix: the cache of what all rows share, of `shared` tokens (0: none).
-        pad_id: fills the left of shorter rows.
+        prefixes: what prompts began with is looked up here, and left here for the next time; None for a model whose
+            weights change in between.
     """
 
-    def __init__(self, model: Any, prefix: DynamicCache, shared: int, pad_id: int) -> None:
-        self._model, self._config, self._pad_id = model, model.config, pad_id
-        self._shared, self._dtype = shared, next(model.parameters()).dtype
-        layers: list[Any] = list(prefix.layers)
-        nothing = [(None, None)] * model.config.num_hidden_layers
-        self._prefix = [(layer.keys, layer.values) for layer in layers] if shared else nothing
-        self.past = self._cache(0)
+    def __init__(self, model: Any, prefixes: Prefixes | None = None) -> None:
+        self._model, self._config = model, model.config
+        self._prefixes: Prefixes = {} if prefixes is None else prefixes
+        self._dtype = next(model.parameters()).dtype
+        self._blocks: list[_Block] = []  # of consecutive rows
 
     def __enter__(self) -> Branched:
         self._before = self._config._attn_implementation
@@ -238,145 +279,148 @@ class Branched:
     def __exit__(self, *_: object) -> None:
         self._config._attn_implementation = self._before
 
-    def read(self, rows: Sequence[list[int]], room: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run what follows the prefix in every prompt, leaving room for as many more tokens.
+    def read(self, prompts: Sequence[list[int]], kinds: Sequence[Hashable], room: int) -> torch.Tensor:
+        """Run all prompts, those of a kind next to each other; afterwards each has room for so many more tokens.
 
         Returns:
-            The next token's logits (B, V), which cached tokens are real (B, S), each row's last position (B, 1).
+            The next token's logits (B, V).
         """
+        logits: list[torch.Tensor] = []
+        for kind, group in groupby(zip(kinds, prompts, strict=True), key=lambda pair: pair[0]):
+            rows = [row for _, row in group]
+            prefix = self._prefix(kind, rows)
+            shared = prefix[0][0].shape[1] if prefix else 0
+            own = [row[shared:] for row in rows]
+            parts, found = self._read_shared(prefix, own)
+            logits += found
+            lengths = [len(row) for row in own]
+            for start, end in pairwise([0, *block_ends(lengths)]):
+                self._blocks.append(_Block(prefix, parts[start:end], max(lengths[start:end]) + room))
+        return torch.stack(logits)
+
+    def run(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Run some more tokens of every row, or none; returns the logits after each of them, (T, V)."""
+        return self._run(self._blocks, tokens, 0)
+
+    def forget(self, counts: Sequence[int]) -> None:
+        """Take back the newest tokens of every row, so many."""
+        for block, mine in self._by_block(counts):
+            block.lengths = [length - count for length, count in zip(block.lengths, mine, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in ascending order."""
+        total = sum(len(block.lengths) for block in self._blocks)
+        chosen = set(rows)
+        for block, mine in self._by_block(range(total)):
+            block.select([place for place, row in enumerate(mine) if row in chosen])
+        self._blocks = [block for block in self._blocks if block.lengths]
+
+    def _by_block(self, of_rows: Sequence[Any]) -> Iterator[tuple[_Block, Sequence[Any]]]:
+        """Every block with its rows' share of a sequence."""
+        start = 0
+        for block in self._blocks:
+            end = start + len(block.lengths)
+            yield block, of_rows[start:end]
+            start = end
+
+    def _prefix(self, kind: Hashable, rows: Sequence[list[int]]) -> list[Part]:
+        """Keys and values of what rows of a kind begin with: as much as they share, or as is known of it already."""
+        known, parts = self._prefixes.get(kind, ([], []))
+        several = len(rows) > 1
+        wanted = rows[0][: shared_prefix_length(rows) if several else len(rows[0]) - 1]
+        both = matching(known, wanted)
+        if not several:
+            wanted = wanted[:both]
+        if len(wanted) < MIN_SHARED_PREFIX:
+            return []
+        if both < len(known):
+            parts = [(keys[:, :both].clone(), values[:, :both].clone()) for keys, values in parts]
+        found = parts
+        if both < len(wanted):
+            ((new,), _) = self._read(parts, [wanted[both:]], [[]])
+            found = [
+                (torch.cat([keys, more], dim=1), torch.cat([values, others], dim=1))
+                for (keys, values), (more, others) in zip(parts, new, strict=True)
+            ] if both else new  # fmt: skip
+        # Kept is what all prompts of the kind so far have in common, so that it settles on the fixed text.
+        self._prefixes[kind] = (wanted[:both], parts) if both >= MIN_SHARED_PREFIX else (wanted, found)
+        return found
+
+    def _read_shared(
+        self, prefix: list[Part], rows: Sequence[list[int]]
+    ) -> tuple[list[list[Part]], list[torch.Tensor]]:
+        """`_read` after the prefix, where what only some rows share is run once."""
         heads = [tuple(row[:length]) for row, length in zip(rows, shared_heads(rows), strict=True)]
         distinct = list(dict.fromkeys(head for head in heads if head))
-        found, _ = self._read(distinct, [None] * len(distinct))
-        by_head: dict[tuple[int, ...], list[_Part] | None] = {(): None, **dict(zip(distinct, found, strict=True))}
+        found, _ = self._read(prefix, distinct, [[]] * len(distinct))
+        by_head: dict[tuple[int, ...], list[Part]] = {(): [], **dict(zip(distinct, found, strict=True))}
         tails = [row[len(head) :] for row, head in zip(rows, heads, strict=True)]
-        parts, logits = self._read(tails, [by_head[head] for head in heads])
-        lengths = [len(row) for row in rows]
-        self.past, ends = self._cache(max(lengths) + room), block_ends(lengths)
-        for number, layer in enumerate(_layers(self.past)):
-            layer.preload([row[number] for row in parts], ends)
-        _, mask = padded(rows, self._pad_id, logits[0].device)
-        last = torch.tensor([[self._shared + len(row) - 1] for row in rows], device=mask.device)
-        return torch.stack(logits), mask, last
-
-    def run(self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The next tokens (B, Q) of every row; returns logits (B, V). The mask (B, S) says what is real."""
-        return self._run(self.past, tokens, mask, positions)
+        return self._read(prefix, tails, [by_head[head] for head in heads])
 
     def _read(
-        self, rows: Sequence[Sequence[int]], before: Sequence[list[_Part] | None]
-    ) -> tuple[list[list[_Part]], list[torch.Tensor]]:
-        """Run token lists, each after what was cached before it (or nothing but the prefix), in pieces.
+        self, prefix: list[Part], rows: Sequence[Sequence[int]], before: Sequence[list[Part]]
+    ) -> tuple[list[list[Part]], list[torch.Tensor]]:
+        """Run token lists, each after the prefix and what else was cached before it, in pieces.
 
         Returns:
             For every row, a part a layer: what was before and what was read; and its logits (V,).
         """
-        parts: list[list[_Part]] = [[] for _ in rows]
+        parts: list[list[Part]] = [[] for _ in rows]
         logits: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         for piece in _pieces([len(row) for row in rows]):
-            tokens, real = padded([rows[index] for index in piece], self._pad_id, torch.device("cpu"))
+            longest = max(len(rows[index]) for index in piece)
             given = [before[index] for index in piece]
-            lengths = torch.tensor([0 if known is None else known[0][0].shape[1] for known in given])
-            width = int(lengths.max())
-            cache = self._cache(width + tokens.shape[1])
-            if width:
-                for number, layer in enumerate(_layers(cache)):
-                    layer.preload([None if known is None else known[number] for known in given], [len(piece)])
-            mask = torch.cat([(torch.arange(width) >= width - lengths[:, None]).to(real.dtype), real], dim=1)
-            positions = (real.cumsum(dim=1) - 1).clamp(min=0) + lengths[:, None] + self._shared
-            # Of a long piece, what comes first need not be compared with what comes after it.
-            step = math.ceil(tokens.shape[1] / max(1, round(tokens.numel() / PIECE_TOKENS)))
-            for start in range(0, tokens.shape[1], step):
-                now = slice(start, start + step)
-                found = self._run(cache, tokens[:, now], mask[:, : width + start + step], positions[:, now])
+            block = _Block(prefix, given, longest + max(known[0][0].shape[1] if known else 0 for known in given))
+            step = math.ceil(longest / max(1, round(sum(len(rows[index]) for index in piece) / PIECE_TOKENS)))
+            for start in range(0, longest, step):
+                now = [rows[index][start : start + step] for index in piece]
+                ends = torch.tensor([len(tokens) for tokens in now]).cumsum(0) - 1
+                ending = [row for row, index in enumerate(piece) if start < len(rows[index]) <= start + step]
+                found = self._run([block], now, ends[ending] if ending else 1)
+                for row, place in zip(ending, found, strict=False):
+                    logits[piece[row]] = place
             for row, index in enumerate(piece):
-                seen = mask[row].bool()  # what was before and what was read end apart: padding may lie between them
-                parts[index] = [layer.real(row, seen) for layer in _layers(cache)]
-                logits[index] = found[row]
+                parts[index] = block.row(row)
         return parts, logits
 
     def _run(
-        self, cache: DynamicCache, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+        self, blocks: Sequence[_Block], tokens: Sequence[Sequence[int]], wanted: int | torch.Tensor
     ) -> torch.Tensor:
-        """Run tokens (B, Q) on top of one of these caches; the mask (B, S) is of everything after the prefix."""
-        queries, total = tokens.shape[1], mask.shape[1]
-        causal = torch.ones(queries, total, dtype=torch.bool).tril(total - queries)
-        seen = causal & mask.bool()[:, None, None, :]  # (B, 1, Q, S)
-        lowest = torch.finfo(self._dtype).min
-        bias = torch.zeros(seen.shape, dtype=self._dtype).masked_fill(~seen, lowest)  # added to the scores
-        token = _active.set(cache)
+        """Run tokens on top of these blocks; returns logits (T, V), or those wanted in transformers' terms."""
+        passes: list[_Pass] = []
+        row = start = 0
+        for block in blocks:
+            counts = [len(new) for new in tokens[row : row + len(block.lengths)]]
+            row += len(counts)
+            if any(counts):
+                passes.append(_Pass(block, counts, start, self._dtype))
+                start += sum(counts)
+        active = _active.set(passes)
         try:
-            return run(self._model, tokens, cache, bias, positions)
+            logits: torch.Tensor = self._model(
+                input_ids=torch.tensor([[token for new in tokens for token in new]]),
+                position_ids=torch.tensor([[place for one in passes for place in one.positions]]),
+                use_cache=False,
+                logits_to_keep=wanted,
+            ).logits
         finally:
-            _active.reset(token)
-
-    def _cache(self, room: int) -> DynamicCache:
-        """An empty cache on top of the prefix, with room for so many tokens a row."""
-        cache = DynamicCache(config=self._config)
-        cache.layers = [_Layer(keys, values, self._shared, room) for keys, values in self._prefix]
-        return cache
+            _active.reset(active)
+        for one in passes:
+            one.done()
+        return logits[0]
 
 
 _NAME = "branched"
-_active: ContextVar[DynamicCache] = ContextVar("active branched cache")
+_active: ContextVar[list[_Pass]] = ContextVar("the blocks' tokens in the forward pass that is running")
 
 
 def _branched_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, scaling: float, **__: Any
 ) -> tuple[torch.Tensor, None]:
-    """Attention over a prefix that all rows share and over each row's own keys.
-
-    The queries of all rows meet the prefix in one matrix product per key-value head, so that it is read
-    once and not once a row; query heads that share a key-value head (GQA) share the product too, instead
-    of repeating keys and values for them.
-
-    Args:
-        query: (B, Hq, Q, D). key, value: the newest ones, which the cache's blocks hold already.
-        attention_mask: added to the scores of each row's own keys, (B, 1, Q, S).
-
-    Returns:
-        (B, Q, Hq, D) and None.
-    """
-    layer = _layers(_active.get())[module.layer_idx]
-    found, start = [], 0
-    for block in layer.blocks:
-        end = start + len(block.keys)
-        bias = attention_mask[start:end, ..., -block.used :]
-        found.append(_attend(query[start:end] * scaling, block, layer.prefix, bias))
-        start = end
-    return found[0] if len(found) == 1 else torch.cat(found), None
-
-
-def _attend(
-    query: torch.Tensor, block: _Block, prefix: tuple[torch.Tensor | None, torch.Tensor | None], bias: torch.Tensor
-) -> torch.Tensor:
-    """Attention of a block's rows: scaled queries (B, Hq, Q, D), bias (B, 1, Q, S); returns (B, Q, Hq, D)."""
-    key, value = block.keys[:, :, : block.used], block.values[:, :, : block.used]  # (B, Hkv, S, D)
-    batch, query_heads, queries, size = query.shape
-    heads = key.shape[1]
-    together = (query_heads // heads) * queries
-    grouped = query.reshape(batch, heads, together, size)  # (B, Hkv, GQ, D)
-    own = grouped @ key.transpose(2, 3)  # (B, Hkv, GQ, S)
-    own.view(batch, heads, -1, queries, block.used).add_(bias.unsqueeze(2))
-    prefix_key, prefix_value = prefix
-    if prefix_key is None or prefix_value is None:
-        odds = torch.softmax(own, dim=-1, dtype=torch.float32).to(query.dtype)
-        mixed = odds @ value
-    else:
-        length = prefix_key.shape[2]
-        flat = grouped.transpose(0, 1).reshape(heads, batch * together, size)
-        shared = (flat @ prefix_key[0].transpose(1, 2)).view(heads, batch, together, length).transpose(0, 1)
-        odds = torch.softmax(torch.cat([shared, own], dim=-1), dim=-1, dtype=torch.float32).to(query.dtype)
-        shared_odds = odds[..., :length].transpose(0, 1).reshape(heads, batch * together, length)
-        from_prefix = (shared_odds @ prefix_value[0]).view(heads, batch, together, size).transpose(0, 1)
-        mixed = odds[..., length:] @ value + from_prefix
-    return mixed.reshape(batch, query_heads, queries, size).transpose(1, 2).contiguous()
+    """Attention of one line of tokens, (1, Hq, T, D) and (1, Hkv, T, D), block by block; returns (1, T, Hq, D)."""
+    scaled = query[0] * scaling
+    found = [one.attend(module.layer_idx, scaled, key[0], value[0]) for one in _active.get()]
+    return (found[0] if len(found) == 1 else torch.cat(found)).unsqueeze(0).contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _branched_attention)

@@ -1,40 +1,28 @@
 """Batched decoding over any Hugging Face causal LM: the inner loop of worker and planner.
 
-Three things make it cheaper than one padded `generate` call, with the same tokens out: what prompts share
-(system text, few-shot turns, the question) is run once; rows that have finished leave the batch instead of
-riding along to the longest; and the language-model head is applied to the last position only. On a CPU the
-shared part is not even copied into every row's cache: see `common.branching`.
+What makes it cheaper than one padded `generate` call, with the same tokens out: what prompts share (system text,
+few-shot turns, the question) is run once; rows that have finished leave the batch instead of riding along to the
+longest; and the language-model head is applied where its result is read only. On a CPU there is no padding either
+and nothing shared is copied (`common.branching`), and the next tokens of greedy answers are guessed, so that one
+pass may give a row several (`common.drafts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from common.branching import Branched, can_branch, padded, run
+from common.branching import MIN_SHARED_PREFIX, Branched, Prefixes, can_branch, shared_prefix_length
+from common.drafts import Drafts, matching
 
-# Branching a cache costs a copy; below this many shared tokens recomputing them is as cheap.
-MIN_SHARED_PREFIX = 8
 # Dropping finished rows copies the cache of the others, so it waits until enough rows are done.
 DROP_SHARE = 1 / 8
 
 
-def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Number of leading tokens that all prompts share, at least one token of each left over."""
-    # In lexicographic order only the extremes need comparing.
-    shortest, longest = min(map(list, prompts)), max(map(list, prompts))
-    shared = 0
-    for left, right in zip(shortest, longest, strict=False):
-        if left != right:
-            break
-        shared += 1
-    return min(shared, min(map(len, prompts)) - 1)
-
-
-@torch.no_grad()
+@torch.inference_mode()
 def decode(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -44,6 +32,8 @@ def decode(
     pad_id: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    kinds: Sequence[Hashable] | None = None,
+    prefixes: Prefixes | None = None,
 ) -> list[list[int]]:
     """A continuation of each prompt: token by token the most likely one, or sampled.
 
@@ -55,63 +45,104 @@ def decode(
         pad_id: fills the left of shorter prompts; it may equal an end token.
         temperature: 0 takes the most likely token; above 0 tokens are sampled at this temperature.
         generator: of the samples, on the model's device.
+        kinds: equal for prompts that begin alike; all of them without it.
+        prefixes: remembers on a CPU what prompts of a kind began with, for a model whose weights do not change.
 
     Returns:
         B token lists; each ends with the end-of-sequence token unless it was cut off.
     """
-    device = next(model.parameters()).device
-    shared = shared_prefix_length(prompts) if len(prompts) > 1 else 0
-    if shared < MIN_SHARED_PREFIX:
-        shared = 0
-    prefix = DynamicCache(config=model.config)
-    if shared:
-        run(model, torch.tensor([list(prompts[0][:shared])], device=device), prefix)
-    own = [list(ids[shared:]) for ids in prompts]
+    by_kind: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds or [None] * len(prompts)):
+        by_kind.setdefault(kind, []).append(index)
+    if can_branch(model):
+        batches = [[(kind, index) for kind, mine in by_kind.items() for index in mine]]
+    else:
+        batches = [[(kind, index) for index in mine] for kind, mine in by_kind.items()]
     outputs: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))  # row of the batch → prompt
-    done = [False] * len(prompts)
-    kind = Branched if can_branch(model) else _Repeated
-    with kind(model, prefix, shared, pad_id) as cache:
-        logits, mask, positions = cache.read(own, max_new_tokens)  # (B, V), (B, S), (B, 1)
-        for step in range(max_new_tokens):
-            chosen = _choose(logits, temperature, generator)  # (B,)
-            for index, token in zip(alive, chosen.tolist(), strict=True):
-                if not done[index]:
-                    outputs[index].append(token)
-                    done[index] = token in eos_ids
-            kept = [row for row, index in enumerate(alive) if not done[index]]
-            if not kept or step + 1 == max_new_tokens:
-                break
-            if len(alive) - len(kept) >= len(alive) * DROP_SHARE:
-                keep = torch.tensor(kept, device=device)
-                cache.past.batch_select_indices(keep)
-                chosen, mask, positions = chosen[keep], mask[keep], positions[keep]
-                alive = [alive[row] for row in kept]
-            positions = positions + 1
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            logits = cache.run(chosen.unsqueeze(1), mask, positions)
+    for batch in batches:
+        rows = [list(prompts[index]) for _, index in batch]
+        cache = Branched(model, prefixes) if can_branch(model) else _Repeated(model, pad_id)
+        guesses = isinstance(cache, Branched) and temperature == 0
+        found = [outputs[index] for _, index in batch]
+        with cache:
+            logits = cache.read(rows, [kind for kind, _ in batch], max_new_tokens)
+            drafts = Drafts(rows) if guesses else None
+            _continue(cache, logits, found, max_new_tokens, eos_ids, drafts, temperature, generator)
     return outputs
 
 
-def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
-    """The next token of each row: (B, V) → (B,)."""
+def _continue(
+    cache: Branched | _Repeated,
+    logits: torch.Tensor,
+    outputs: Sequence[list[int]],
+    most: int,
+    eos_ids: frozenset[int],
+    drafts: Drafts | None,
+    temperature: float,
+    generator: torch.Generator | None,
+) -> None:
+    """Fill the empty outputs of all rows, from their first token's logits (B, V) on."""
+    rows = list(range(len(outputs)))  # row of the cache → output
+    guesses: list[list[int]] = [[] for _ in rows]  # what was run after the last token of each row
+    done = [False] * len(rows)
+    while True:
+        open_rows = [place for place, row in enumerate(rows) if not done[row]]
+        # One number a row of the cache, finished ones too: what is drawn does not depend on when they leave.
+        chosen = _choose(logits, temperature, generator, len(rows), open_rows).tolist()  # one a token that was run
+        wrong = [0] * len(rows)
+        for place in open_rows:
+            row = rows[place]
+            real, chosen = chosen[: 1 + len(guesses[place])], chosen[1 + len(guesses[place]) :]
+            right = matching(guesses[place], real)
+            wrong[place] = len(guesses[place]) - right
+            for token in real[: right + 1]:
+                outputs[row].append(token)
+                done[row] = token in eos_ids or len(outputs[row]) == most
+                if done[row]:
+                    break
+            if drafts is not None:
+                drafts.add(row, outputs[row][-right - 1 :] if not done[row] else [])
+        if any(wrong):
+            cache.forget(wrong)
+        left = [place for place in open_rows if not done[rows[place]]]
+        if not left:
+            return
+        if len(rows) - len(left) >= len(rows) * DROP_SHARE:
+            cache.select(left)
+            rows = [rows[place] for place in left]
+            left = list(range(len(rows)))
+        guesses = [[] for _ in rows]
+        if drafts is not None:
+            asked = [rows[place] for place in left]
+            found = drafts.guess(asked, [most - len(outputs[row]) - 1 for row in asked])
+            for place, guess in zip(left, found, strict=True):
+                guesses[place] = guess
+        logits = cache.run(
+            [[] if done[row] else [outputs[row][-1], *guess] for row, guess in zip(rows, guesses, strict=True)]
+        )
+
+
+def _choose(
+    logits: torch.Tensor, temperature: float, generator: torch.Generator | None, rows: int, chosen: Sequence[int]
+) -> torch.Tensor:
+    """The next tokens: (T, V) → (T,). Where sampled, T are the chosen ones of so many rows."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     # By inverting the cumulative distribution: one random number a row, where `torch.multinomial` draws one for
     # every entry of the vocabulary and takes 3 to 10 times as long on a CPU (docs/performance.md).
     # Rounding the sums to fp32 moves odds of less than 1e-7.
     reached = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
-    drawn = torch.rand(len(logits), 1, device=logits.device, generator=generator)
+    drawn = torch.rand(rows, 1, device=logits.device, generator=generator)[list(chosen)]
     token = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)
     return token.squeeze(1).clamp(max=logits.shape[-1] - 1)  # the product may round up to the very end
 
 
 class _Repeated:
-    """The plain way, for any model and device: the prefix's cache copied for every row."""
+    """The plain way, for any model and device: the shared prefix's cache copied for every row of a padded batch."""
 
-    def __init__(self, model: Any, prefix: DynamicCache, shared: int, pad_id: int) -> None:
-        self.past = prefix
-        self._model, self._shared, self._pad_id = model, shared, pad_id
+    def __init__(self, model: Any, pad_id: int) -> None:
+        self._model, self._pad_id, self._device = model, pad_id, next(model.parameters()).device
+        self._past = DynamicCache(config=model.config)
 
     def __enter__(self) -> _Repeated:
         return self
@@ -119,19 +150,51 @@ class _Repeated:
     def __exit__(self, *_: object) -> None:
         """Nothing was set up."""
 
-    def read(self, rows: Sequence[list[int]], room: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run what follows the prefix in every prompt, as one padded batch.
+    def read(self, prompts: Sequence[list[int]], kinds: Sequence[Hashable], room: int) -> torch.Tensor:
+        """Run prompts of one kind: what all share once, the rest as one padded batch.
 
         Returns:
-            The next token's logits (B, V), which cached tokens are real (B, S), each row's last position (B, 1).
+            The next token's logits (B, V).
         """
-        if self._shared:
-            self.past.batch_repeat_interleave(len(rows))
-        tokens, mask = padded(rows, self._pad_id, next(self._model.parameters()).device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0) + self._shared  # (B, S)
-        return self.run(tokens, mask, positions), mask, positions[:, -1:]
+        shared = shared_prefix_length(prompts) if len(prompts) > 1 else 0
+        if shared < MIN_SHARED_PREFIX:
+            shared = 0
+        else:
+            self._forward(torch.tensor([prompts[0][:shared]], device=self._device))
+            self._past.batch_repeat_interleave(len(prompts))
+        own = [row[shared:] for row in prompts]
+        width = max(map(len, own))
+        tokens = torch.tensor([[self._pad_id] * (width - len(row)) + row for row in own], device=self._device)
+        real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in own], device=self._device)
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0) + shared  # (B, S)
+        self._mask = torch.cat([real.new_ones(len(own), shared), real], dim=1)  # (B, P + S)
+        self._positions = positions[:, -1:]
+        return self._forward(tokens, positions)
 
-    def run(self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The next tokens (B, Q) of every row; returns logits (B, V). The mask (B, S) says what is real."""
-        everything = torch.cat([mask.new_ones(mask.shape[0], self._shared), mask], dim=1)  # (B, P + S)
-        return run(self._model, tokens, self.past, everything, positions)
+    def run(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Run one more token of every row, or none of those that are done; returns the others' logits (T, V)."""
+        given = [row for row, new in enumerate(tokens) if new]
+        new = torch.tensor([[*some, self._pad_id][:1] for some in tokens], device=self._device)
+        self._positions = self._positions + 1
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        return self._forward(new, self._positions)[given]
+
+    def forget(self, counts: Sequence[int]) -> None:
+        """Nothing is guessed here."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in ascending order."""
+        keep = torch.tensor(rows, device=self._device)
+        self._past.batch_select_indices(keep)
+        self._mask, self._positions = self._mask[keep], self._positions[keep]
+
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Run tokens (B, Q) on top of the cache, which grows by them; returns the last position's logits (B, V)."""
+        return self._model(
+            input_ids=tokens,
+            attention_mask=None if positions is None else self._mask,
+            position_ids=positions,
+            past_key_values=self._past,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]

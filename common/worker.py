@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -151,6 +151,8 @@ class LocalModel:
         self._temperature = temperature
         self._seed = seed
         self._cache: OrderedDict[str, Generation] = OrderedDict()
+        # Keys and values of what prompts of a kind begin with, kept for the same models as answers are.
+        self._prefixes: dict[Hashable, Any] | None = {} if cache_size else None
         self._stats = WorkerStats()
 
     def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
@@ -191,7 +193,7 @@ class LocalModel:
             self._cache.popitem(last=False)
 
     def _run(self, texts: Sequence[str], kinds: dict[str, tuple[str, ...]]) -> list[Generation]:
-        """Run the model on every text, in micro-batches of one kind and similar length within the token budget."""
+        """Run the model on every text, in micro-batches of alike prompts within the token budget."""
         if not texts:
             return []
         from common.packing import packed_linears
@@ -205,27 +207,29 @@ class LocalModel:
         ):
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             batches: list[list[int]] = []
+            widest = 0
             for index in sorted(range(len(texts)), key=lambda index: (kinds[texts[index]], len(encoded[index]))):
                 width = len(encoded[index]) + self._max_tokens
                 if limit is not None and width > limit:
                     reason = f"prompt of {len(encoded[index])} tokens leaves no room in a context of {limit}"
                     answers[index] = Generation("", 0, False, reason)
                     continue
-                last = batches[-1] if batches else []
-                joins = last and kinds[texts[last[0]]] == kinds[texts[index]]
-                if joins and width * (len(last) + 1) <= self._batch_tokens:
-                    last.append(index)
+                if batches and max(widest, width) * (len(batches[-1]) + 1) <= self._batch_tokens:
+                    batches[-1].append(index)
+                    widest = max(widest, width)
                 else:
                     batches.append([index])
+                    widest = width
             for batch in batches:
-                answers.update(zip(batch, self._run_batch(model, [encoded[i] for i in batch]), strict=True))
+                with_kinds = [(encoded[i], kinds[texts[i]]) for i in batch]
+                answers.update(zip(batch, self._run_batch(model, with_kinds), strict=True))
         self._stats.model_seconds += time.perf_counter() - started
         self._stats.generated += len(texts)
         self._stats.generated_tokens += sum(answer.tokens for answer in answers.values())
         return [answers[index] for index in range(len(texts))]
 
-    def _run_batch(self, model: Any, encoded: list[list[int]]) -> list[Generation]:
-        """One micro-batch; if it fails, its halves, down to the single prompt that cannot be answered."""
+    def _run_batch(self, model: Any, encoded: Sequence[tuple[list[int], Hashable]]) -> list[Generation]:
+        """One micro-batch of prompts and their kinds; if it fails, its halves, down to the one prompt that fails."""
         if not encoded:
             return []
         import torch
@@ -240,12 +244,14 @@ class LocalModel:
         try:
             outputs = decode(
                 model,
-                encoded,
+                [ids for ids, _ in encoded],
                 max_new_tokens=self._max_tokens,
                 eos_ids=eos_ids,
                 pad_id=self._tokenizer.pad_token_id,
                 temperature=self._temperature,
                 generator=generator,
+                kinds=[kind for _, kind in encoded],
+                prefixes=self._prefixes,
             )
         except Exception as error:  # noqa: BLE001 - whatever failed, only its own samples may fail
             failure = f"{type(error).__name__}: {error}"

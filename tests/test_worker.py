@@ -9,8 +9,9 @@ import torch
 from conftest import QUESTIONS
 
 from common import prompts
-from common.branching import PIECE_TOKENS, block_ends, shared_heads
-from common.decoding import decode, shared_prefix_length
+from common.branching import PIECE_TOKENS, block_ends, shared_heads, shared_prefix_length
+from common.decoding import decode
+from common.drafts import Drafts
 from common.grading import extract_prediction
 from common.models import load_base
 from common.packing import packed_linears
@@ -54,6 +55,75 @@ def test_long_and_short_prompts_together_decode_like_each_alone(smollm2):
     found = decode(model, ids, max_new_tokens=24, eos_ids=eos, pad_id=tokenizer.pad_token_id)
     assert found == plain_generate(model, tokenizer, texts, 24)
     assert len({len(row) for row in found}) > 1, "rows must leave the batch at different times"
+
+
+def passes_of(model, run) -> list[int]:
+    """The tokens of every forward pass that the model makes in `run`."""
+    seen: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        run()
+    finally:
+        hook.remove()
+    return seen
+
+
+def test_guessed_tokens_save_passes_and_change_no_answer(smollm2):
+    model, tokenizer = smollm2
+    asked = ["Write the word apple twenty times.", "Repeat this three times: the quick brown fox jumps.", "Say hello."]
+    texts = [prompts.render(tokenizer, [{"role": "user", "content": text}]) for text in asked]
+    expected = plain_generate(model, tokenizer, texts, 48)
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    found = []
+    options = {"max_new_tokens": 48, "eos_ids": end_token_ids(model, tokenizer), "pad_id": tokenizer.pad_token_id}
+    passes = passes_of(model, lambda: found.extend(decode(model, ids, **options)))
+    assert found == expected
+    assert len(passes) < max(map(len, expected)) * 3 / 4, "every pass gave no more than a token a row"
+    # an end token among the guesses ends the answer there: the same prompt again, of which all is known by now
+    assert decode(model, [*ids, *ids], **options) == [*expected, *expected]
+
+
+def test_guesses_follow_what_came_before_and_stop_where_they_are_wrong():
+    rows = Drafts([[1, 2, 3, 9, 1, 2, 3], [7, 8, 7, 8], [5, 1, 2], [40, 41]])
+    assert rows.guess([0, 1, 2, 3], [5] * 4) == [[9, 1], [7, 8], [3], []]  # own text, a loop, another's
+    assert rows.guess([0, 1], [1, 0]) == [[9], []]  # never beyond what is left
+    assert rows.guess([1], [5]) == [[7, 8, 7]]
+    many = Drafts([[1, 2, 1]] * 2 + [[50 + row] for row in range(6)])
+    for new in range(100, 104):
+        assert many.guess([0], [1]) != [[]]  # alone a guess costs nothing, however unlikely
+        many.add(0, [new, 1])  # something else every time
+        many.guess([1], [5])
+        many.add(1, [2, 1])  # the same every time
+    assert many.guess(range(8), [5] * 8) == [[], [2, 1, 2], *[[]] * 6]
+    full = Drafts([[1, 2, 1, 2]] * 16)
+    assert full.guess(range(16), [5] * 16) == [[]] * 16
+    few = full.guess(range(14), [5] * 14)
+    assert sum(map(len, few)) <= 2  # up to 16 tokens in a pass
+
+
+def test_what_prompts_of_a_kind_begin_with_is_read_once_for_all_calls(smollm2):
+    model, tokenizer = smollm2
+    worker = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=12)
+    waves = [
+        [prompts.direct_messages(SUMS[0], "few-shot"), prompts.subproblem_messages("What is 3 + 9?", "", "few-shot")],
+        [prompts.direct_messages(q, "few-shot") for q in SUMS[1:3]],
+        [prompts.direct_messages(SUMS[3], "few-shot"), prompts.direct_messages("Say hello.", "few-shot")],
+        [prompts.direct_messages(SUMS[4], "few-shot")],
+    ]
+    answers, read = [], []
+    for wave in waves:
+        passes = passes_of(model, lambda wave=wave: answers.extend(worker.generate(wave)))
+        read.append(sum(passes))
+    fresh = [
+        answer
+        for wave in waves
+        for answer in FrozenWorker(model, tokenizer, style="few-shot", max_tokens=12, cache_size=0).generate(wave)
+    ]
+    assert answers == fresh
+    turns = len(tokenizer(prompts.render(tokenizer, waves[3][0]), add_special_tokens=False).input_ids)
+    assert read[1] > turns > 2 * max(read[2:]), read  # the third and fourth wave read questions and answers only
 
 
 def test_rows_are_padded_apart_where_that_saves_enough():

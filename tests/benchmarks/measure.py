@@ -14,11 +14,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tests.benchmarks import mix
-
-STYLE = "instruct"
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class Job:
         plans: "grpo" or "distinct".
         completions: how many of them.
         max_tokens: longest answer of the worker.
+        style: of the worker's prompts.
         url, server: of the vLLM server, and its process id, whose CPU time and memory count where given.
     """
 
@@ -39,18 +38,21 @@ class Job:
     plans: str = "grpo"
     completions: int = 24
     max_tokens: int = 128
+    style: Literal["instruct", "worked", "few-shot"] = "instruct"
     url: str = ""
     server: int = 0
 
 
 def reward_step(job: Job) -> dict[str, Any]:
     """Carry out the plans once: seconds, tokens, peak memory in MiB, and the texts that came out."""
+    from common import training
     from common.args import PACKAGED_MODEL, TrainingArgs
     from common.models import load_base, load_tokenizer
     from common.pipeline import PipelineExecutor
     from common.similarity import Embeddings, SentenceEncoder
     from common.worker import FrozenWorker
 
+    training.tune_for_cpu()
     items = (mix.grpo_mix if job.plans == "grpo" else mix.distinct_mix)(job.completions)
     encoder = SentenceEncoder(TrainingArgs.embedding_model)
     encoder(["load the encoder"])
@@ -62,12 +64,12 @@ def reward_step(job: Job) -> dict[str, Any]:
         models = [load_base(PACKAGED_MODEL, four_bit=False).eval() for _ in range(1 + (job.variant == "one-call"))]
     worker: Any
     if job.variant == "vllm":
-        worker = mix.VllmWorker(job.url, tokenizer, style=STYLE, max_tokens=job.max_tokens)
+        worker = mix.VllmWorker(job.url, tokenizer, style=job.style, max_tokens=job.max_tokens)
     elif job.variant == "ours":
-        worker = FrozenWorker(models[0], tokenizer, style=STYLE, max_tokens=job.max_tokens)
+        worker = FrozenWorker(models[0], tokenizer, style=job.style, max_tokens=job.max_tokens)
     else:
         worker = mix.GenerateWorker(
-            models[0], tokenizer, style=STYLE, max_tokens=job.max_tokens, at_once=job.variant == "padded"
+            models[0], tokenizer, style=job.style, max_tokens=job.max_tokens, at_once=job.variant == "padded"
         )
     worker.generate([[{"role": "user", "content": "Hello"}]])  # what is done once is no part of a step
     worker.take_stats()
@@ -76,7 +78,7 @@ def reward_step(job: Job) -> dict[str, Any]:
 
     cpu, wall = cpu_seconds(job.server), time.perf_counter()
     if job.variant == "one-call":
-        found = mix.plain_pipeline(items, lambda request: worker.generate([request])[0], STYLE)
+        found = mix.plain_pipeline(items, lambda request: worker.generate([request])[0], job.style)
     else:
         results = PipelineExecutor(worker, Embeddings(encoder)).execute_batch(items)
         found = [[*r.solutions, *([r.final] if r.final else [])] for r in results]
@@ -114,6 +116,7 @@ def training_steps(job: Job) -> dict[str, Any]:
             save_steps=100,
             max_completion_length=job.max_tokens,
             worker_max_tokens=job.max_tokens,
+            worker_style=job.style,
         )
         tokenizer = models.load_tokenizer(PACKAGED_MODEL)
         questions = [Question(group[0].question, group[0].ground_truth or "") for group in mix.load_groups()]
@@ -124,7 +127,7 @@ def training_steps(job: Job) -> dict[str, Any]:
         if job.variant == "two-copies":
             second = models.load_base(PACKAGED_MODEL, four_bit=False).eval()
             reward.executor.worker = mix.GenerateWorker(
-                second, tokenizer, style=STYLE, max_tokens=job.max_tokens, at_once=False
+                second, tokenizer, style=job.style, max_tokens=job.max_tokens, at_once=False
             )
         cpu, wall = cpu_seconds(), time.perf_counter()
         trainer.train()

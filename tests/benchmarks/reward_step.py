@@ -35,6 +35,7 @@ from common.errors import UserError
 from tests.benchmarks.measure import Job
 
 SECTIONS = ("grpo", "distinct", "scale", "threads", "memory")
+STYLES = ("instruct", "worked", "few-shot")
 SAME_TEXTS = ("one-call", "ours", "padded")
 
 
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="repeats (default: 5)")
     parser.add_argument("--completions", type=int, default=24, metavar="N", help="of the mixes (default: 24)")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    parser.add_argument("--style", choices=STYLES, default="instruct", help="the worker's (default: instruct)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default: 1)")
     parser.add_argument("--vllm-url", default="", metavar="URL", help="compare with this server's base model too")
     parser.add_argument("--vllm-pid", type=int, default=0, metavar="PID", help="its process, for CPU time and memory")
@@ -60,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     if min(options.repeats, options.completions, options.max_tokens, options.threads) < 1:
         raise UserError("--repeats, --completions, --max-tokens and --threads must be at least 1")
-    job = Job(completions=options.completions, max_tokens=options.max_tokens)
+    job = Job(completions=options.completions, max_tokens=options.max_tokens, style=options.style)
     repeats, scale = options.repeats, [8, 32, 128]
     if options.quick:
-        job, repeats, scale = Job(completions=4, max_tokens=16), 1, [4, 8]
+        job, repeats, scale = replace(job, completions=4, max_tokens=16), 1, [4, 8]
     variants = [job, *(replace(job, variant=name) for name in ("one-call", "padded"))]
     if options.vllm_url:
         variants.append(replace(job, variant="vllm", url=options.vllm_url, server=options.vllm_pid))
@@ -252,7 +254,7 @@ def heading(options: argparse.Namespace, job: Job, repeats: int) -> str:
     return (
         f"`python -m tests.benchmarks.reward_step {flags}`, {datetime.now(UTC):%Y-%m-%d}, "
         f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, {options.threads} thread(s), "
-        f"{job.completions} completions, answers of at most {job.max_tokens} tokens, medians of {repeats}."
+        f"{job.completions} completions, {job.style} worker, answers of at most {job.max_tokens} tokens, medians of {repeats}."
     )
 
 
