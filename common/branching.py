@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ class _Pass:
         self._spread: torch.Tensor | None = None  # (R · Q,) → token, where rows have unlike numbers of them
         self._gather: torch.Tensor | None = None  # token → (R · Q,)
         if not even:
-            starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+            starts = [0, *accumulate(counts)]
             last = starts[-1] - 1
             self._spread = torch.tensor([min(at + turn, last) for at in starts[:-1] for turn in range(most)])
             self._gather = torch.tensor(
@@ -420,7 +420,7 @@ def _branched_attention(
     """Attention of one line of tokens, (1, Hq, T, D) and (1, Hkv, T, D), block by block; returns (1, T, Hq, D)."""
     scaled = query[0] * scaling
     found = [one.attend(module.layer_idx, scaled, key[0], value[0]) for one in _active.get()]
-    return (found[0] if len(found) == 1 else torch.cat(found)).unsqueeze(0).contiguous(), None
+    return (found[0] if len(found) == 1 else torch.cat(found)).unsqueeze(0), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _branched_attention)

@@ -30,17 +30,21 @@ def plain_generate(model, tokenizer, texts: list[str], max_new_tokens: int) -> l
     return outputs
 
 
-def test_batched_decoding_equals_one_plain_generate_call_per_prompt(smollm2):
+@pytest.mark.parametrize("branched", [True, False], ids=["CPU", "as on a GPU"])
+def test_batched_decoding_equals_one_plain_generate_call_per_prompt(smollm2, monkeypatch, branched):
     model, tokenizer = smollm2
+    monkeypatch.setattr("common.decoding.can_branch", lambda model: branched)
     requests = [prompts.direct_messages(question, "few-shot") for question in SUMS]
     requests += [prompts.direct_messages("Say hello.", "instruct")]  # shares little with the others
     texts = [prompts.render(tokenizer, request) for request in requests]
     expected = plain_generate(model, tokenizer, texts, 24)
     eos = end_token_ids(model, tokenizer)
     ids = tokenizer(texts, add_special_tokens=False).input_ids
+    options = {"max_new_tokens": 24, "eos_ids": eos, "pad_id": tokenizer.pad_token_id}
     for chosen in (range(len(texts)), range(len(SUMS)), [2]):  # mixed, long shared prefix, single
-        found = decode(model, [ids[i] for i in chosen], max_new_tokens=24, eos_ids=eos, pad_id=tokenizer.pad_token_id)
-        assert found == [expected[i] for i in chosen]
+        assert decode(model, [ids[i] for i in chosen], **options) == [expected[i] for i in chosen]
+    order, kinds = [5, 0, 1, 5, 2], ["other", "sum", "sum", "other", "sum"]
+    assert decode(model, [ids[i] for i in order], kinds=kinds, **options) == [expected[i] for i in order]
 
 
 def test_long_and_short_prompts_together_decode_like_each_alone(smollm2):
