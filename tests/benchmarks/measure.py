@@ -52,7 +52,8 @@ def reward_step(job: Job) -> dict[str, Any]:
     from common.similarity import Embeddings, SentenceEncoder
     from common.worker import FrozenWorker
 
-    training.tune_for_cpu()
+    if job.variant == "ours":
+        training.tune_for_cpu()  # as our runs do; the others are plain in this too
     items = (mix.grpo_mix if job.plans == "grpo" else mix.distinct_mix)(job.completions)
     encoder = SentenceEncoder(TrainingArgs.embedding_model)
     encoder(["load the encoder"])

@@ -5,7 +5,7 @@
 
 Compared, greedy, SmolLM2-135M in fp32:
   one-call  plan after plan, one `generate` call per prompt, on a second copy of the model
-  ours      PipelineExecutor and FrozenWorker
+  ours      PipelineExecutor and FrozenWorker, memory allocation tuned as in a run
   padded    `generate` on one padded batch of a wave's distinct prompts: the fair upper reference
   vllm      a vLLM server, where --vllm-url names one (http://HOST:PORT, started with VLLM_SERVER_DEV_MODE=1, so that
             it can be told to forget an earlier repeat's prompts)
