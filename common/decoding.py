@@ -62,11 +62,10 @@ def decode(
     for batch in batches:
         rows = [list(prompts[index]) for _, index in batch]
         cache = Branched(model, prefixes) if can_branch(model) else _Repeated(model, pad_id)
-        guesses = isinstance(cache, Branched) and temperature == 0
+        drafts = Drafts(rows) if isinstance(cache, Branched) and temperature == 0 else None
         found = [outputs[index] for _, index in batch]
         with cache:
             logits = cache.read(rows, [kind for kind, _ in batch], max_new_tokens)
-            drafts = Drafts(rows) if guesses else None
             _continue(cache, logits, found, max_new_tokens, eos_ids, drafts, temperature, generator)
     return outputs
 
@@ -87,7 +86,6 @@ def _continue(
     done = [False] * len(rows)
     while True:
         open_rows = [place for place, row in enumerate(rows) if not done[row]]
-        # One number a row of the cache, finished ones too: what is drawn does not depend on when they leave.
         chosen = _choose(logits, temperature, generator, len(rows), open_rows).tolist()  # one a token that was run
         wrong = [0] * len(rows)
         for place in open_rows:
@@ -95,13 +93,12 @@ def _continue(
             real, chosen = chosen[: 1 + len(guesses[place])], chosen[1 + len(guesses[place]) :]
             right = matching(guesses[place], real)
             wrong[place] = len(guesses[place]) - right
-            for token in real[: right + 1]:
-                outputs[row].append(token)
-                done[row] = token in eos_ids or len(outputs[row]) == most
-                if done[row]:
-                    break
+            end = next((turn for turn, token in enumerate(real[:right]) if token in eos_ids), right)
+            new = real[: end + 1]
+            outputs[row] += new
+            done[row] = new[-1] in eos_ids or len(outputs[row]) == most
             if drafts is not None:
-                drafts.add(row, outputs[row][-right - 1 :] if not done[row] else [])
+                drafts.add(row, new)
         if any(wrong):
             cache.forget(wrong)
         left = [place for place in open_rows if not done[rows[place]]]
@@ -125,7 +122,7 @@ def _continue(
 def _choose(
     logits: torch.Tensor, temperature: float, generator: torch.Generator | None, rows: int, chosen: Sequence[int]
 ) -> torch.Tensor:
-    """The next tokens: (T, V) → (T,). Where sampled, T are the chosen ones of so many rows."""
+    """The next tokens: (T, V) → (T,). Where sampled, T are the chosen ones of so many rows, finished ones included."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     # By inverting the cumulative distribution: one random number a row, where `torch.multinomial` draws one for

@@ -2,15 +2,15 @@
 
 A small model's answers repeat themselves, the problem's words and, within a group, each other. So what followed the
 same few tokens before is a good guess of what follows now (prompt lookup decoding, a drafter for speculative
-decoding: Leviathan et al. 2023, arXiv:2211.17192). A guess costs next to nothing as long as a pass has few tokens,
-because the time then goes into reading the weights; greedy answers are the same with it and without.
+decoding: Leviathan et al. 2023, arXiv:2211.17192). A guess costs little as long as a pass has few tokens, because the
+time then goes into reading the weights; greedy answers are the same with it and without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Guesses fill a pass up to this many tokens: a pass of 16 takes 1.4 times as long as one of 6 (docs/performance.md).
+# Guesses fill a pass up to this many tokens: a pass of 16 takes 1.6 times as long as one of 6 (docs/performance.md).
 PASS_TOKENS = 16
 # More at a time pads attention, where every row costs as much as the one with most tokens.
 LONGEST = 3
