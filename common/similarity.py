@@ -39,7 +39,9 @@ class SentenceEncoder:
     def __call__(self, texts: list[str]) -> np.ndarray:
         """Vectors of shape (n, d) for n texts."""
         self.load()
-        return self._model.encode(texts, batch_size=64, show_progress_bar=False, convert_to_numpy=True)
+        # Small batches of texts of similar length: 31 subproblems and questions take 0.35 s, in one batch 1.02 s, most
+        # of it padding (docs/performance.md).
+        return self._model.encode(texts, batch_size=8, show_progress_bar=False, convert_to_numpy=True)
 
 
 class Embeddings:
