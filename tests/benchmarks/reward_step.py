@@ -1,7 +1,7 @@
 """What a reward step costs: ours against plain ways of doing the same, on the same plans, model and machine.
 
     python -m tests.benchmarks.reward_step --output docs/reward_step.md          # everything; most of an hour
-    python -m tests.benchmarks.reward_step --quick                               # the same, small, in a minute or two
+    python -m tests.benchmarks.reward_step --quick                               # the same, small, in four or five minutes
 
 Compared, greedy, SmolLM2-135M in fp32:
   one-call  plan after plan, one `generate` call per prompt, on a second copy of the model
