@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from common.branching import MIN_SHARED_PREFIX, Branched, Prefixes, can_branch, shared_prefix_length
-from common.drafts import Drafts, matching
+from common.branching import Branched, Prefixes, can_branch
+from common.drafts import Drafts
+from common.sharing import MIN_SHARED_PREFIX, matching, shared_prefix_length
 
 # Dropping finished rows copies the cache of the others, so it waits until enough rows are done.
 DROP_SHARE = 1 / 8
@@ -54,14 +55,15 @@ def decode(
     by_kind: dict[Hashable, list[int]] = {}
     for index, kind in enumerate(kinds or [None] * len(prompts)):
         by_kind.setdefault(kind, []).append(index)
-    if can_branch(model):
+    branches = can_branch(model)
+    if branches:
         batches = [[(kind, index) for kind, mine in by_kind.items() for index in mine]]
     else:
         batches = [[(kind, index) for index in mine] for kind, mine in by_kind.items()]
     outputs: list[list[int]] = [[] for _ in prompts]
     for batch in batches:
         rows = [list(prompts[index]) for _, index in batch]
-        cache = Branched(model, prefixes) if can_branch(model) else _Repeated(model, pad_id)
+        cache = Branched(model, prefixes) if branches else _Repeated(model, pad_id)
         drafts = Drafts(rows) if isinstance(cache, Branched) and temperature == 0 else None
         found = [outputs[index] for _, index in batch]
         with cache:

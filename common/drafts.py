@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from common.sharing import matching
+
 # Guesses fill a pass up to this many tokens: a pass of 16 takes 1.6 times as long as one of 6 (docs/performance.md).
 PASS_TOKENS = 16
 # More at a time pads attention, where every row costs as much as the one with most tokens.
@@ -86,11 +88,3 @@ class Drafts:
                 found.append(found[start + len(found) - len(known)])
             return found
         return []
-
-
-def matching(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning of two token lists."""
-    for place, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return place
-    return min(len(left), len(right))

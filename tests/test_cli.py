@@ -183,7 +183,7 @@ def test_an_unreachable_model_is_one_line_that_names_the_ways_out(questions_file
 
 LIGHT = (
     "errors", "prompts", "plans", "grading", "cli", "args", "artifacts", "data", "generated", "demonstrations",
-    "stepclock", "serving", "served", "drafts",
+    "stepclock", "serving", "served", "drafts", "sharing",
 )  # fmt: skip
 LAYERS = (
     LIGHT,

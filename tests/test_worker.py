@@ -9,12 +9,12 @@ import torch
 from conftest import QUESTIONS
 
 from common import prompts
-from common.branching import PIECE_TOKENS, block_ends, shared_heads, shared_prefix_length
 from common.decoding import decode
 from common.drafts import Drafts
 from common.grading import extract_prediction
 from common.models import load_base
 from common.packing import packed_linears
+from common.sharing import PIECE_TOKENS, block_ends, shared_heads, shared_prefix_length
 from common.worker import FrozenWorker, end_token_ids, inference
 
 SUMS = ["What is 7 + 8 + 5?", "What is 3 + 9?", "What is 21 + 30 + 4?", "What is 2 + 2 + 2 + 2?", "What is 6 + 9 + 1?"]
