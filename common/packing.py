@@ -9,7 +9,8 @@ while a batch is generated and is gone when gradients need memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,19 @@ ROWS_HINT = 16
 MIN_ROWS = 4
 MIN_STEPS = 16
 
+_kept: ContextVar[ExitStack | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def packing_kept() -> Iterator[None]:
+    """Inside, what `packed_linears` packs stays packed to the end of this scope, for the calls that follow."""
+    with ExitStack() as stack:
+        token = _kept.set(stack)
+        try:
+            yield
+        finally:
+            _kept.reset(token)
+
 
 @contextmanager
 def packed_linears(model: Any, *, rows: int, steps: int) -> Iterator[None]:
@@ -28,19 +42,29 @@ def packed_linears(model: Any, *, rows: int, steps: int) -> Iterator[None]:
 
     Works below LoRA (its base layers are plain ones) and leaves alone what is no plain fp32 CPU layer: quantised
     layers, other devices, layers whose forward somebody else has replaced. Nested uses share the outermost's
-    copies. No gradient flows through the copies: use it under `no_grad` only, and do not change weights inside.
+    copies, and those within one `packing_kept` the first's. No gradient flows through the copies: use it under
+    `no_grad` only, and do not change weights inside.
 
     Args:
         rows, steps: at most so many sequences will be generated at once, of so many tokens: where that is too
             little to pay for the reordering, nothing is done.
     """
     pays = rows >= MIN_ROWS and steps >= MIN_STEPS
-    packed = [module for module in model.modules() if _packable(module)] if pays else []
-    for module in packed:
-        weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS_HINT)
-        # On the instance, where `Module.__call__` looks first: the class and the parameters stay as they are.
-        module.forward = partial(_linear, weight, None if module.bias is None else module.bias.detach())
+    with ExitStack() as own:
+        if pays:
+            (_kept.get() or own).enter_context(_packed(model))
+        yield
+
+
+@contextmanager
+def _packed(model: Any) -> Iterator[None]:
+    packed = []
     try:
+        for module in filter(_packable, model.modules()):
+            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS_HINT)
+            # On the instance, where `Module.__call__` looks first: the class and the parameters stay as they are.
+            module.forward = partial(_linear, weight, None if module.bias is None else module.bias.detach())
+            packed.append(module)
         yield
     finally:
         for module in packed:

@@ -128,7 +128,10 @@ class PipelineExecutor:
         if isinstance(self.worker, ConcurrentWorker):
             results = self.worker.wait(self._concurrently(items, self.worker))
         else:
-            results = self._in_waves(items)
+            from common.packing import packing_kept
+
+            with packing_kept():  # or the second wave would pack the weights again
+                results = self._in_waves(items)
         for result, gold in zip(results, golds, strict=True):
             if result.final is not None and result.error is None:
                 result.correct = extract_prediction(result.final.text) == gold

@@ -13,7 +13,7 @@ from common.decoding import decode
 from common.drafts import Drafts
 from common.grading import extract_prediction
 from common.models import load_base
-from common.packing import packed_linears
+from common.packing import packed_linears, packing_kept
 from common.sharing import PIECE_TOKENS, block_ends, shared_heads, shared_prefix_length
 from common.worker import FrozenWorker, end_token_ids, inference
 
@@ -332,6 +332,13 @@ def test_packed_weights_are_gone_after_an_error_and_never_made_for_a_few_rows(sm
         assert torch.equal(model(input_ids=ids).logits, before)
         with packed_linears(model, rows=1, steps=100), packed_linears(model, rows=100, steps=1):
             assert not any("forward" in vars(module) for module in model.modules())
+        with pytest.raises(RuntimeError, match="second"), packing_kept():
+            with packed_linears(model, rows=4, steps=16):
+                first = model.lm_head.forward
+            with packed_linears(model, rows=8, steps=16):
+                assert model.lm_head.forward is first, "packed once for both"
+                raise RuntimeError("second")
+        assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_heads_are_shared_where_that_saves_most():

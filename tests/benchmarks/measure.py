@@ -25,7 +25,8 @@ class Job:
 
     Args:
         task: "reward": one call of the reward function's pipeline; "train": a short GRPO run.
-        variant: "one-call", "ours", "padded" or "vllm"; for "train" "ours" or "two-copies".
+        variant: "one-call", "ours", "padded" or "vllm"; for "train" "ours", "unpacked" (ours without the packed copy
+            of the weights) or "two-copies" (unpacked too, as a plain implementation is).
         plans: "grpo" or "distinct".
         completions: how many of them.
         max_tokens: longest answer of the worker.
@@ -100,10 +101,12 @@ def reward_step(job: Job) -> dict[str, Any]:
 
 def training_steps(job: Job) -> dict[str, Any]:
     """Two GRPO steps with the documented batch sizes: seconds, and peak memory in MiB."""
-    from common import models, training
+    from common import models, packing, training
     from common.args import PACKAGED_MODEL, TrainingArgs
     from common.data import Question
 
+    if job.variant != "ours":
+        packing.MIN_ROWS = sys.maxsize
     training.quiet_libraries(debug=False)
     training.tune_for_cpu()
     imports = peak_mib()

@@ -106,8 +106,8 @@ def threaded(job: Job, repeats: int) -> str:
 
 
 def memory(job: Job, repeats: int, threads: int) -> str:
-    """GRPO steps with one copy of the model and with two."""
-    steps = [replace(job, task="train", variant=name) for name in ("ours", "two-copies")]
+    """GRPO steps with one copy of the model, with and without packed weights, and with two copies, unpacked."""
+    steps = [replace(job, task="train", variant=name) for name in ("ours", "unpacked", "two-copies")]
     return f"## Memory of a training step\n\n{memory_table(interleaved(steps, repeats, threads))}"
 
 
