@@ -1,6 +1,6 @@
 """What a reward step costs: ours against plain ways of doing the same, on the same plans, model and machine.
 
-    python -m tests.benchmarks.reward_step --output docs/reward_step.md          # everything; most of an hour
+    python -m tests.benchmarks.reward_step --output docs/reward_step.md          # everything; more than an hour
     python -m tests.benchmarks.reward_step --quick                               # the same, small, in four or five minutes
 
 Compared, greedy, SmolLM2-135M in fp32:
