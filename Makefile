@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python grpo_training.py --demo --adapter-path demo_warm_start --overwrite
 
 serve-demo: $(VENV)/.installed $(VLLM_VENV)/.installed
-	$(BIN)/python -m common.demo_server --adapter $(ADAPTER) --port $(PORT) --vllm-python $(VLLM_VENV)/bin/python
+	$(BIN)/python -m common.inference.serve_demo --adapter $(ADAPTER) --port $(PORT) --vllm-python $(VLLM_VENV)/bin/python
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest

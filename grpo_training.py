@@ -20,14 +20,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import artifacts
-from common.args import DEMO, RESUMABLE, TrainingArgs
 from common.cli import Parser, add_run_flags, add_settings, forbid_import, given_settings, run, say, settings_table
-from common.data import check_source, fingerprint, load_held_out, load_questions
 from common.errors import UserError
+from common.models import check_base_model
 from common.pipeline import PipelineExecutor, PipelineResult
+from common.problems.questions import check_source, fingerprint, load_held_out, load_questions
 from common.rewards import PipelineRewardFunction
-from common.worker import FrozenWorker
+from common.runs.adapters import check_adapter_base, read_adapter_config
+from common.runs.checkpoints import newest_checkpoint
+from common.runs.folder import check_output_dir
+from common.runs.record import check_same_data, read_run_record, stored_settings
+from common.settings.grpo import DEMO, RESUMABLE, TrainingArgs
+from common.workers.local import FrozenWorker
 
 __all__ = [
     "FrozenWorker",
@@ -57,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.validate()
     output_dir = Path(args.output_dir)
     continues = options.resume or options.eval_only
-    artifacts.check_output_dir(output_dir, overwrite=options.overwrite, resume=continues)
-    checkpoint = artifacts.newest_checkpoint(output_dir) if options.resume else None
-    artifacts.check_base_model(args.base_model)
+    check_output_dir(output_dir, overwrite=options.overwrite, resume=continues)
+    checkpoint = newest_checkpoint(output_dir) if options.resume else None
+    check_base_model(args.base_model)
     if args.adapter_path is not None:
-        artifacts.check_adapter_base(args.adapter_path, args.base_model)
+        check_adapter_base(args.adapter_path, args.base_model)
     if options.eval_only:
-        artifacts.read_adapter_config(args.output_dir, "--output-dir")
+        read_adapter_config(args.output_dir, "--output-dir")
     check_source(args.dataset, args.dataset_split)
     if args.eval_dataset is not None:
         check_source(args.eval_dataset, "test", flag="--eval-dataset")
@@ -73,22 +77,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.dataset, limit=args.max_samples, config=args.dataset_config, split=args.dataset_split, seed=args.seed
     )
     if continues:
-        artifacts.check_same_data(output_dir, fingerprint(questions))
+        check_same_data(output_dir, fingerprint(questions))
     held_out = load_held_out(args, questions) if args.eval_samples else []
 
     if args.worker_url is not None:
-        from common import probe
+        from common.workers.remote import check_worker
 
-        probe.check_worker(args)
+        check_worker(args)
     if not args.wandb:
         forbid_import("wandb")
-    from common import scoring, training  # torch, transformers and trl are imported here, and take seconds
+    # torch, transformers and trl are imported here, and take seconds
+    from common.evaluation import during_training
+    from common.training import device, grpo
 
-    training.quiet_libraries(options.debug)
-    training.tune_for_cpu()
+    device.quiet_libraries(options.debug)
+    device.tune_for_cpu()
     if options.eval_only:
-        return scoring.evaluate_run(args, held_out)
-    return training.train(args, questions, held_out, checkpoint)
+        return during_training.evaluate_run(args, held_out)
+    return grpo.train(args, questions, held_out, checkpoint)
 
 
 def settle(options: argparse.Namespace) -> TrainingArgs:
@@ -102,9 +108,9 @@ def settle(options: argparse.Namespace) -> TrainingArgs:
         return TrainingArgs(**{**(DEMO if options.demo else {}), **given})
     default_dir = DEMO["output_dir"] if options.demo else TrainingArgs.output_dir
     output_dir = Path(given.get("output_dir", default_dir))
-    args = TrainingArgs.from_dict(artifacts.stored_settings(output_dir, given, RESUMABLE, "grpo_training.py"))
+    args = TrainingArgs.from_dict(stored_settings(output_dir, given, RESUMABLE, "grpo_training.py"))
     # The server may have moved, but whether there is one decides who the worker is.
-    if args.worker_url is not None and artifacts.read_run_record(output_dir)["settings"].get("worker_url") is None:
+    if args.worker_url is not None and read_run_record(output_dir)["settings"].get("worker_url") is None:
         raise UserError(f"--worker-url: the worker of the run in {output_dir} is no server's: leave the flag out")
     if options.eval_only and not args.eval_samples:
         raise UserError("--eval-only needs to know how many questions: add --eval-samples 200, say")

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import Parser, add_settings, given_settings, run
-from common.data import check_source
 from common.errors import UserError
-from common.serving import ServingArgs, find_training_config
+from common.inference.trained_settings import find_training_config
+from common.problems.questions import check_source
+from common.settings.inference import ServingArgs
 
 if TYPE_CHECKING:
-    from common.batch import Asked
-    from common.session import Session
+    from common.inference.batch import Asked
+    from common.inference.session import Session
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,16 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_source(args.dataset, "test")
     asked: list[Asked] = []
     if options.input is not None:
-        from common.batch import already_answered, read_input
+        from common.inference.batch import already_answered, read_input
 
         asked = read_input(options.input)
         already_answered(Path(options.output), asked)
     if options.benchmark and options.output is not None:
-        from common.batch import check_scores_folder
+        from common.inference.benchmark import check_scores_folder
 
         check_scores_folder(Path(options.output))
 
-    from common.session import Session
+    from common.inference.session import Session
 
     with Session(given) as session:
         temperature = args.temperature if "temperature" in given else 0.0
@@ -81,11 +82,11 @@ def benchmark_or_ask(session: Session, options: argparse.Namespace, asked: list[
     Raises:
         UserError: when a question that was asked with --json fails.
     """
-    from common import batch
-    from common.session import repl, show_turn
+    from common.inference import batch, benchmark
+    from common.inference.conversation import repl, show_turn
 
     if options.benchmark:
-        return batch.benchmark(session, temperature, None if options.output is None else Path(options.output))
+        return benchmark.benchmark(session, temperature, None if options.output is None else Path(options.output))
     if options.input is not None:
         return batch.answer_file(session, asked, Path(options.output))
     if options.question is None:

@@ -14,69 +14,25 @@ upload that broke off.
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import signal
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from common import artifacts, hub, model_card
-from common import certificate as certifying
-from common.args import PACKAGED_MODEL, TrainingArgs, flag_of, setting
 from common.cli import Parser, add_settings, given_settings, run, say, settings_table
-from common.errors import UserError, UserErrors
+from common.errors import UserError
+from common.merging import certificate as certifying
+from common.merging import hub, model_card
+from common.runs.adapters import adapter_origin
+from common.runs.files import check_writable, read_json, write_text_atomically
+from common.settings.fields import flag_of
+from common.settings.grpo import PACKAGED_MODEL
+from common.settings.merge import MergeArgs
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-# The Hub's own rule (huggingface_hub.utils.validate_repo_id), without an import that takes half a second.
-REPO_NAME = re.compile(
-    r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII
-)
-
-
-@dataclass(kw_only=True)
-class MergeArgs:
-    """Settings of a merge. The token is none of them: they are printed."""
-
-    # fmt: off
-    base_model: str | None = setting(None, "model", "Hub id or folder of the base model (default: the one the adapter names)", metavar="MODEL")
-    revision: str | None = setting(None, "model", "branch, tag or commit of a base model on the Hub", metavar="REV")
-    adapter_path: str = setting(TrainingArgs.output_dir, "model", "folder of the LoRA adapter", metavar="DIR")
-    merge_base: Literal["auto", "bf16", "nf4"] = setting("auto", "model", "merge into the unquantised weights (bf16) or into the dequantised NF4 weights that a 4-bit adapter was trained on (nf4); auto: as it was trained")
-
-    local_save_path: str | None = setting(None, "output", "where the merged model goes (default: beside the adapter, with -merged added to its name)", metavar="DIR")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "output", "of the merged weights; auto: the base model's own")
-    max_shard_size: str = setting("5GB", "output", "largest weights file", metavar="SIZE")
-    model_card: str | None = setting(None, "output", "a model card to use instead of the generated one; what its metadata lacks is added", metavar="FILE")
-    overwrite: bool = setting(False, "output", "replace what --local-save-path holds")
-
-    repo_name: str = setting(MISSING, "hub", "Hub repo, user/name (required)", metavar="NAME")
-    push: bool = setting(True, "hub", "push to the Hub")
-    private: bool = setting(False, "hub", "create the repo as a private one")
-    # fmt: on
-
-    @property
-    def target(self) -> Path:
-        """The folder of the merged model."""
-        if self.local_save_path is not None:
-            return Path(self.local_save_path)
-        adapter = Path(self.adapter_path).resolve()
-        return adapter.with_name(f"{adapter.name}-merged")
-
-    def validate(self) -> None:
-        """Raise `UserErrors` with every value that is wrong in itself."""
-        problems = []
-        if not REPO_NAME.fullmatch(self.repo_name):
-            problems.append(
-                f"--repo-name {self.repo_name} is no Hub repo: user/name, of letters, digits, '-', '_' and '.' only"
-            )
-        if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMG]i?B", self.max_shard_size):
-            problems.append(f"--max-shard-size must be a size such as 500MB or 5GB, found {self.max_shard_size}")
-        if problems:
-            raise UserErrors(problems)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--repo-name is required, also with --no-push: the model card names the repo")
     args = MergeArgs(**given)
     args.validate()
-    record, base = artifacts.adapter_origin(args.adapter_path, args.base_model)
+    record, base = adapter_origin(args.adapter_path, args.base_model)
     if args.revision is not None and (Path(base).expanduser().exists() or base == PACKAGED_MODEL):
         raise UserError(f"--revision {args.revision}: {base} is no Hub id, so it has no revisions: leave it out")
     card = None if args.model_card is None else model_card.read_card(args.model_card)
-    evaluation = artifacts.read_json(Path(args.adapter_path) / "evaluation.json")
+    evaluation = read_json(Path(args.adapter_path) / "evaluation.json")
     inputs = certifying.merge_inputs(
         Path(args.adapter_path),
         base,
@@ -117,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"--local-save-path {args.target} holds {what}, which would be replaced: name another folder"
             )
-    artifacts.check_writable(args.target, "--local-save-path")
+    check_writable(args.target, "--local-save-path")
     report = certifying.finished_merge(args.target, inputs, overwrite=args.overwrite)
     say(settings_table(args, MergeArgs(repo_name="")))
     api, repo_id = None, args.repo_name
@@ -126,11 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         repo_id = hub.check_push(api, args.repo_name, private=args.private)
 
     if report is None:
-        from common import merging, models  # torch, transformers and peft are imported here, and take seconds
+        # torch, transformers and peft are imported here, and take seconds
+        from common import models
+        from common.merging.job import prepare
+        from common.merging.merge import merge
 
         if not options.debug:
             models.quiet_transformers()
-        report = merging.merge(merging.prepare(args, base, record, inputs))
+        report = merge(prepare(args, base, record, inputs))
     else:
         say(f"{args.target} holds this merge already")
     finished = model_card.build(
@@ -142,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report=report,
         given=card,
     )
-    artifacts.write_text_atomically(args.target / "README.md", str(finished))
+    write_text_atomically(args.target / "README.md", str(finished))
     tell(args.target, report)
     if not report["certificate"]["passed"]:
         raise UserError("\n".join(report["certificate"]["problems"]), exit_code=certifying.EXIT_CODE)

@@ -13,12 +13,13 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from types import MappingProxyType
 from typing import Any, NoReturn
 
-from common.args import flag_of
 from common.errors import UserError
+from common.settings.fields import flag_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,11 +42,16 @@ def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+def add_settings(
+    parser: argparse.ArgumentParser, settings: type, defaults: Mapping[str, object] = MappingProxyType({})
+) -> None:
     """Add one flag per dataclass field, grouped, with its default in the help text.
 
     Only flags that the user gave end up in the namespace, so that a preset can lie between
     the defaults and what was asked for explicitly.
+
+    Args:
+        defaults: of fields that have none of their own, for the help text.
     """
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(settings)
@@ -57,7 +63,8 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
         options = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         if isinstance(hint, types.UnionType):
             hint = options[0]
-        shown = "" if spec.default in (None, MISSING) else f" (default: {spec.default})"
+        default = defaults.get(spec.name, spec.default)
+        shown = "" if default in (None, MISSING) else f" (default: {default})"
         kwargs: dict[str, Any] = {
             "dest": spec.name,
             "default": argparse.SUPPRESS,

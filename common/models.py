@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.args import LORA_TARGET_MODULES, PACKAGED_MODEL
 from common.errors import UserError
 from common.prompts import PLAIN_CHAT_TEMPLATE
+from common.settings.grpo import PACKAGED_MODEL
 
 PACKAGED_ENCODER = "packaged/all-MiniLM-L6-v2"
 
@@ -253,3 +253,23 @@ def first_line(error: BaseException) -> str:
     """An exception in one line: its type and the start of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def check_base_model(base_model: str) -> None:
+    """Stop for a base model that is a path to nothing, or an unknown packaged one; Hub ids need the network.
+
+    Raises:
+        UserError: with what was found there.
+    """
+    folder = Path(base_model).expanduser()
+    if not base_model.strip():
+        raise UserError("--base-model is empty: name a Hub id or a folder")
+    if base_model.startswith("packaged/") and base_model != PACKAGED_MODEL:
+        raise UserError(f"--base-model {base_model} is not packaged: {PACKAGED_MODEL} is")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"--base-model {base_model} holds no config.json: name the folder of a Hugging Face model")
+    if not folder.exists() and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
+        raise UserError(f"--base-model {base_model} does not exist: name a folder or a Hub id (owner/name)")

@@ -10,12 +10,14 @@ from decimal import Decimal
 from typing import Any
 
 from common import prompts
-from common.args import TrainingArgs
+from common.generation import Generation
 from common.grading import extract_prediction, parse_gold
 from common.plans import Plan, parse_planner_output
-from common.server import ServerWorker
+from common.settings.grpo import TrainingArgs
 from common.similarity import NEUTRAL_INDEPENDENCE, Embeddings, SentenceEncoder, independence_score, relevance
-from common.worker import ConcurrentWorker, FrozenWorker, Generation, Worker
+from common.workers.base import ConcurrentWorker, Worker
+from common.workers.local import FrozenWorker
+from common.workers.remote import ServerWorker
 
 # The work on one completion: yields prompts to be answered together, takes their answers, returns the result.
 Steps = Generator[list[list[prompts.Message]], list[Generation], "PipelineResult"]
@@ -109,6 +111,36 @@ class PipelineExecutor:
         other._direct_if_invalid = True
         return other
 
+    def parse_planner_output(self, text: str, *, finished: bool = True) -> Plan | None:
+        """The plan that a planner's completion holds, within this executor's limits, or None.
+
+        Never raises, on any string; takes time linear in its length.
+
+        Args:
+            text: the completion.
+            finished: False for a completion that was cut off by its token limit, which is never a valid plan.
+        """
+        return parse_planner_output(
+            text,
+            max_subproblems=self._max_subproblems,
+            max_subproblem_chars=self._max_subproblem_chars,
+            finished=finished,
+        )
+
+    def compute_independence(self, subproblems: Sequence[str]) -> float:
+        """How little the subproblems' embeddings point the same way: 1 − mean pairwise cosine, in [0, 1].
+
+        0.5 (neutral) for fewer than two subproblems.
+
+        Raises:
+            ValueError: for two or more subproblems where the executor was built without embeddings.
+        """
+        if len(subproblems) < 2:
+            return NEUTRAL_INDEPENDENCE
+        if self.embeddings is None:
+            raise ValueError("this executor has no embeddings to compare subproblems with: build it with some")
+        return independence_score(subproblems, self.embeddings.vectors(subproblems))
+
     def execute_pipeline(
         self, planner_output: str, question: str, ground_truth: str, *, planner_tokens: int = 0
     ) -> PipelineResult:
@@ -128,7 +160,7 @@ class PipelineExecutor:
         if isinstance(self.worker, ConcurrentWorker):
             results = self.worker.wait(self._concurrently(items, self.worker))
         else:
-            from common.packing import packing_kept
+            from common.decoding.packing import packing_kept
 
             with packing_kept():  # or the second wave would pack the weights again
                 results = self._in_waves(items)
@@ -188,7 +220,7 @@ class PipelineExecutor:
 
     def _steps(self, item: PipelineItem) -> Steps:
         """What a completion leads to, the same for every worker and every order of work."""
-        result = PipelineResult(item, self._parse(item))
+        result = PipelineResult(item, self.parse_planner_output(item.planner_output, finished=item.finished))
         question, style, plan = item.question, self.worker.style, result.plan
         if plan is not None and plan.should_decompose:
             result.solutions = yield [prompts.subproblem_messages(part, question, style) for part in plan.subproblems]
@@ -202,21 +234,13 @@ class PipelineExecutor:
             _note_failure(result, [result.final])
         return result
 
-    def _parse(self, item: PipelineItem) -> Plan | None:
-        return parse_planner_output(
-            item.planner_output,
-            max_subproblems=self._max_subproblems,
-            max_subproblem_chars=self._max_subproblem_chars,
-            finished=item.finished,
-        )
-
     def _embed(self, results: Sequence[PipelineResult], embeddings: Embeddings) -> None:
         """Independence and relevance of all split plans, each distinct text encoded once."""
         split = [(result, result.plan) for result in results if result.plan and result.plan.should_decompose]
         texts = [text for result, plan in split for text in (*plan.subproblems, result.item.question)]
-        vectors = embeddings.vectors(texts) if texts else {}
+        vectors = embeddings.vectors(texts) if texts else {}  # one batch; what follows finds them remembered
         for result, plan in split:
-            result.independence = independence_score(plan.subproblems, vectors)
+            result.independence = self.compute_independence(plan.subproblems)
             result.relevance = relevance(plan.subproblems, result.item.question, vectors)
 
 

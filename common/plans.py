@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_SUBPROBLEMS = 8
 MAX_SUBPROBLEM_CHARS = 500
@@ -261,3 +261,14 @@ def _decode(token: str) -> str | None:
     except ValueError:
         return None
     return value if isinstance(value, str) else None
+
+
+def plan_schema(max_subproblems: int, max_subproblem_chars: int) -> dict[str, Any]:
+    """JSON schema of a plan. The bounds are the parser's: without them a small untrained model lists without end."""
+    part = {"type": "string", "minLength": 1, "maxLength": max_subproblem_chars}
+    properties = {
+        "should_decompose": {"type": "boolean"},
+        "subproblems": {"type": "array", "items": part, "maxItems": max_subproblems},
+        "plan": {"type": "string"},
+    }
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}

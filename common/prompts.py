@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from common.generated import Shares
+from common.problems.generated import Shares
 
 Message = dict[str, str]
 

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.grading import extract_prediction
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import near_plan_credit
-from common.stepclock import StepClock
+from common.reports.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 

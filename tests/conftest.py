@@ -28,6 +28,7 @@ from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM_INSTALL_SECONDS = 900
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "sentence_transformers", "bitsandbytes", "wandb", "numpy"}
 QUESTIONS = [f"What is {a} + {b} + {c}?" for a, b, c in [(2, 3, 4), (5, 6, 7), (8, 2, 5), (9, 4, 3)]]
 
 
@@ -69,7 +70,8 @@ def failure(server: MisbehavingServer, *flags: str) -> tuple[int, str]:
 
 def flags(args) -> list[str]:
     """The command line of some settings."""
-    from common.args import TrainingArgs, flag_of
+    from common.settings.fields import flag_of
+    from common.settings.grpo import TrainingArgs
 
     defaults = TrainingArgs().to_dict()
     found = []
@@ -84,8 +86,8 @@ def flags(args) -> list[str]:
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of SmolLM2-135M-Instruct, fp32."""
-    from common.args import PACKAGED_MODEL
     from common.models import load_base, load_tokenizer
+    from common.settings.grpo import PACKAGED_MODEL
 
     tokenizer = load_tokenizer(PACKAGED_MODEL)
     return load_base(PACKAGED_MODEL, four_bit=False).eval(), tokenizer
@@ -109,10 +111,10 @@ def tiny_planner(tmp_path_factory) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from common.args import PACKAGED_MODEL
     from common.models import load_tokenizer
     from common.plans import Plan
     from common.prompts import planner_messages, render
+    from common.settings.grpo import PACKAGED_MODEL
 
     tokenizer = load_tokenizer(PACKAGED_MODEL)
     torch.manual_seed(0)
@@ -166,7 +168,7 @@ def tiny_planner(tmp_path_factory) -> str:
 @pytest.fixture
 def tiny_args(tiny_planner, questions_file, tmp_path):
     """Settings of a GRPO run of seconds on the tiny planner."""
-    from common.args import TrainingArgs
+    from common.settings.grpo import TrainingArgs
 
     return TrainingArgs(
         base_model=tiny_planner,
@@ -192,7 +194,7 @@ def tiny_args(tiny_planner, questions_file, tmp_path):
 @pytest.fixture(scope="session")
 def finished_run(tiny_planner, questions_file, tmp_path_factory):
     """One run of four steps through the command line, with a checkpoint after two."""
-    from common.args import TrainingArgs
+    from common.settings.grpo import TrainingArgs
 
     args = TrainingArgs(
         base_model=tiny_planner, dataset=str(questions_file), output_dir=str(tmp_path_factory.mktemp("run") / "out"),
@@ -234,11 +236,13 @@ def planner_adapter(tmp_path_factory) -> str:
     import torch
     from peft import get_peft_model
 
-    from common import artifacts
-    from common.args import PACKAGED_MODEL, TrainingArgs
     from common.models import load_base, load_tokenizer, lora_config
     from common.plans import Plan
     from common.prompts import planner_messages, render
+    from common.runs.adapters import save_adapter
+    from common.runs.files import write_json
+    from common.runs.record import TRAINING_CONFIG, run_record
+    from common.settings.grpo import PACKAGED_MODEL, TrainingArgs
 
     tokenizer = load_tokenizer(PACKAGED_MODEL)
     base = load_base(PACKAGED_MODEL, four_bit=False)
@@ -262,10 +266,8 @@ def planner_adapter(tmp_path_factory) -> str:
         optimiser.step()
         optimiser.zero_grad()
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    artifacts.save_adapter(model, tokenizer, folder)
-    artifacts.write_json(
-        folder / artifacts.TRAINING_CONFIG, artifacts.run_record(args.to_dict(), script="grpo_training.py")
-    )
+    save_adapter(model, tokenizer, folder)
+    write_json(folder / TRAINING_CONFIG, run_record(args.to_dict(), script="grpo_training.py"))
     return str(folder)
 
 
@@ -289,8 +291,8 @@ def vllm_python() -> Path:
 @pytest.fixture(scope="session")
 def vllm_server(vllm_python, tmp_path_factory):
     """A context manager: a running vLLM with a command line of its own (but for the port), as its address."""
-    from common import demo_server
     from common.errors import UserError
+    from common.servers import vllm
 
     available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
     memory = int(available[1]) / 2**20
@@ -304,15 +306,15 @@ def vllm_server(vllm_python, tmp_path_factory):
             port = unused.getsockname()[1]
         log = tmp_path_factory.mktemp("vllm") / "log"
         with log.open("wb") as stream:
-            server = demo_server.start(vllm_python, [*command, "--port", str(port)], log=stream.fileno())
+            server = vllm.start(vllm_python, [*command, "--port", str(port)], log=stream.fileno())
         try:
             try:
-                demo_server.wait_until_ready(server, port)
+                vllm.wait_until_ready(server, port)
             except UserError as error:
                 pytest.fail(f"{error}\n{log.read_text()[-3000:]}")
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            demo_server.stop(server)
+            vllm.stop(server)
 
     return serve
 
@@ -331,6 +333,21 @@ def merged(adapter, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("merged") / "planner"
     assert merge(adapter, target, "--max-shard-size", "5MB") == 0
     return target
+
+
+@pytest.fixture(scope="module")
+def trainer_args(tmp_path_factory):
+    """What transformers' Trainer hands to its callbacks, beside the state."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(output_dir=str(tmp_path_factory.mktemp("args")), use_cpu=True, report_to=[])
+
+
+def state_at(step: int, max_steps: int = 100, main: bool = True):
+    """The Trainer's state after so many steps."""
+    from transformers import TrainerState
+
+    return TrainerState(global_step=step, max_steps=max_steps, logging_steps=1, is_world_process_zero=main)
 
 
 def png_size(path: Path) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import resource
 import subprocess
@@ -11,12 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import HEAVY, ROOT, run_script
 
-from common.args import DEMO, RESUMABLE, TrainingArgs
 from common.errors import UserErrors
-
-HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "sentence_transformers", "bitsandbytes", "wandb", "numpy"}
+from common.settings.grpo import DEMO, RESUMABLE, TrainingArgs
 
 
 def test_importing_the_key_classes_and_help_stay_light():
@@ -179,36 +176,3 @@ def test_an_unreachable_model_is_one_line_that_names_the_ways_out(questions_file
     assert "nobody/no-such-model" in done.stderr.splitlines()[-1]
     assert "packaged/" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-
-
-LIGHT = (
-    "errors", "prompts", "plans", "grading", "cli", "args", "artifacts", "data", "generated", "demonstrations",
-    "stepclock", "serving", "served", "drafts", "sharing",
-)  # fmt: skip
-LAYERS = (
-    LIGHT,
-    ("worker", "models", "similarity", "branching", "decoding", "packing", "report", "plots", "server", "probe"),
-    ("pipeline", "callbacks", "wandb_log", "hub", "certificate"),
-    ("rewards", "evaluation", "model_card", "session"),
-    ("scoring", "planner_trainer", "batch", "demo_server"),
-    ("training", "merging"),
-    ("supervised",),
-)
-
-
-def test_imports_go_one_way():
-    layer = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-    for path in sorted((ROOT / "common").glob("*.py")):
-        if path.stem == "__init__":
-            continue
-        assert path.stem in layer, f"common/{path.name} has no place in the layers"
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.ImportFrom) and node.module == "common":
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("common."):
-                names = [node.module.removeprefix("common.")]
-            for name in names:
-                assert layer[name] <= layer[path.stem], f"common/{path.name} imports common.{name}"
-                if path.stem in LIGHT:
-                    assert name in LIGHT

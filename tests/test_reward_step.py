@@ -8,7 +8,7 @@ import numpy as np
 
 from common.pipeline import PipelineExecutor
 from common.similarity import Embeddings
-from common.worker import FrozenWorker
+from common.workers.local import FrozenWorker
 from tests.benchmarks import mix
 
 MAX_TOKENS = 16

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.generation import Generation, WorkerStats
 from common.pipeline import PipelineExecutor, PipelineItem
 from common.plans import Plan
 from common.rewards import PipelineRewardFunction, RewardWeights, batch_metrics, reward_of, token_efficiency
 from common.similarity import Embeddings, independence_score
-from common.worker import Generation, WorkerStats
 
 EOS = 9
 

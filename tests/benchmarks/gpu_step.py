@@ -20,12 +20,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.args import PACKAGED_MODEL, TrainingArgs
 from common.cli import Parser, run
-from common.data import Question
 from common.errors import UserError
-from common.report import format_table, read_jsonl
-from common.stepclock import breakdown_rows
+from common.problems.questions import Question
+from common.reports.jsonl import read_jsonl
+from common.reports.step_clock import breakdown_rows
+from common.reports.tables import format_table
+from common.settings.grpo import PACKAGED_MODEL, TrainingArgs
 from tests.benchmarks import mix
 
 # https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct/blob/main/config.json
@@ -110,14 +111,15 @@ def write_random_model(folder: Path, shape: dict[str, Any]) -> None:
 
 def training(folder: Path, steps: int, *, tiny: bool) -> tuple[str, float]:
     """A few GRPO steps with the default settings: the table of a step's parts, and peak GPU memory in GiB."""
-    from common import models, training
+    from common import models
+    from common.training import device, grpo
 
-    training.quiet_libraries(debug=False)
+    device.quiet_libraries(debug=False)
     short: dict[str, Any] = {"max_completion_length": 16, "worker_max_tokens": 16} if tiny else {}
     with tempfile.TemporaryDirectory() as output:
         args = TrainingArgs(base_model=str(folder), output_dir=output, max_steps=steps, wandb=False, **short)
         questions = [Question(group[0].question, group[0].ground_truth or "") for group in mix.load_groups()]
-        trainer, executor = training.build_trainer(args, questions, models.load_tokenizer(args.base_model))
+        trainer, executor = grpo.build_trainer(args, questions, models.load_tokenizer(args.base_model))
         reward: Any = trainer.reward_funcs[0]
         reward.executor = executor.with_fallback()
         trainer.train()
@@ -133,7 +135,7 @@ def inference(folder: Path, *, tiny: bool) -> tuple[int, float, float]:
     from common import models
     from common.pipeline import PipelineExecutor
     from common.similarity import Embeddings, SentenceEncoder
-    from common.worker import FrozenWorker
+    from common.workers.local import FrozenWorker
 
     reset_peak()
     model = models.load_base(str(folder), four_bit=torch.cuda.is_available()).eval()

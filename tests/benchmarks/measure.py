@@ -46,15 +46,15 @@ class Job:
 
 def reward_step(job: Job) -> dict[str, Any]:
     """Carry out the plans once: seconds, tokens, peak memory in MiB, and the texts that came out."""
-    from common import training
-    from common.args import PACKAGED_MODEL, TrainingArgs
     from common.models import load_base, load_tokenizer
     from common.pipeline import PipelineExecutor
+    from common.settings.grpo import PACKAGED_MODEL, TrainingArgs
     from common.similarity import Embeddings, SentenceEncoder
-    from common.worker import FrozenWorker
+    from common.training import device
+    from common.workers.local import FrozenWorker
 
     if job.variant == "ours":
-        training.tune_for_cpu()  # as our runs do; the others are plain in this too
+        device.tune_for_cpu()  # as our runs do; the others are plain in this too
     items = (mix.grpo_mix if job.plans == "grpo" else mix.distinct_mix)(job.completions)
     encoder = SentenceEncoder(TrainingArgs.embedding_model)
     encoder(["load the encoder"])
@@ -101,14 +101,16 @@ def reward_step(job: Job) -> dict[str, Any]:
 
 def training_steps(job: Job) -> dict[str, Any]:
     """Two GRPO steps with the documented batch sizes: seconds, and peak memory in MiB."""
-    from common import models, packing, training
-    from common.args import PACKAGED_MODEL, TrainingArgs
-    from common.data import Question
+    from common import models
+    from common.decoding import packing
+    from common.problems.questions import Question
+    from common.settings.grpo import PACKAGED_MODEL, TrainingArgs
+    from common.training import device, grpo
 
     if job.variant != "ours":
         packing.MIN_ROWS = sys.maxsize
-    training.quiet_libraries(debug=False)
-    training.tune_for_cpu()
+    device.quiet_libraries(debug=False)
+    device.tune_for_cpu()
     imports = peak_mib()
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArgs(
@@ -124,7 +126,7 @@ def training_steps(job: Job) -> dict[str, Any]:
         )
         tokenizer = models.load_tokenizer(PACKAGED_MODEL)
         questions = [Question(group[0].question, group[0].ground_truth or "") for group in mix.load_groups()]
-        trainer, executor = training.build_trainer(args, questions, tokenizer)
+        trainer, executor = grpo.build_trainer(args, questions, tokenizer)
         reward: Any = trainer.reward_funcs[0]
         # An untrained small planner writes no valid plan: solved directly, so that the worker has work.
         reward.executor = executor.with_fallback()

@@ -12,10 +12,11 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from common import prompts
+from common.generation import Generation, WorkerStats
 from common.pipeline import PipelineItem
 from common.plans import parse_planner_output
 from common.prompts import Message
-from common.worker import Generation, WorkerStats, end_token_ids
+from common.workers.local import end_token_ids
 
 PLANS = Path(__file__).with_name("plans.jsonl")
 

@@ -12,10 +12,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from common.args import DEMO, TrainingArgs
-from common.data import load_questions
-from common.generated import amounts_of
 from common.plans import Plan
+from common.problems.generated import amounts_of
+from common.problems.questions import load_questions
+from common.settings.grpo import DEMO, TrainingArgs
 
 Amounts = Sequence[int]
 Grouping = Callable[[Amounts], list[list[int]]]
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     from common import models
-    from common.evaluation import wilson_interval
+    from common.evaluation.statistics import wilson_interval
     from common.pipeline import PipelineItem, run_executor
-    from common.report import format_table
+    from common.reports.tables import format_table
     from common.similarity import SentenceEncoder
 
     args = TrainingArgs(**{**DEMO, "dataset": options.dataset})

@@ -16,10 +16,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import artifacts, prompts
-from common.args import PACKAGED_MODEL
+from common import prompts
 from common.cli import Parser, run
-from common.data import load_questions
+from common.problems.questions import load_questions
+from common.runs.adapters import check_adapter_base
+from common.settings.grpo import PACKAGED_MODEL
 
 PLANS = Path(__file__).with_name("plans.jsonl")
 DATASET = "reasoning-gym:gsm_symbolic"
@@ -41,14 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Sample and write. Returns the exit code."""
     options = build_parser().parse_args(argv)
-    artifacts.check_adapter_base(options.adapter_path, PACKAGED_MODEL)
+    check_adapter_base(options.adapter_path, PACKAGED_MODEL)
     questions = load_questions(DATASET, limit=options.questions, seed=options.seed)
 
     from peft import PeftModel
 
     from common.models import load_base, load_tokenizer
-    from common.report import append_jsonl
-    from common.worker import LocalModel
+    from common.reports.jsonl import append_jsonl
+    from common.workers.local import LocalModel
 
     tokenizer = load_tokenizer(PACKAGED_MODEL)
     model = PeftModel.from_pretrained(load_base(PACKAGED_MODEL, four_bit=False), options.adapter_path)

@@ -1,0 +1,186 @@
+"""Many questions to a server: a file of them, resumable."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.cli import say
+from common.errors import UserError
+from common.grading import extract_prediction, parse_gold
+from common.inference.session import Session, plan_shares
+from common.reports.jsonl import append_jsonl, read_jsonl
+from common.runs.files import check_file_writable, write_text_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A line of the input file: its number (from 1), the question, the known answer (`#### 7`) and the id, if any."""
+
+    line: int
+    question: str
+    answer: str | None = None
+    id: Any = None
+
+
+def read_input(path: str) -> list[Asked]:
+    """The questions of a JSONL file, each line an object with `question` and perhaps `answer` and `id`.
+
+    An answer is a number, or a text that is one or ends in one as GSM8K's do (`… #### 7`).
+
+    Raises:
+        UserError: for the first line that is not such an object.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise UserError(f"--input {path} {'is a folder' if source.is_dir() else 'does not exist'}: name a JSONL file")
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--input {path} cannot be read ({error}): name a JSONL file in UTF-8") from error
+    asked = [_asked(path, number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not asked:
+        raise UserError(f"--input {path} holds no question: it is empty")
+    return asked
+
+
+def _asked(path: str, number: int, line: str) -> Asked:
+    gold: str | None = None
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"found {type(row).__name__}, no object")
+        question = row.get("question")
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError("no text in 'question'")
+        if row.get("answer") is not None:
+            gold = str(row["answer"])
+            gold = gold if "####" in gold else f"#### {gold}"
+            parse_gold(gold)
+    except (ValueError, RecursionError) as error:
+        reason = f"not valid JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(
+            f'--input {path}:{number}: {reason}: one object a line is expected, such as {{"question": "…"}}, '
+            'with a known answer {"question": "…", "answer": 7}'
+        ) from error
+    return Asked(number, question, gold, row.get("id"))
+
+
+def already_answered(path: Path, asked: Sequence[Asked]) -> dict[int, dict[str, Any]]:
+    """Records of an earlier run by line number, without those that failed: these are asked again.
+
+    Raises:
+        UserError: when the file cannot be written, or holds something else than answers to these questions.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--output {path} cannot be written: name a file in a folder that exists")
+    check_file_writable(path, "--output")
+    if not path.exists():
+        return {}
+    questions = {item.line: item.question for item in asked}
+    found = {}
+    try:
+        earlier = read_jsonl(path)
+    except UserError as error:
+        raise UserError(f"--output {path} holds something else than answers ({error}): name another file") from error
+    # A torn line is dropped when it is the last one, so a file without any record may still be something else.
+    if not earlier and not '{"line": '.startswith(path.read_text(encoding="utf-8", errors="replace")[:9]):
+        raise UserError(f"--output {path} holds something else than answers: name another file")
+    for record in earlier:
+        if questions.get(record.get("line", 0)) != record.get("question"):
+            raise UserError(
+                f"--output {path} holds answers to other questions than --input, or none at all: name another file"
+            )
+        if record.get("error") is None:
+            found[record["line"]] = record
+    return found
+
+
+def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
+    """Answer every question that `output` does not hold yet; returns 0, or 1 if some failed.
+
+    Each answer is a line as soon as it is there, so that whatever ends the run, the same command goes on.
+    At the end the lines stand in the order of the input.
+    """
+    from tqdm import tqdm
+
+    records = already_answered(output, asked)
+    _write(output, records)  # without the failures of an earlier run
+    waiting = [item for item in asked if item.line not in records]
+    if records:
+        say(f"{len(records)} of {len(asked)} questions were answered before")
+    with tqdm(
+        total=len(asked), initial=len(records), unit="question", file=sys.stderr, disable=not sys.stderr.isatty()
+    ) as bar:
+
+        def done(item: Asked, record: dict[str, Any]) -> None:
+            records[item.line] = record
+            append_jsonl(output, record)
+            bar.update()
+
+        started = time.perf_counter()
+        try:
+            session.run(_answer_all(session, waiting, done))
+        except KeyboardInterrupt:
+            bar.close()
+            say(f"stopped: {len(records)} of {len(asked)} questions answered; the same command goes on from there")
+            return 130
+        except ExceptionGroup as errors:
+            unwritten = errors.subgroup(OSError)
+            if unwritten is None:
+                raise
+            raise UserError(
+                f"--output {output} could not be written ({unwritten.exceptions[0]}) after {len(records)} of "
+                f"{len(asked)} questions: make room, then the same command goes on from there",
+                exit_code=1,
+            ) from errors
+    seconds = time.perf_counter() - started
+    _write(output, records)
+    if waiting:
+        say(f"{len(waiting)} questions asked in {seconds:.1f} s, {len(waiting) / seconds:.2f} a second")
+    return _say_summary(records, output)
+
+
+async def _answer_all(session: Session, asked: Sequence[Asked], done: Callable[[Asked, dict[str, Any]], None]) -> None:
+    """Answer questions, as many at a time as there may be requests: enough to keep all slots busy."""
+    queue: Iterator[Asked] = iter(asked)
+
+    async def work() -> None:
+        for item in queue:  # shared by all: each takes the next one
+            answer = await session.ask(item.question)
+            record = {"line": item.line, **({} if item.id is None else {"id": item.id}), **answer.record()}
+            if item.answer is not None:
+                gold = parse_gold(item.answer)
+                record["gold"] = f"{gold:f}"
+                record["correct"] = record["answer"] is not None and extract_prediction(record["answer"]) == gold
+            done(item, record)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(session.args.concurrency, len(asked))):
+            group.create_task(work())
+
+
+def _write(output: Path, records: dict[int, dict[str, Any]]) -> None:
+    lines = [json.dumps(records[line], ensure_ascii=False) + "\n" for line in sorted(records)]
+    if lines or output.exists():
+        write_text_atomically(output, "".join(lines))
+
+
+def _say_summary(records: dict[int, dict[str, Any]], output: Path) -> int:
+    failed = [record for record in records.values() if record["error"] is not None]
+    answered = [record for record in records.values() if record["error"] is None]
+    say(f"{len(answered)} of {len(records)} questions answered: {output}")
+    if answered:
+        say(f"plans: {plan_shares(answered)}")
+    graded = [record["correct"] for record in answered if "correct" in record]
+    if graded:
+        say(f"correct: {sum(graded)} of {len(graded)} with a known answer")
+    if failed:
+        say(f"{len(failed)} failed and are asked again by the same command; the first: {failed[0]['error']}")
+    return 1 if failed else 0

@@ -1,0 +1,60 @@
+"""What an adapter's training run fixed for those who ask it later: the wording of prompts and the plan's limits.
+
+Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from common.errors import UserError
+from common.runs.record import TRAINING_CONFIG
+from common.settings.inference import PROMPT_SETTINGS, ServingArgs
+
+
+def is_on_this_machine(url: str) -> bool:
+    """Whether a server's address is this machine's own, so that paths it tells are ours."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
+def find_training_config(given: str | None, url: str, adapter_root: str | None) -> Path | None:
+    """The training_config.json to go by: the one named, else the served adapter's own if it lies on this machine.
+
+    Raises:
+        UserError: when the one named is not there.
+    """
+    if given is not None:
+        path = Path(given)
+        if not path.is_file():
+            wrong = "is a folder" if path.is_dir() else "does not exist"
+            raise UserError(f"--training-config {given} {wrong}: name the adapter's {TRAINING_CONFIG}")
+        return path
+    if adapter_root is None or not is_on_this_machine(url):
+        return None
+    path = Path(adapter_root) / TRAINING_CONFIG
+    return path if path.is_file() else None
+
+
+def read_training_settings(path: Path) -> dict[str, Any]:
+    """The settings a training run stored.
+
+    Raises:
+        UserError: when the file holds none.
+    """
+    try:
+        settings = json.loads(path.read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no {TRAINING_CONFIG} of a run ({type(error).__name__}: {error})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is no {TRAINING_CONFIG} of a run: its settings are no object")
+    return settings
+
+
+def with_trained(given: Mapping[str, Any], trained: Mapping[str, Any]) -> ServingArgs:
+    """Defaults, then what the adapter was trained with, then explicit flags."""
+    brought = {name: trained[name] for name in PROMPT_SETTINGS if trained.get(name) is not None}
+    return ServingArgs(**{**brought, **given})

@@ -1,0 +1,347 @@
+"""Does a merged model do what adapter on base does? Measured on planner prompts, before anyone can download it.
+
+The adapter's own greedy plans are the measuring stick: both models read each prompt and that plan, and their
+logits are compared at every token of it; then the merged model, loaded back from disk, writes its own plans.
+Next to it stand what the adapter changes at all, and how much of its update the saved weights still hold:
+rounding to bf16 can swallow a small update, and then the merged model is the base model again, unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import prompts
+from common.errors import UserError
+from common.reports.tables import format_table
+from common.runs.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+
+REPORT = "certification.json"
+EXIT_CODE = 4
+QUESTIONS = (
+    "Ann has 3 marbles, Ben has 5, Cleo has 2 and Dan has 4. How many marbles do they have in all?",
+    "A bakery sells 12 rolls in the morning and twice as many in the afternoon. How many rolls does it sell?",
+    "Ira has 4 pens, Joy has 1, Kit has 3 and Lea has 5. How many pens do they have in all?",
+    "A ticket costs 8 dollars and a drink 3 dollars. How much do 5 tickets and 2 drinks cost?",
+    "Mia reads 15 pages a day. After 6 days she has 40 pages left. How many pages does the book have?",
+    "A tank holds 240 litres. A pump fills 16 litres a minute, a leak loses 4. How many minutes until it is full?",
+    "Noa is 7 years older than Pat. In 5 years their ages will add up to 41. How old is Noa now?",
+    "What is 17 + 25?",
+)
+MAX_PLAN_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The most that a merged model may differ. Logits are in nats, shares lie between 0 and 1.
+
+    In fp32 both models compute the same sums in another order. In 16 bits each of them rounds every
+    activation, and the merged one its weights too (relative error 2⁻⁹ for bf16, 2⁻¹² for fp16).
+    """
+
+    max_logit: float
+    mean_kl: float
+    equal_tokens: float
+    equal_plans: float
+    # Of a 16-bit update as saved: below it, rounding has eaten what was learned (docs/results.md).
+    update_kept: float = 0.9
+
+
+TOLERANCES = {
+    "float32": Tolerance(max_logit=0.02, mean_kl=1e-6, equal_tokens=0.999, equal_plans=1.0),
+    "float16": Tolerance(max_logit=0.5, mean_kl=1e-3, equal_tokens=0.98, equal_plans=0.75),
+    "bfloat16": Tolerance(max_logit=2.0, mean_kl=1e-2, equal_tokens=0.95, equal_plans=0.5),
+}
+
+
+@dataclass
+class Evidence:
+    """What one model does with the prompts: P plans of T tokens each, and logits (T, V) that predict them."""
+
+    ids: list[list[int]]
+    logits: list[torch.Tensor]
+
+
+@dataclass
+class Difference:
+    """How far apart two models' predictions of the same tokens lie. KL is that of the first from the second, nats."""
+
+    max_logit: float
+    mean_logit: float
+    mean_kl: float
+    max_kl: float
+    equal_tokens: float
+    positions: int
+
+
+@dataclass
+class Certificate:
+    """The comparison of adapter on base with the merged model, and what it was held against."""
+
+    difference: Difference
+    adapter_effect: Difference
+    equal_plans: int
+    plans: list[dict[str, Any]]
+    update_kept: float | None  # None: there is no update of single layers
+    dtype: str
+    tolerance: Tolerance
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything lies within the tolerance."""
+        return not self.problems
+
+    @property
+    def learned_nothing(self) -> bool:
+        """Whether the adapter leaves the base model as it was."""
+        return self.update_kept is None and self.adapter_effect.max_logit == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values."""
+        return {"passed": self.passed, "learned_nothing": self.learned_nothing, **asdict(self)}
+
+
+def planner_prompts(tokenizer: Any, style: str) -> list[list[int]]:
+    """The prompts of the comparison as token ids, worded as the planner was trained."""
+    fold = not prompts.accepts_system(tokenizer)
+    messages = [prompts.planner_messages(question, style) for question in QUESTIONS]
+    texts = [prompts.render(tokenizer, prompts.fold_system(m) if fold else m) for m in messages]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def write_plans(model: Any, tokenizer: Any, asked: Sequence[Sequence[int]], *, adapter: bool) -> list[list[int]]:
+    """Greedy plans as token ids, the end token included."""
+    from common.decoding.decode import decode
+    from common.workers.local import end_token_ids, inference
+
+    with inference(model, adapter=adapter) as inner:
+        return decode(
+            inner,
+            asked,
+            max_new_tokens=MAX_PLAN_TOKENS,
+            eos_ids=end_token_ids(inner, tokenizer),
+            pad_id=tokenizer.pad_token_id,
+        )
+
+
+def predictions(
+    model: Any, asked: Sequence[Sequence[int]], plans: Sequence[Sequence[int]], *, adapter: bool
+) -> list[torch.Tensor]:
+    """Logits (T, V) on the CPU, one tensor a prompt, that predict each token of the given plan."""
+    import torch
+
+    from common.workers.local import inference
+
+    found = []
+    with inference(model, adapter=adapter) as inner:
+        for prompt, plan in zip(asked, plans, strict=True):
+            ids = torch.tensor([[*prompt, *plan[:-1]]], device=inner.device)
+            logits = inner(input_ids=ids, use_cache=False, logits_to_keep=len(plan)).logits[0]
+            found.append(logits[-len(plan) :].cpu())
+    return found
+
+
+def difference(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
+    """Compare two models' logits, position by position.
+
+    KL(p‖q) = Σ p (log p − log q) over the vocabulary, p of the reference (Kullback & Leibler 1951).
+    """
+    import torch
+
+    largest, total, kls, equal = 0.0, 0.0, [], []
+    count = 0
+    for left, right in zip(reference, other, strict=True):
+        distance = (left.double() - right.double()).abs()
+        largest = max(largest, float(distance.max()))
+        total += float(distance.sum())
+        count += distance.numel()
+        log_p, log_q = (torch.log_softmax(logits.double(), dim=-1) for logits in (left, right))
+        kls.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+        equal.append(left.argmax(dim=-1) == right.argmax(dim=-1))
+    kl = torch.cat(kls).clamp(min=0)
+    return Difference(
+        max_logit=largest,
+        mean_logit=total / count,
+        mean_kl=float(kl.mean()),
+        max_kl=float(kl.max()),
+        equal_tokens=float(torch.cat(equal).double().mean()),
+        positions=len(kl),
+    )
+
+
+def certify(
+    tokenizer: Any,
+    reference: Evidence,
+    base_logits: Sequence[torch.Tensor],
+    merged: Evidence,
+    *,
+    update_kept: float | None,
+    dtype: str,
+) -> Certificate:
+    """Hold the merged model against adapter on base.
+
+    Args:
+        tokenizer: of both.
+        reference: adapter on base.
+        base_logits: the base model's own, on the reference's plans.
+        merged: the merged model's plans, and its logits on the reference's plans.
+        update_kept: share of the adapter's update that the saved weights hold, None for an empty update.
+        dtype: the saved weights', which sets the tolerance.
+    """
+    plans = []
+    for question, expected, found in zip(QUESTIONS, reference.ids, merged.ids, strict=True):
+        left, right = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (expected, found))
+        plans.append({"question": question, "equal": expected == found, "adapter": left, "merged": right})
+    certificate = Certificate(
+        difference=difference(reference.logits, merged.logits),
+        adapter_effect=difference(reference.logits, base_logits),
+        equal_plans=sum(plan["equal"] for plan in plans),
+        plans=plans,
+        update_kept=update_kept,
+        dtype=dtype,
+        tolerance=TOLERANCES[dtype],
+    )
+    certificate.problems = _problems(certificate)
+    return certificate
+
+
+def _problems(found: Certificate) -> list[str]:
+    """What lies beyond the tolerance, one line each, with what to try."""
+    apart, limit = found.difference, found.tolerance
+    wider = (
+        "the adapter may touch weights that the model shares between layers, such as tied embeddings"
+        if found.dtype == "float32"
+        else "try --dtype float32"
+    )
+    checks = [
+        (apart.max_logit <= limit.max_logit, f"largest logit difference {apart.max_logit:.3g} > {limit.max_logit:g}"),
+        (apart.mean_kl <= limit.mean_kl, f"mean KL {apart.mean_kl:.3g} > {limit.mean_kl:g}"),
+        (apart.equal_tokens >= limit.equal_tokens, f"equal tokens {apart.equal_tokens:.4f} < {limit.equal_tokens:g}"),
+        (
+            found.equal_plans >= limit.equal_plans * len(found.plans),
+            f"equal plans {found.equal_plans} of {len(found.plans)} < {limit.equal_plans:g}",
+        ),
+        (
+            found.update_kept is None or found.update_kept >= limit.update_kept,
+            f"rounding to {found.dtype} keeps {found.update_kept or 0:.1%} of the adapter's update, "
+            f"less than {limit.update_kept:.0%}",
+        ),
+    ]
+    return [f"{message}: {wider}" for good, message in checks if not good]
+
+
+def table(certificate: dict[str, Any]) -> str:
+    """A stored certificate as text for a terminal or a model card."""
+    apart, effect, limit = (certificate[name] for name in ("difference", "adapter_effect", "tolerance"))
+    kept = certificate["update_kept"]
+    plans = len(certificate["plans"])
+
+    def figure(value: float) -> str:
+        return f"{value:.2g}"
+
+    rows: list[dict[str, object]] = [
+        {
+            "merged against adapter on base": title,
+            "found": figure(apart[key]),
+            "limit": figure(limit[key]) if key in limit else "-",
+            "adapter against base": figure(effect[key]),
+        }
+        for key, title in (
+            ("max_logit", "largest logit difference"),
+            ("mean_logit", "mean logit difference"),
+            ("mean_kl", "mean KL divergence (nats)"),
+            ("max_kl", "largest KL divergence (nats)"),
+        )
+    ]
+    for title, found, least, other in (
+        (
+            f"equal greedy tokens (of {apart['positions']})",
+            f"{apart['equal_tokens']:.1%}",
+            f"{limit['equal_tokens']:.1%}",
+            f"{effect['equal_tokens']:.1%}",
+        ),
+        ("equal plans", f"{certificate['equal_plans']} of {plans}", f"{limit['equal_plans'] * plans:g}", "-"),
+        (
+            "update kept by the saved weights",
+            "-" if kept is None else f"{kept:.2%}",
+            f"{limit['update_kept']:.0%}",
+            "-",
+        ),
+    ):
+        rows.append(
+            {"merged against adapter on base": title, "found": found, "limit": least, "adapter against base": other}
+        )
+    return format_table(rows)
+
+
+# ------------------------------------------------------------------------------------------- the stored report
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a merged model but the report and the card, which are written later."""
+    names = sorted(path.name for path in folder.iterdir() if path.name not in (REPORT, "README.md"))
+    return {name: sha256(folder / name) for name in names}
+
+
+def merge_inputs(adapter: Path, base: str, **choices: Any) -> dict[str, Any]:
+    """Everything that a merge depends on, to recognise a finished one.
+
+    Of a base model in a folder the name and a digest of its files' names, sizes and times: reading it all would
+    take as long as merging, and its path is nothing to publish.
+    """
+    folder = Path(base).expanduser()
+    origin: dict[str, Any] = {"base_model": base}
+    if folder.is_dir():
+        listed = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
+        origin = {"base_model": folder.name, "base_files": hashlib.sha256(repr(listed).encode()).hexdigest()}
+    return {
+        **origin,
+        "adapter_sha256": sha256(adapter / "adapter_model.safetensors"),
+        "adapter_config_sha256": sha256(adapter / "adapter_config.json"),
+        **choices,
+    }
+
+
+def finished_merge(folder: Path, inputs: dict[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+    """The report of a merge of the very same inputs, whose files are as they were certified; None for no folder yet.
+
+    Raises:
+        UserError: for a folder that holds something else, or a merge that was changed since.
+    """
+    if folder.is_file():
+        raise UserError(f"--local-save-path {folder} is a file: name a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    report = read_json(folder / REPORT)
+    if report is None:
+        raise UserError(f"--local-save-path {folder} holds files that are no merge of this script: name another folder")
+    if overwrite:
+        return None
+    found = report.get("inputs", {})
+    changed = [name for name, value in inputs.items() if found.get(name) != value]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"--local-save-path {folder} holds another merge ({name} is {found.get(name)} there, {inputs[name]} here): "
+            "replace it with --overwrite, or name another folder"
+        )
+    if report["files"] != file_hashes(folder):
+        raise UserError(
+            f"--local-save-path {folder} holds this merge, but its files were changed since they were certified: "
+            "merge anew with --overwrite"
+        )
+    return report

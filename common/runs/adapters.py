@@ -1,0 +1,129 @@
+"""Adapter folders: saving one in a single step, and the checks before one is used."""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.models import check_base_model
+from common.runs.files import publish_folder, read_json, write_json
+from common.runs.record import TRAINING_CONFIG
+
+
+def save_adapter(model: Any, tokenizer: Any, output_dir: Path) -> None:
+    """Save adapter and tokenizer so that either the old files or the new ones are there, never a mix of halves."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as temporary:
+        folder = Path(temporary)
+        model.save_pretrained(folder, safe_serialization=True)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled template of a card
+        save_tokenizer(tokenizer, folder)
+        publish_folder(folder, output_dir)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Tokenizer and chat template.
+
+    Also special_tokens_map.json, which transformers 5 no longer writes but older loaders read.
+    """
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "special_tokens_map.json", tokenizer.special_tokens_map)
+
+
+def safetensors_problem(path: Path) -> str | None:
+    """Why a safetensors file is not whole, or None. Reads the header only.
+
+    Format: 8 bytes of header length, a JSON header with each tensor's data_offsets, the data
+    (https://huggingface.co/docs/safetensors).
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        if len(head) < 8:
+            return f"{path} is cut off at {size} bytes"
+        (length,) = struct.unpack("<Q", head)
+        if length > size - 8:
+            return f"{path} is cut off or not a safetensors file"
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return f"{path} is not a safetensors file"
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    return None if size == expected else f"{path} has {size} bytes, its header promises {expected}"
+
+
+def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict[str, Any]:
+    """The config of a LoRA adapter folder, after cheap checks that it is one and whole.
+
+    Raises:
+        UserError: with what is missing or broken.
+    """
+    folder = Path(adapter_path)
+    if not folder.is_dir():
+        raise UserError(f"{flag} {adapter_path} is not a folder: name one that holds adapter_config.json")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{flag} {adapter_path} is no LoRA adapter: {name} is missing in it")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{folder / 'adapter_config.json'} is not valid JSON ({error}): save the adapter anew"
+        ) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f"{flag} {adapter_path}: found an adapter of type {kind!r}, a LoRA adapter is needed")
+    problem = safetensors_problem(folder / "adapter_model.safetensors")
+    if problem is not None:
+        raise UserError(f"{flag}: {problem}: copy or save the adapter anew")
+    return config
+
+
+def check_adapter_base(adapter_path: str, base_model: str, aliases: tuple[str, ...] = ()) -> None:
+    """Stop when an adapter names another base model than the one in use.
+
+    Folders and Hub ids may name the same model, so the last part of the name decides.
+
+    Raises:
+        UserError: when they differ.
+    """
+    recorded = read_adapter_config(adapter_path).get("base_model_name_or_path") or ""
+    names = {Path(name).name.casefold() for name in (base_model, *aliases)}
+    if recorded and Path(recorded).name.casefold() not in names:
+        raise UserError(
+            f"--adapter-path {adapter_path} was trained on {recorded}, not on {base_model}: use --base-model {recorded}"
+        )
+
+
+def adapter_origin(adapter_path: str, base_model: str | None) -> tuple[dict[str, Any], str]:
+    """What is known of an adapter: the record of its training ({} without one), and the base model's name.
+
+    Args:
+        adapter_path: its folder.
+        base_model: the base model the user named, or None for the one that the adapter names.
+
+    Raises:
+        UserError: for an adapter that is not whole, names no base or names another one.
+    """
+    try:
+        config = read_adapter_config(adapter_path)
+        record = read_json(Path(adapter_path) / TRAINING_CONFIG) or {}
+    except OSError as error:
+        raise UserError(f"--adapter-path {adapter_path} cannot be read ({error.strerror})") from error
+    recorded = config.get("base_model_name_or_path") or ""
+    if base_model is not None:
+        check_base_model(base_model)
+        check_adapter_base(adapter_path, base_model)
+        return record, base_model
+    if not recorded:
+        raise UserError(f"--adapter-path {adapter_path} does not say what it was trained on: add --base-model")
+    # The adapter's config has the path a name was resolved to; the name itself also means something elsewhere.
+    named = str(record.get("settings", {}).get("base_model", ""))
+    base = named if named and Path(named).name == Path(recorded).name else str(recorded)
+    check_base_model(base)
+    return record, base

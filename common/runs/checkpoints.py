@@ -1,0 +1,54 @@
+"""Checkpoints: which of them are complete, and which one to resume from."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from common.errors import UserError
+from common.runs.adapters import safetensors_problem
+
+_CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(filter(_is_complete, found), key=checkpoint_step)
+
+
+def newest_checkpoint(output_dir: Path) -> Path:
+    """The checkpoint to resume from.
+
+    Raises:
+        UserError: when there is no complete one.
+    """
+    complete = complete_checkpoints(output_dir)
+    if not complete:
+        raise UserError(
+            f"--resume: {output_dir} holds no complete checkpoint: start anew with --overwrite, or name another folder"
+        )
+    return complete[-1]
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimiser step a checkpoint was taken after."""
+    return int(checkpoint.name.split("-")[-1])
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether every file needed to resume is there and whole."""
+    if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
+        return False
+    states = [*checkpoint.glob("rng_state*.pth"), checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except ValueError:
+        return False
+    return (
+        len(states) > 2
+        # torch writes zip files, whose directory stands at the end: a cut-off one has none.
+        and all(zipfile.is_zipfile(path) for path in states)
+        and safetensors_problem(checkpoint / "adapter_model.safetensors") is None
+    )

@@ -1,0 +1,110 @@
+"""Files that are whole or not there: everything a run writes goes through here. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+
+def check_writable(folder: Path, flag: str) -> Path:
+    """Try to write where a folder is, or will be made.
+
+    Returns:
+        the folder itself, or the nearest one above it that exists.
+
+    Raises:
+        UserError: when that is no folder or cannot be written.
+    """
+    if not str(folder).strip() or folder == Path():
+        raise UserError(f"{flag} is empty: name a folder")
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{flag} {folder}: {existing} is a file: name a folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written ({error.strerror}): name another folder") from error
+    return existing
+
+
+def check_file_writable(path: Path, flag: str) -> None:
+    """Try to write a file; leaves nothing behind and changes nothing.
+
+    Raises:
+        UserError: where it cannot be written.
+    """
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written ({error.strerror}): name another place") from error
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one: a crash never leaves half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        share(Path(temporary))
+        Path(temporary).replace(path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, readable for people."""
+    write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def publish_folder(source: Path, target: Path) -> None:
+    """Move finished files from a temporary folder on the same disk into place, each in one step."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        share(path)
+        path.replace(target / path.name)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None where there is no file.
+
+    Raises:
+        UserError: for a file that holds no JSON object.
+    """
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): mend or remove it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object: mend or remove it")
+    return value
+
+
+def share(path: Path) -> None:
+    """Give a file made by `tempfile` (mode 600) the mode any other new file would have."""
+    umask = os.umask(0)
+    os.umask(umask)
+    if path.is_file():
+        path.chmod(0o666 & ~umask)
+
+
+def temporary_beside(path: Path) -> Path:
+    # In the same directory, because os.replace is atomic only within one file system.
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

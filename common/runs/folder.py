@@ -1,0 +1,47 @@
+"""The output folder of a run: never replaced without being asked to, and cleared of an older run as a whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from common.errors import UserError
+from common.runs.checkpoints import complete_checkpoints
+from common.runs.files import check_writable
+from common.runs.record import TRAINING_CONFIG
+
+_RUN_FILES = (
+    TRAINING_CONFIG,
+    "metrics.jsonl",
+    "samples.jsonl",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)
+
+
+def holds_run(output_dir: Path) -> bool:
+    """Whether a folder holds something a run made."""
+    return any((output_dir / name).exists() for name in _RUN_FILES) or any(output_dir.glob("checkpoint-*"))
+
+
+def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None:
+    """Stop before anything could be lost or turn out unwritable at the end.
+
+    Raises:
+        UserError: when the folder cannot be written, or holds a run and nothing says what to do with it.
+    """
+    check_writable(output_dir, "--output-dir")
+    if holds_run(output_dir) and not overwrite and not resume:
+        resumable = "continue it with --resume, " if complete_checkpoints(output_dir) else ""
+        raise UserError(
+            f"--output-dir {output_dir} already holds a run: {resumable}replace it with --overwrite, "
+            "or name another folder"
+        )
+
+
+def clear_run(output_dir: Path) -> None:
+    """Remove what an earlier run made, and nothing else."""
+    for name in (*_RUN_FILES, "training_curves.png", "evaluation.json", "evaluation.png"):
+        (output_dir / name).unlink(missing_ok=True)
+    for checkpoint in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)

@@ -1,0 +1,51 @@
+"""DOC"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import field, fields
+from typing import Any
+from urllib.parse import urlsplit
+
+
+def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
+    """A dataclass field that carries what the command line needs to know about it."""
+    return field(default=default, metadata={"group": group, "help": help, **extra})
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a field: `max_steps` → `--max-steps`."""
+    return {"use_4bit": "--4bit"}.get(name, "--" + name.replace("_", "-"))
+
+
+def check_values(settings: Any) -> list[str]:
+    """What is wrong with single values of a settings dataclass, one line each."""
+    return [problem for spec in fields(settings) if (problem := _problem_with(spec, getattr(settings, spec.name)))]
+
+
+def url_problem(url: str) -> str | None:
+    """What is wrong with a server's address, or None."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        fine = False
+    return None if fine else f"{url!r} is no address of a server: use http://HOST:PORT/v1"
+
+
+def _problem_with(spec: Any, value: Any) -> str | None:
+    """What is wrong with one number, or None. Types and choices are checked by the parser."""
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    flag = flag_of(spec.name)
+    found = f"found {value}"
+    if not math.isfinite(value):
+        return f"{flag} must be a finite number, {found}"
+    if spec.metadata.get("positive") and value <= 0:
+        return f"{flag} must be greater than 0, {found}"
+    if spec.metadata.get("fraction") and not 0 <= value <= 1:
+        return f"{flag} must lie between 0 and 1, {found}"
+    minimum = spec.metadata.get("minimum")
+    if minimum is not None and value < minimum:
+        return f"{flag} must be at least {minimum}, {found}"
+    return None

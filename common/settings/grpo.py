@@ -1,0 +1,167 @@
+"""Every setting of a GRPO run, its default, its help text and its checks, in one place.
+
+The command line is read off these fields (`common.cli`), a run stores them in `training_config.json`,
+and evaluation and serving read them back from there. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from common.errors import UserErrors
+from common.settings.fields import check_values, setting, url_problem
+
+PACKAGED_MODEL = "packaged/SmolLM2-135M-Instruct"
+
+
+@dataclass(kw_only=True)
+class TrainingArgs:
+    """Settings of `grpo_training.py`. Lengths are tokens, times are seconds, weights are unitless."""
+
+    # fmt: off
+    base_model: str = setting("meta-llama/Llama-3.1-8B-Instruct", "model", "Hub id or folder of the base model (planner and frozen worker)", metavar="MODEL")
+    adapter_path: str | None = setting(None, "model", "start from this LoRA adapter, such as a supervised one", metavar="DIR")
+    use_4bit: bool | None = setting(None, "model", "NF4 double-quantised base; without either flag: 4-bit on a GPU, fp32 without one")
+    lora_r: int = setting(16, "model", "LoRA rank", positive=True)
+    lora_alpha: int = setting(32, "model", "LoRA scale numerator: the update is multiplied by alpha / r", positive=True)
+    lora_dropout: float = setting(0.0, "model", "LoRA dropout; rollouts run in train mode, so it is noise on the policy too", fraction=True)
+    lora_layers: int | None = setting(None, "model", "adapt only the last N layers (default: all)", positive=True)
+
+    dataset: str = setting("openai/gsm8k", "data", "Hub id; or a .jsonl/.parquet file or folder with question and answer columns; or generated problems: generated:shares or reasoning-gym:TASK[?option=value&…]")
+    dataset_config: str | None = setting("main", "data", "configuration of a Hub data set", metavar="NAME")
+    dataset_split: str = setting("train", "data", "split to train on", metavar="NAME")
+    max_samples: int = setting(1000, "data", "use at most this many questions", positive=True)
+
+    lr: float = setting(1e-5, "training", "peak learning rate (AdamW)", positive=True)
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting("linear", "training", "learning rate after warm-up")
+    warmup_steps: int = setting(0, "training", "steps of linear warm-up", minimum=0)
+    batch_size: int = setting(1, "training", "completions per device and forward/backward pass", positive=True)
+    grad_accum: int = setting(8, "training", "passes per optimiser step; batch-size × processes × grad-accum completions are generated per step", positive=True)
+    max_steps: int = setting(500, "training", "optimiser steps", positive=True)
+    num_iterations: int = setting(1, "training", "optimiser passes over each generated batch (μ in the GRPO paper)", positive=True)
+    beta: float = setting(0.0, "training", "weight of the KL penalty against the base model", minimum=0)
+    scale_rewards: Literal["group", "batch", "none"] = setting("group", "training", "what advantages are divided by: the standard deviation within the group (GRPO), of the whole batch, or nothing (Dr. GRPO). With 'group', a group whose answers are all right turns its small differences in length and independence into full-size advantages")
+    max_grad_norm: float = setting(1.0, "training", "gradients are clipped to this norm", positive=True)
+    gradient_checkpointing: bool | None = setting(None, "training", "recompute activations to save memory (default: on a GPU only)")
+    seed: int = setting(42, "training", "seed of initialisation, data order and sampling", minimum=0)
+
+    num_generations: int = setting(4, "planner", "completions per question (the GRPO group, G)", minimum=2)
+    temperature: float = setting(0.7, "planner", "sampling temperature of the planner", positive=True)
+    top_p: float = setting(1.0, "planner", "nucleus sampling of the planner", positive=True, fraction=True)
+    max_completion_length: int = setting(512, "planner", "longest plan; a plan cut off here is invalid", positive=True)
+    max_subproblems: int = setting(8, "planner", "a plan with more is invalid", positive=True)
+    max_subproblem_chars: int = setting(500, "planner", "a plan with a longer subproblem is invalid", positive=True)
+    planner_style: Literal["full", "short"] = setting("full", "planner", "wording of the planner's system message; 'short' suits small fine-tuned models")
+
+    worker_max_tokens: int = setting(256, "worker", "longest answer of the frozen worker to one call", positive=True)
+    worker_style: Literal["instruct", "worked", "few-shot"] = setting("instruct", "worker", "instruct: zero-shot instructions; worked: these and two solved word problems, for shorter answers of a small model; few-shot: turns of the demo's kind of problem")
+    worker_batch_tokens: int = setting(32768, "worker", "padded tokens (prompt and answer) of one worker micro-batch; lower it if memory runs out", positive=True)
+    worker_cache_size: int = setting(20000, "worker", "greedy answers remembered across steps; 0 remembers none", minimum=0)
+
+    worker_url: str | None = setting(None, "worker", "use the base model of this OpenAI-compatible server as worker instead of the shared weights; its key: $OPENAI_API_KEY", metavar="URL")
+    worker_model: str | None = setting(None, "worker", "its name there (default: the entry of /v1/models without a parent)", metavar="NAME")
+    worker_timeout: float = setting(300.0, "worker", "seconds one attempt at one request to --worker-url may take", positive=True)
+
+    correctness_weight: float = setting(1.0, "reward", "weight of a correct final answer", minimum=0)
+    token_weight: float = setting(0.2, "reward", "weight of token efficiency, 1 − tokens / max-tokens", minimum=0)
+    independence_weight: float = setting(0.3, "reward", "weight of the independence of the subproblems", minimum=0)
+    max_tokens: int = setting(1000, "reward", "normaliser of token efficiency (planner and worker tokens of one question)", positive=True)
+    format_weight: float = setting(0.0, "reward", "credit for nearly valid JSON in an invalid plan; 0 keeps the documented formula", minimum=0)
+    gate_on_correct: bool = setting(False, "reward", "pay efficiency and independence only when the answer is correct")
+    embedding_model: str = setting("sentence-transformers/all-MiniLM-L6-v2", "reward", "sentence encoder behind the independence score", metavar="MODEL")
+
+    eval_samples: int = setting(0, "evaluation", "held-out questions for the scoreboard before and after training; 0: none", minimum=0)
+    eval_dataset: str | None = setting(None, "evaluation", "where they come from (default: the test split of --dataset, or fresh generated problems)", metavar="SOURCE")
+
+    output_dir: str = setting("./grpo_planner_adapter", "output", "where everything the run makes is written", metavar="DIR")
+    save_steps: int = setting(50, "output", "steps between checkpoints", positive=True)
+    save_total_limit: int = setting(3, "output", "checkpoints kept", positive=True)
+    wandb: bool = setting(True, "output", "log to Weights & Biases (offline when not logged in)")
+    wandb_project: str = setting("recursive-reasoner-grpo", "output", "W&B project", metavar="NAME")
+    wandb_run_name: str | None = setting(None, "output", "W&B run name", metavar="NAME")
+    # fmt: on
+
+    def validate(self, *, world_size: int | None = None) -> None:
+        """Check every value and every rule between values that needs neither a file nor a model.
+
+        Raises:
+            UserErrors: with all problems found, one line each.
+        """
+        problems = check_values(self)
+        if not problems:
+            processes = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+            problems += _divisibility_problem(self, processes)
+            if self.correctness_weight + self.token_weight + self.independence_weight == 0:
+                problems.append("all three reward weights are 0, so every reward would be: raise one of them")
+            if self.format_weight and self.format_weight >= self.correctness_weight:
+                problems.append(
+                    f"--format-weight {self.format_weight:g} would pay an invalid plan as much as a correct "
+                    f"answer (--correctness-weight {self.correctness_weight:g}): use a smaller one"
+                )
+            if self.worker_url is not None and (problem := url_problem(self.worker_url)) is not None:
+                problems.append(f"--worker-url {problem}")
+            if self.worker_model is not None and self.worker_url is None:
+                problems.append("--worker-model names a model of a server: add its --worker-url")
+        if problems:
+            raise UserErrors(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainingArgs:
+        """Settings as stored by `to_dict`; names this version does not know are dropped."""
+        known = {spec.name for spec in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def _divisibility_problem(args: TrainingArgs, processes: int) -> list[str]:
+    """GRPO groups must fill a generation batch exactly; TRL says so only after the model is loaded."""
+    per_pass = args.batch_size * processes
+    generation_batch = per_pass * args.grad_accum
+    if generation_batch % args.num_generations == 0:
+        return []
+    step = args.num_generations // math.gcd(args.num_generations, per_pass)
+    below = args.grad_accum // step * step
+    choices = [str(value) for value in (below, below + step) if value > 0]
+    where = f" × {processes} processes" if processes > 1 else ""
+    return [
+        f"--batch-size {args.batch_size}{where} × --grad-accum {args.grad_accum} = {generation_batch} completions "
+        f"per step do not divide into groups of --num-generations {args.num_generations}: "
+        f"use --grad-accum {' or '.join(choices)}, or another --num-generations"
+    ]
+
+
+# `--demo`: a run for a laptop without a GPU, network or account. Explicit flags override it.
+DEMO: dict[str, Any] = {
+    "base_model": PACKAGED_MODEL,
+    "dataset": "generated:shares?people=6&low=1&high=5",
+    "max_samples": 400,
+    "output_dir": "./demo_adapter",
+    "lora_layers": 10,
+    "lr": 8e-5,
+    "lr_schedule": "constant",
+    "batch_size": 16,
+    "grad_accum": 2,
+    "max_steps": 12,
+    "num_generations": 8,
+    "scale_rewards": "batch",
+    "temperature": 0.8,
+    "max_completion_length": 64,
+    "max_subproblems": 3,  # the few-shot worker combines three results and ignores a surplus one: no reward for it
+    "planner_style": "short",
+    "worker_style": "few-shot",
+    "worker_max_tokens": 96,
+    "max_tokens": 300,
+    "eval_samples": 100,
+    "wandb": False,
+}
+# What may differ when a run is continued: nothing that changes its data, its model or its reward.
+RESUMABLE = {
+    "max_steps", "save_steps", "save_total_limit", "output_dir", "wandb", "wandb_project", "wandb_run_name",
+    "worker_batch_tokens", "worker_cache_size", "worker_url", "worker_timeout", "gradient_checkpointing", "eval_samples", "eval_dataset",
+}  # fmt: skip

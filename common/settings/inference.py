@@ -1,0 +1,59 @@
+"""Every setting of `inference_vllm.py`. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from common.errors import UserErrors
+from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS
+from common.settings.fields import check_values, setting, url_problem
+
+ADAPTER_NAME = "recursive_reasoner"
+
+
+@dataclass(kw_only=True)
+class ServingArgs:
+    """Settings of `inference_vllm.py`. Lengths are tokens, times are seconds."""
+
+    # fmt: off
+    base_url: str = setting("http://localhost:8000/v1", "server", "address of the OpenAI-compatible server", metavar="URL")
+    model: str | None = setting(None, "server", "base model's name there (default: the entry of /v1/models without a parent)", metavar="NAME")
+    lora_adapter: str = setting(ADAPTER_NAME, "server", "planner's name there", metavar="NAME")
+    worker_url: str | None = setting(None, "server", "another server for the worker (default: the same)", metavar="URL")
+    worker_model: str | None = setting(None, "server", "worker's name there (default: its base model)", metavar="NAME")
+    api_key: str | None = field(default=None, repr=False, metadata={"group": "server", "help": "key of the servers; better in $OPENAI_API_KEY, which no process list shows; never printed or stored", "metavar": "KEY"})
+    timeout: float = setting(120.0, "server", "one attempt at one request may take this long", positive=True)
+    retries: int = setting(2, "server", "further attempts, after pauses that double", minimum=0)
+    concurrency: int = setting(32, "server", "requests in flight at once", positive=True)
+    probe: bool = setting(True, "server", "check at start that the base model is not answered by the adapter")
+
+    max_tokens: int = setting(512, "planner", "longest plan", positive=True)
+    temperature: float = setting(0.7, "planner", "sampling temperature of plans (--benchmark: 0, as in training's scoreboard, unless given); the worker is greedy", minimum=0)
+    structured: bool = setting(True, "planner", "ask for plans by JSON schema, where the server takes one")
+
+    training_config: str | None = setting(None, "prompts", "take the settings below from this training_config.json (default: the one in the adapter's folder, where server and folder are on this machine)", metavar="FILE")
+    planner_style: Literal["full", "short"] = setting("full", "prompts", "wording the planner was trained with")
+    worker_style: Literal["instruct", "worked", "few-shot"] = setting("instruct", "prompts", "wording the worker had in training")
+    worker_max_tokens: int = setting(256, "prompts", "longest answer of the worker to one call", positive=True)
+    max_subproblems: int = setting(MAX_SUBPROBLEMS, "prompts", "a plan with more is invalid", positive=True)
+    max_subproblem_chars: int = setting(MAX_SUBPROBLEM_CHARS, "prompts", "a plan with a longer subproblem is invalid", positive=True)
+
+    dataset: str | None = setting(None, "benchmark", "held-out questions: as in grpo_training.py (default: what the adapter was trained for, else openai/gsm8k)", metavar="SOURCE")
+    samples: int = setting(100, "benchmark", "how many", positive=True)
+    # fmt: on
+
+    def validate(self) -> None:
+        """Raise `UserErrors` with every value that cannot be right."""
+        problems = check_values(self)
+        for flag, url in (("--base-url", self.base_url), ("--worker-url", self.worker_url)):
+            problem = None if url is None else url_problem(url)
+            if problem is not None:
+                problems.append(f"{flag} {problem}")
+        if problems:
+            raise UserErrors(problems)
+
+
+PROMPT_SETTINGS = tuple(
+    spec.name for spec in fields(ServingArgs) if spec.metadata["group"] == "prompts" and spec.name != "training_config"
+)

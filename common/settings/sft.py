@@ -1,0 +1,80 @@
+"""Every setting of the supervised baseline. Nothing heavy is imported here.
+
+Settings without a default here have theirs at the top of `dummy_planner.py`, where it is documented.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass
+from typing import Any, Literal
+
+from common.errors import UserErrors
+from common.settings.fields import check_values, setting
+from common.settings.grpo import DEMO
+
+
+@dataclass(kw_only=True)
+class SupervisedArgs:
+    """Settings of the supervised baseline. Lengths are tokens."""
+
+    # fmt: off
+    base_model: str = setting(MISSING, "model", "Hub id or folder of the base model", metavar="MODEL")
+    use_4bit: bool | None = setting(None, "model", "NF4 double-quantised base; without either flag: 4-bit on a GPU")
+    lora_r: int = setting(16, "model", "LoRA rank", positive=True)
+    lora_alpha: int = setting(32, "model", "LoRA scale numerator", positive=True)
+    lora_dropout: float = setting(0.0, "model", "LoRA dropout", fraction=True)
+    lora_layers: int | None = setting(None, "model", "adapt only the last N layers (default: all)", positive=True)
+    adapter_path: str | None = setting(None, "model", "continue from this LoRA adapter", metavar="DIR")
+
+    format: Literal["planning-data", "json-plan"] = setting("planning-data", "data", "columns SystemPrompt, UserPrompt, ExpectedOutput; or JSON plans in the GRPO planner's prompt")
+    dataset: str = setting(MISSING, "data", "Hub id, .jsonl/.parquet file or folder; for json-plan GSM8K's socratic variant or generated:shares")
+    dataset_config: str | None = setting(None, "data", "configuration of a Hub data set ('socratic' for openai/gsm8k)", metavar="NAME")
+    max_samples: int | None = setting(None, "data", "use at most this many rows (default: all)", positive=True)
+    max_seq_len: int = setting(MISSING, "data", "longer rows are cut", positive=True)
+    planner_style: Literal["full", "short"] = setting("full", "data", "wording of the planner's system message (json-plan)")
+
+    lr: float = setting(MISSING, "training", "peak learning rate (AdamW, linear decay)", positive=True)
+    batch_size: int = setting(MISSING, "training", "rows per device and forward/backward pass", positive=True)
+    grad_accum: int = setting(MISSING, "training", "passes per optimiser step", positive=True)
+    num_epochs: float = setting(MISSING, "training", "passes over the data", positive=True)
+    warmup_steps: int = setting(0, "training", "steps of linear warm-up", minimum=0)
+    gradient_checkpointing: bool | None = setting(None, "training", "recompute activations to save memory (default: on a GPU only)")
+    seed: int = setting(42, "training", "seed of initialisation, data order and demonstrated plans", minimum=0)
+
+    output_dir: str = setting(MISSING, "output", "where everything the run makes is written", metavar="DIR")
+    save_steps: int = setting(100, "output", "steps between checkpoints and evaluations", positive=True)
+    save_total_limit: int = setting(3, "output", "checkpoints kept", positive=True)
+    wandb: bool = setting(True, "output", "log to Weights & Biases (offline when not logged in)")
+    wandb_project: str = setting("recursive-reasoner-sft", "output", "W&B project", metavar="NAME")
+    wandb_run_name: str | None = setting(None, "output", "W&B run name", metavar="NAME")
+    # fmt: on
+
+    def validate(self) -> None:
+        """Raise `UserErrors` with every value that is out of range."""
+        problems = check_values(self)
+        if problems:
+            raise UserErrors(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON-ready values."""
+        return asdict(self)
+
+
+# The warm start of `make demo`; the questions are of the GRPO demo's family, drawn with another seed.
+SFT_DEMO: dict[str, Any] = {
+    "base_model": DEMO["base_model"],
+    "format": "json-plan",
+    "dataset": DEMO["dataset"],
+    "planner_style": DEMO["planner_style"],
+    "lora_layers": DEMO["lora_layers"],
+    "max_samples": 640,
+    "max_seq_len": 256,
+    "batch_size": 16,
+    "grad_accum": 1,
+    "lr": 1e-3,
+    "seed": 7,
+    "output_dir": "./demo_warm_start",
+    "wandb": False,
+}
+
+RESUMABLE = {"save_steps", "save_total_limit", "output_dir", "wandb", "wandb_project", "wandb_run_name"}

@@ -1,0 +1,219 @@
+"""Trainer callbacks: what a run writes, shows and listens to while it trains.
+
+ReportCallback     metrics.jsonl and training_curves.png
+CollapseWarning    a warning when the reward rises because every plan has become the same
+StopOnSignal       Ctrl-C and SIGTERM end the run after a checkpoint
+
+All get their numbers through `on_log`, so they need nothing from the trainer but its logs. The one for
+W&B is in `common.reports.wandb_log`, progress lines in `common.training.progress`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from common.cli import say
+from common.reports.jsonl import append_jsonl, truncate_jsonl_after
+from common.reports.metrics import step_metrics
+from common.reports.plots import plot_training_curves
+
+logger = logging.getLogger(__name__)
+
+
+class ReportCallback(TrainerCallback):
+    """Writes `metrics.jsonl`, one line per logged step, and redraws `training_curves.png`.
+
+    When training resumes, lines after the checkpoint's step go first. A fresh run appends to what is
+    there: whether to overwrite an old run is the script's question, asked before training.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        plot_every: int = 10,
+        plot: Callable[[Path, Path], None] = plot_training_curves,
+    ) -> None:
+        self.metrics_path = Path(output_dir) / "metrics.jsonl"
+        self.plot_path = Path(output_dir) / "training_curves.png"
+        self.plot_every = plot_every  # in steps; 0 draws only at the end
+        self.plot = plot
+        self._plotted_at = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and state.global_step > 0:
+            truncate_jsonl_after(self.metrics_path, state.global_step)
+        self._plotted_at = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        metrics = step_metrics(logs) if state.is_world_process_zero else None
+        if metrics is None:
+            if state.is_world_process_zero and logs and "eval_loss" in logs:
+                append_jsonl(self.metrics_path, {"step": state.global_step, "eval_loss": logs["eval_loss"]})
+            return
+        own = {"step": state.global_step, "time": round(time.time(), 3)}
+        append_jsonl(self.metrics_path, {**own, **{k: v for k, v in metrics.items() if k not in own}})
+        if self.plot_every and state.global_step - self._plotted_at >= self.plot_every:
+            self._plot(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.metrics_path.exists():
+            self._plot(state.global_step)
+
+    def _plot(self, step: int) -> None:
+        self._plotted_at = step
+        try:
+            self.plot(self.metrics_path, self.plot_path)
+        except Exception as error:  # noqa: BLE001  (a picture is not worth a training run)
+            logger.warning("could not draw %s: %s: %s", self.plot_path, type(error).__name__, error)
+
+
+class CollapseWarning(TrainerCallback):
+    """Warns when the reward rises while nearly all plans are the same text.
+
+    That is the known way to cheat this reward (DESIGN §6): one template for every question scores
+    well on efficiency and independence, and correctness is gone. Compares the last `window` logged
+    steps with the `window` before them; speaks at most once per `quiet_steps` steps.
+    """
+
+    def __init__(self, window: int = 10, threshold: float = 0.2, quiet_steps: int = 20) -> None:
+        self.window = window
+        self.threshold = threshold
+        self.quiet_steps = quiet_steps
+        self._history: deque[tuple[float, float]] = deque(maxlen=2 * window)  # (distinct plans, reward)
+        self._warned_at: int | None = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        metrics = step_metrics(logs) if state.is_world_process_zero else None
+        if metrics is None or metrics.get("distinct_plans") is None or metrics.get("reward") is None:
+            return
+        self._history.append((metrics["distinct_plans"], metrics["reward"]))
+        if len(self._history) < 2 * self.window:
+            return
+        before, last = list(self._history)[: self.window], list(self._history)[self.window :]
+        distinct = _mean(d for d, _ in last)
+        reward_before, reward_last = _mean(r for _, r in before), _mean(r for _, r in last)
+        quiet = self._warned_at is not None and state.global_step - self._warned_at < self.quiet_steps
+        if distinct < self.threshold and reward_last > reward_before and not quiet:
+            self._warned_at = state.global_step
+            logger.warning(
+                "step %d: the plans collapse: only %.0f%% of them differ over the last %d logged steps while the "
+                "reward rose from %.3f to %.3f; look at the plans, gate the reward on correctness or warm up first",
+                state.global_step,
+                100 * distinct,
+                self.window,
+                reward_before,
+                reward_last,
+            )
+
+
+class StopOnSignal(TrainerCallback):
+    """Turns the first SIGINT or SIGTERM into a checkpoint and a clean end after the current step.
+
+        with StopOnSignal() as stop:
+            trainer.add_callback(stop)
+            trainer.train()
+        if stop.received: ...   # signal.SIGINT or signal.SIGTERM
+
+    A second signal raises KeyboardInterrupt at once. With several processes all stop at the same
+    step, even if only one of them got the signal: one that left alone would hang the others.
+    """
+
+    _NOTICE = b"\nsaving a checkpoint after this step; press again to quit at once\n"
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+        self._pid = 0
+
+    def __enter__(self) -> StopOnSignal:
+        self._pid = os.getpid()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # Python lets only the main thread do this; a notebook's may be another
+                logger.warning("not in the main thread: %s will end the run without a checkpoint", number.name)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, previous in self._previous.items():
+            # None: a handler that was not set from Python and cannot be set again from it.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Runs between any two instructions of the main thread, which may hold the lock of a stream or
+        # of logging at that moment: so nothing here but os.write and assignments.
+        if os.getpid() != self._pid:  # a forked child (a data loader's worker) inherits the handler
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        with contextlib.suppress(OSError):  # stderr may be closed
+            os.write(2, self._NOTICE)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self._any_process_stops(args):
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def _any_process_stops(self, args: TrainingArguments) -> bool:
+        import torch
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self.received is not None
+        flag = torch.tensor([int(self.received is not None)], device=args.device)  # (1,)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def stopped_early(script: str, received: int, state: TrainerState, output_dir: Path) -> int:
+    """Say how to go on after a signal; returns the exit code."""
+    say(
+        f"stopped after step {state.global_step} of {state.max_steps}; continue with\n"
+        f"  {sys.executable} {script} --output-dir {output_dir} --resume"
+    )
+    return 128 + received
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)

@@ -1,0 +1,218 @@
+"""A GRPO run: model, reward, TRL's trainer, and what is saved when it ends or is stopped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from common import models, prompts
+from common.errors import UserError
+from common.evaluation.during_training import Scoring
+from common.pipeline import PipelineExecutor, run_executor
+from common.problems.questions import Question, fingerprint
+from common.reports.jsonl import read_jsonl
+from common.reports.metrics import summary_table
+from common.reports.plots import plot_training_curves
+from common.reports.step_clock import StepClock, breakdown_rows
+from common.reports.tables import format_table
+from common.rewards import PipelineRewardFunction, RewardWeights
+from common.runs.adapters import save_adapter
+from common.runs.checkpoints import checkpoint_step
+from common.servers.vllm import server_command, shown_command
+from common.settings.grpo import TrainingArgs
+from common.similarity import SentenceEncoder
+from common.training import callbacks, progress
+from common.training.device import announce_device, device_options
+from common.training.records import SampleLog, add_wandb, start_records
+from common.training.trainer import PlannerTrainer
+from common.workers.local import end_token_ids
+
+# A rank whose worker has long answers to write holds the others at the gather; two hours, not ten minutes.
+GATHER_TIMEOUT_SECONDS = 7200
+
+
+def train(
+    args: TrainingArgs, questions: list[Question], held_out: list[Question], checkpoint: Path | None = None
+) -> int:
+    """Run GRPO from the start or from a checkpoint, save the result and keep score on held-out questions.
+
+    Returns:
+        0, or 128 + the signal's number when a signal stopped the run (a checkpoint is saved then).
+
+    Raises:
+        UserError: for a model that cannot be loaded, memory that runs out, a worker that always fails.
+    """
+    output_dir = Path(args.output_dir)
+    tokenizer = models.load_tokenizer(args.base_model)
+    samples = SampleLog(output_dir / "samples.jsonl")
+    trainer, executor = build_trainer(args, questions, tokenizer, samples)
+    main_process = trainer.accelerator.is_main_process
+    if main_process:
+        start_records(
+            args,
+            checkpoint,
+            script="grpo_training.py",
+            data_fingerprint=fingerprint(questions),
+            questions=len(questions),
+            four_bit=models.use_4bit(args),
+        )
+    wandb_callback = add_wandb(args, trainer, samples) if main_process and args.wandb else None
+    scoring = Scoring(args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, executor)
+    if held_out and main_process:
+        scoring.before(held_out)
+
+    with callbacks.StopOnSignal() as stopper:
+        trainer.add_callback(stopper)
+        try:
+            # A run stopped at its very last step has nothing left to train: the trainer would do one step more.
+            if checkpoint is not None and checkpoint_step(checkpoint) >= args.max_steps:
+                models.load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), str(checkpoint))
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU ran out of memory in the training step ({str(error).splitlines()[0]}): lower --batch-size "
+                "(raise --grad-accum in turn), --max-completion-length or --worker-batch-tokens, then --resume",
+                exit_code=1,
+            ) from error
+        finally:
+            if wandb_callback is not None:
+                wandb_callback.close()
+    if stopper.received is not None and trainer.state.global_step < args.max_steps:
+        return callbacks.stopped_early("grpo_training.py", stopper.received, trainer.state, output_dir)
+    if main_process:
+        finish(args, trainer, tokenizer, output_dir)
+        if held_out:
+            scoring.after(held_out)
+    return 0
+
+
+def build_trainer(
+    args: TrainingArgs, questions: list[Question], tokenizer: Any, samples: SampleLog | None = None
+) -> tuple[GRPOTrainer, PipelineExecutor]:
+    """TRL's trainer with the planner's adapter, and the pipeline whose worker is the trainer's own model."""
+    check_enough(args, len(questions))
+    encoder = SentenceEncoder(args.embedding_model)
+    encoder.load()
+    four_bit = models.use_4bit(args)
+    base = models.load_base(args.base_model, four_bit=four_bit)
+    announce_device(four_bit)
+    holder: list[GRPOTrainer] = []
+    clock = StepClock()
+    executor = run_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
+    reward = PipelineRewardFunction(
+        executor, reward_weights(args), eos_ids=end_token_ids(base, tokenizer), sink=samples, clock=clock
+    )
+    fold = not prompts.accepts_system(tokenizer)
+    trainer = PlannerTrainer(
+        clock=clock,
+        model=base,
+        reward_funcs=[reward],
+        args=grpo_config(args),
+        train_dataset=Dataset.from_list([planner_row(item, args.planner_style, fold) for item in questions]),
+        processing_class=tokenizer,
+        peft_config=models.lora_config(args, base),
+        callbacks=[
+            callbacks.ReportCallback(Path(args.output_dir)),
+            callbacks.CollapseWarning(),
+            progress.ProgressCallback(),
+        ],
+    )
+    holder.append(trainer)
+    trainer.remove_callback(transformers.PrinterCallback)
+    if args.adapter_path is not None:
+        models.load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), args.adapter_path)
+    return trainer, executor
+
+
+def check_enough(args: TrainingArgs, questions: int) -> None:
+    """Stop for fewer questions than one step takes: TRL's sampler would yield nothing and training end at once.
+
+    Raises:
+        UserError: with how many are needed.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    needed = args.batch_size * processes * args.grad_accum // args.num_generations
+    if questions < needed:
+        raise UserError(
+            f"--dataset {args.dataset} gives {questions} questions, one step takes {needed} (--batch-size × "
+            "processes × --grad-accum / --num-generations): lower --grad-accum or --batch-size, or add questions"
+        )
+
+
+def planner_row(item: Question, style: str, fold_system: bool) -> dict[str, Any]:
+    """A row of the data set; question and gold answer travel as columns of their own."""
+    messages = prompts.planner_messages(item.question, style)
+    prompt = prompts.fold_system(messages) if fold_system else messages
+    return {"prompt": prompt, "question": item.question, "answer": item.answer}
+
+
+def reward_weights(args: TrainingArgs) -> RewardWeights:
+    """The formula's weights from the settings."""
+    return RewardWeights(
+        correctness=args.correctness_weight,
+        token=args.token_weight,
+        independence=args.independence_weight,
+        max_tokens=args.max_tokens,
+        format=args.format_weight,
+        gate_on_correct=args.gate_on_correct,
+    )
+
+
+def grpo_config(args: TrainingArgs) -> GRPOConfig:
+    """TRL's settings from ours."""
+    return GRPOConfig(
+        output_dir=args.output_dir,
+        learning_rate=args.lr,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(args.lr_schedule, args.lr_schedule),
+        warmup_steps=args.warmup_steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.grad_accum,
+        max_steps=args.max_steps,
+        num_iterations=args.num_iterations,
+        num_generations=args.num_generations,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_completion_length=args.max_completion_length,
+        beta=args.beta,
+        scale_rewards=args.scale_rewards,
+        max_grad_norm=args.max_grad_norm,
+        seed=args.seed,
+        logging_steps=1,
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        report_to=[],
+        disable_tqdm=True,
+        ddp_timeout=GATHER_TIMEOUT_SECONDS,
+        **device_options(args.gradient_checkpointing),
+    )
+
+
+def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir: Path) -> None:
+    """Save adapter and plot, and say what came out and what to do next."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    save_adapter(model, tokenizer, output_dir)
+    metrics = output_dir / "metrics.jsonl"
+    plot_training_curves(metrics, output_dir / "training_curves.png")
+    records = read_jsonl(metrics)
+    print(summary_table(records))
+    if rows := breakdown_rows(records):
+        print(f"\n{format_table(rows)}")
+    print(f"\nadapter, samples and curves: {output_dir}")
+    command = server_command(
+        models.resolve_model(args.base_model),
+        output_dir,
+        cpu=not torch.cuda.is_available(),
+        # A base model without a chat template was trained with ours, which vLLM cannot know.
+        chat_template=str(output_dir / "chat_template.jinja")
+        if tokenizer.chat_template == prompts.PLAIN_CHAT_TEMPLATE
+        else None,
+    )
+    print(f"serve it with vLLM, and ask it with inference_vllm.py:\n  {shown_command(command)}")

@@ -1,0 +1,72 @@
+"""What a run writes while it trains, beside its metrics: settings, samples, and Weights & Biases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from common.reports.jsonl import append_jsonl, truncate_jsonl_after
+from common.runs.checkpoints import checkpoint_step
+from common.runs.files import write_json
+from common.runs.folder import clear_run
+from common.runs.record import TRAINING_CONFIG, run_record
+from common.settings.grpo import TrainingArgs
+from common.settings.sft import SupervisedArgs
+
+
+class SampleLog:
+    """Appends every batch's sample records to `samples.jsonl`, those of all processes from the first one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.listeners: list[Any] = []
+
+    def __call__(self, records: list[dict[str, Any]]) -> None:
+        """Write one batch; every process must call it, since the records are gathered."""
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
+        state = PartialState()
+        if state.num_processes > 1:
+            records = gather_object(records)
+        if not state.is_main_process:
+            return
+        for record in records:
+            append_jsonl(self._path, record)
+        for listener in self.listeners:
+            listener(records)
+
+
+def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, *, script: str, **facts: Any) -> None:
+    """Give up an older run, or go on from a checkpoint, and store the settings.
+
+    Call it only once everything is loaded: until then an older run stays as it is.
+
+    Args:
+        args: settings of the run.
+        checkpoint: to resume from; the lines of the steps after it, which will be run again, go. None for a new run.
+        script: that runs.
+        facts: what else `training_config.json` holds, such as the data's fingerprint.
+    """
+    output_dir = Path(args.output_dir)
+    if checkpoint is None:
+        clear_run(output_dir)
+    record = run_record(args.to_dict(), script=script, seed=args.seed, **facts)
+    write_json(output_dir / TRAINING_CONFIG, record)
+    step = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        truncate_jsonl_after(output_dir / name, step)
+
+
+def add_wandb(args: TrainingArgs | SupervisedArgs, trainer: Any, samples: SampleLog | None = None) -> Any:
+    """Log to W&B as well; offline where it cannot be reached. None where W&B is switched off."""
+    from common.reports import wandb_log  # --no-wandb imports none of it
+
+    started = wandb_log.start_wandb(args.wandb_project, args.wandb_run_name, args.to_dict(), Path(args.output_dir))
+    if started is None:
+        return None
+    callback = wandb_log.WandbCallback()
+    trainer.add_callback(callback)
+    if samples is not None:
+        samples.listeners.append(callback.add_samples)
+    return callback

@@ -1,0 +1,232 @@
+"""The frozen worker: solves subproblems, combines their solutions, or solves a question directly.
+
+In training it is the trainer's own model with the adapter switched off, so that one copy of the base
+weights serves both roles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from common import prompts
+from common.generation import Generation, WorkerStats
+from common.prompts import Message
+from common.workers.base import WorkerCalls
+
+
+@contextmanager
+def inference(model: Any, *, adapter: bool) -> Iterator[Any]:
+    """A trainer's model made ready to generate: eval mode, no gradients, adapter on or off.
+
+    Reward functions run in train mode with gradient checkpointing on, where transformers silently drops
+    the KV cache and greedy output turns to garbage; and a model left in eval mode breaks TRL's metrics.
+    So every module's own flag is put back, also after an error.
+    """
+    import torch
+
+    flags = [(module, module.training) for module in model.modules()]
+    wrapped = hasattr(model, "disable_adapter")
+    model.eval()
+    try:
+        with torch.no_grad(), nullcontext() if adapter or not wrapped else model.disable_adapter():
+            yield model.get_base_model() if wrapped else model
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+class LocalModel:
+    """Answers prompts with a local model, batched; greedy answers are shared and remembered.
+
+    Args:
+        model: the (PEFT-wrapped) model, or a function that gives it; the latter lets a worker exist
+            before the trainer that owns the model does.
+        tokenizer: of the model, with a chat template.
+        adapter: whether the adapter takes part.
+        max_tokens: longest answer.
+        batch_tokens: padded tokens, answer included, of one micro-batch.
+        cache_size: greedy answers remembered across calls, least recently used dropped first. Leave it 0
+            for a model whose weights change.
+        temperature: above 0 answers are sampled, each request on its own.
+        seed: of the samples.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        adapter: bool,
+        max_tokens: int = 256,
+        batch_tokens: int = 32768,
+        cache_size: int = 0,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self._model: Callable[[], Any] = model if _is_getter(model) else lambda: model
+        self._tokenizer = tokenizer
+        self._fold_system = not prompts.accepts_system(tokenizer)
+        self._adapter = adapter
+        self._max_tokens = max_tokens
+        self._batch_tokens = batch_tokens
+        self._cache_size = cache_size
+        self._temperature = temperature
+        self._seed = seed
+        self._cache: OrderedDict[str, Generation] = OrderedDict()
+        # Keys and values of what prompts of a kind begin with, kept for the same models as answers are.
+        self._prefixes: dict[Hashable, Any] | None = {} if cache_size else None
+        self._stats = WorkerStats()
+
+    def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
+        """Answer prompts, in order. Identical prompts are run once; failures fail only their own prompt."""
+        started = time.perf_counter()
+        shaped = [prompts.fold_system(request) if self._fold_system else request for request in requests]
+        texts = [prompts.render(self._tokenizer, request) for request in shaped]
+        # Prompts that differ in their last message only (few-shot turns) share most of what has to be read.
+        kinds = {text: tuple(m["content"] for m in request[:-1]) for text, request in zip(texts, shaped, strict=True)}
+        found = self._run(texts, kinds) if self._temperature > 0 else self._greedy(texts, kinds)
+        self._stats.requests += len(texts)
+        self._stats.failures += sum(answer.error is not None for answer in found)
+        self._stats.seconds += time.perf_counter() - started
+        return found
+
+    def take_stats(self) -> WorkerStats:
+        """The counts since the last call, which starts them anew."""
+        stats, self._stats = self._stats, WorkerStats()
+        return stats
+
+    def _greedy(self, texts: Sequence[str], kinds: dict[str, tuple[str, ...]]) -> list[Generation]:
+        answers: dict[str, Generation] = {}
+        for text in dict.fromkeys(texts):
+            if text in self._cache:
+                self._cache.move_to_end(text)
+                answers[text] = self._cache[text]
+        missing = [text for text in dict.fromkeys(texts) if text not in answers]
+        fresh = dict(zip(missing, self._run(missing, kinds), strict=True))
+        self._remember(fresh)
+        answers.update(fresh)
+        return [answers[text] for text in texts]
+
+    def _remember(self, fresh: dict[str, Generation]) -> None:
+        for text, answer in fresh.items():
+            if answer.error is None:
+                self._cache[text] = answer
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+
+    def _run(self, texts: Sequence[str], kinds: dict[str, tuple[str, ...]]) -> list[Generation]:
+        """Run the model on every text, in micro-batches of alike prompts within the token budget."""
+        if not texts:
+            return []
+        from common.decoding.packing import packed_linears
+
+        encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        answers: dict[int, Generation] = {}
+        started = time.perf_counter()
+        with (
+            inference(self._model(), adapter=self._adapter) as model,
+            packed_linears(model, rows=len(texts), steps=self._max_tokens),
+        ):
+            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            batches: list[list[int]] = []
+            widest = 0
+            for index in sorted(range(len(texts)), key=lambda index: (kinds[texts[index]], len(encoded[index]))):
+                width = len(encoded[index]) + self._max_tokens
+                if limit is not None and width > limit:
+                    reason = f"prompt of {len(encoded[index])} tokens leaves no room in a context of {limit}"
+                    answers[index] = Generation("", 0, False, reason)
+                    continue
+                if batches and max(widest, width) * (len(batches[-1]) + 1) <= self._batch_tokens:
+                    batches[-1].append(index)
+                    widest = max(widest, width)
+                else:
+                    batches.append([index])
+                    widest = width
+            for batch in batches:
+                with_kinds = [(encoded[i], kinds[texts[i]]) for i in batch]
+                answers.update(zip(batch, self._run_batch(model, with_kinds), strict=True))
+        self._stats.model_seconds += time.perf_counter() - started
+        self._stats.generated += len(texts)
+        self._stats.generated_tokens += sum(answer.tokens for answer in answers.values())
+        return [answers[index] for index in range(len(texts))]
+
+    def _run_batch(self, model: Any, encoded: Sequence[tuple[list[int], Hashable]]) -> list[Generation]:
+        """One micro-batch of prompts and their kinds; if it fails, its halves, down to the one prompt that fails."""
+        if not encoded:
+            return []
+        import torch
+
+        from common.decoding.decode import decode
+
+        eos_ids = end_token_ids(model, self._tokenizer)
+        generator = None
+        if self._temperature > 0:
+            self._seed += 1  # another batch, other samples; the same run, the same ones
+            generator = torch.Generator(device=model.device).manual_seed(self._seed)
+        try:
+            outputs = decode(
+                model,
+                [ids for ids, _ in encoded],
+                max_new_tokens=self._max_tokens,
+                eos_ids=eos_ids,
+                pad_id=self._tokenizer.pad_token_id,
+                temperature=self._temperature,
+                generator=generator,
+                kinds=[kind for _, kind in encoded],
+                prefixes=self._prefixes,
+            )
+        except Exception as error:  # noqa: BLE001 - whatever failed, only its own samples may fail
+            failure = f"{type(error).__name__}: {error}"
+        else:
+            texts = self._tokenizer.batch_decode(outputs, skip_special_tokens=True)
+            return [
+                Generation(text.strip(), len(ids), bool(ids) and ids[-1] in eos_ids)
+                for ids, text in zip(outputs, texts, strict=True)
+            ]
+        # The failed attempt's tensors are freed only here, outside the except block that held them.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(encoded) == 1:
+            return [Generation("", 0, False, failure)]
+        middle = len(encoded) // 2
+        return [*self._run_batch(model, encoded[:middle]), *self._run_batch(model, encoded[middle:])]
+
+
+class FrozenWorker(LocalModel, WorkerCalls):
+    """The worker on a local model: adapter off, greedy, so that a prompt has one answer.
+
+    Args:
+        style: of the prompts, see `common.prompts`.
+        (the others): as in `LocalModel`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        style: str = "instruct",
+        max_tokens: int = 256,
+        batch_tokens: int = 32768,
+        cache_size: int = 20000,
+    ) -> None:
+        super().__init__(
+            model, tokenizer, adapter=False, max_tokens=max_tokens, batch_tokens=batch_tokens, cache_size=cache_size
+        )
+        self.style = style
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer: the tokenizer's own and all that the generation config declares."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
+
+
+def _is_getter(model: Any) -> bool:
+    """Whether `model` is a plain function that gives the model (a model is callable too)."""
+    return callable(model) and not hasattr(model, "parameters")

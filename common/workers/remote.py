@@ -1,0 +1,177 @@
+"""A model on an OpenAI-compatible server in the place of a local one.
+
+`ServerModel` is to a server what `LocalModel` is to local weights, and `ServerWorker` what `FrozenWorker` is. How
+a server is asked is in `common.servers.client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from common.cli import say
+from common.generation import Generation, WorkerStats
+from common.prompts import Message
+from common.servers.client import TRAINING_CONCURRENCY, TRAINING_RETRIES, Endpoint, Server, ServerError
+from common.servers.model_list import adapter_of, base_model
+from common.servers.probe import probe
+from common.settings.grpo import TrainingArgs
+from common.workers.base import T, WorkerCalls
+
+
+class ServerModel:
+    """Answers prompts with one model of a server, all in flight together; greedy answers are shared and remembered.
+
+    Args:
+        server: that serves it.
+        model: its name there.
+        max_tokens: longest answer.
+        temperature: above 0 answers are sampled, each request on its own.
+        seed: of the first sample, the next one's is one higher; None leaves it to the server.
+        schema: JSON schema of the answers, where the server supports it.
+        cache_size: greedy answers remembered, least recently used dropped first.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        model: str,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        schema: dict[str, Any] | None = None,
+        cache_size: int = 0,
+    ) -> None:
+        self.server = server
+        self.model = model
+        self._max_tokens = max_tokens
+        self._temperature = temperature
+        self._seed = seed
+        self._schema = schema
+        self._cache_size = cache_size
+        self._answers: OrderedDict[str, asyncio.Task[Generation]] = OrderedDict()
+        self._stats = WorkerStats()
+
+    def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
+        """Answer prompts, in order; failures fail only their own prompt."""
+
+        async def together() -> list[Generation]:
+            return await asyncio.gather(*(self.answer(request) for request in requests))
+
+        return self.wait(together())
+
+    async def answer(self, request: Sequence[Message]) -> Generation:
+        """Answer one prompt; one that cannot be answered carries its `error`."""
+        self._stats.requests += 1
+        key = json.dumps(request) if self._temperature == 0 else None
+        task = self._answers.get(key) if key is not None else None
+        if task is None:
+            task = asyncio.ensure_future(self._ask(request))
+            if key is not None:
+                self._answers[key] = task
+        elif key is not None:
+            self._answers.move_to_end(key)
+        try:
+            found = await task
+        finally:
+            # Whatever became of it: only a finished, successful answer is kept beyond those in flight.
+            if key is not None and (not task.done() or task.cancelled() or task.result().error is not None):
+                self._answers.pop(key, None)
+        self._stats.failures += found.error is not None
+        while len(self._answers) > self._cache_size and next(iter(self._answers.values())).done():
+            self._answers.popitem(last=False)
+        return found
+
+    async def _ask(self, request: Sequence[Message]) -> Generation:
+        seed = self._seed
+        if seed is not None:
+            self._seed = seed + 1
+        try:
+            reply = await self.server.chat(
+                self.model,
+                request,
+                max_tokens=self._max_tokens,
+                temperature=self._temperature,
+                seed=seed,
+                schema=self._schema,
+            )
+        except ServerError as error:
+            return Generation("", 0, False, str(error))
+        self._stats.generated += 1
+        self._stats.generated_tokens += reply.generation.tokens
+        return reply.generation
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run asynchronous work to its end, its time counted."""
+        started = time.perf_counter()
+        try:
+            return self.server.run(work)
+        finally:
+            self._stats.seconds += time.perf_counter() - started
+
+    def take_stats(self) -> WorkerStats:
+        """The counts since the last call, which starts them anew."""
+        stats, self._stats = self._stats, WorkerStats()
+        return stats
+
+
+class ServerWorker(ServerModel, WorkerCalls):
+    """The worker on a server: its base model, greedy, so that a prompt has one answer.
+
+    Args:
+        style: of the prompts, see `common.prompts`.
+        (the others): as in `ServerModel`.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        model: str,
+        *,
+        style: str = "instruct",
+        max_tokens: int = 256,
+        cache_size: int = 20000,
+    ) -> None:
+        super().__init__(server, model, max_tokens=max_tokens, cache_size=cache_size)
+        self.style = style
+
+    @classmethod
+    def from_settings(cls, args: TrainingArgs) -> ServerWorker:
+        """The worker that `--worker-url` and its companions name.
+
+        Raises:
+            UserError: where the server cannot be reached, or serves no such base model.
+        """
+        assert args.worker_url is not None
+        patience = (args.worker_timeout, TRAINING_RETRIES, TRAINING_CONCURRENCY)
+        server = Server(Endpoint(args.worker_url, None, *patience, "--worker-url"))
+        name = base_model(server.run(server.models()), args.worker_model, flag="--worker-model").name
+        return cls(
+            server, name, style=args.worker_style, max_tokens=args.worker_max_tokens, cache_size=args.worker_cache_size
+        )
+
+    def sampler(self, temperature: float, seed: int) -> ServerModel:
+        """The same model, sampled instead of greedy."""
+        return ServerModel(self.server, self.model, max_tokens=self._max_tokens, temperature=temperature, seed=seed)
+
+
+def check_worker(args: TrainingArgs) -> None:
+    """Make sure that the server which `--worker-url` names answers, and with its base model.
+
+    Raises:
+        UserError: where it does not; with exit code 3 where an adapter answers in the base's place.
+    """
+    assert args.worker_url is not None
+    if os.environ.get("RANK", "0") != "0":
+        return  # once is enough; a process that stops ends the others
+    worker = ServerWorker.from_settings(args)
+    served = worker.server.run(worker.server.models())
+    found = worker.server.run(probe(worker.server, worker.model, adapter_of(served, worker.model)))
+    found.check(args.worker_url, need_adapter=False)
+    say(f"worker on {args.worker_url}: {found}")

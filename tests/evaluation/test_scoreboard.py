@@ -1,0 +1,126 @@
+"""The scoreboard: exact small cases for its statistics, and ten questions on real models."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from conftest import run_script
+
+from common.evaluation.scoreboard import (
+    DIRECT,
+    TRAINED,
+    UNTRAINED,
+    VOTE,
+    Row,
+    load_rows,
+    run_vote,
+    save_scoreboard,
+    scoreboard_table,
+)
+from common.evaluation.statistics import mcnemar_exact, wilson_interval
+from common.generation import Generation
+from common.problems.questions import Question
+from common.reports.jsonl import append_jsonl, read_jsonl
+
+
+def test_wilson_interval_by_hand():
+    # n = 10, k = 5, z = 1.959964: centre (5 + z²/2) / (10 + z²), half width z·sqrt(k(n−k)/n + z²/4) / (n + z²)
+    z = 1.959963984540054
+    half = z * math.sqrt(5 * 5 / 10 + z * z / 4) / (10 + z * z)
+    assert wilson_interval(5, 10) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-9)
+    low, high = wilson_interval(0, 10)
+    assert low == pytest.approx(0.0, abs=1e-12) and 0.25 < high < 0.31  # never a width of zero
+    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
+
+
+def test_mcnemar_by_hand():
+    # 5 discordant, all for one side: 2 · (1/2)^5
+    assert mcnemar_exact([True] * 5 + [True], [False] * 5 + [True]) == (5, 0, pytest.approx(2 / 32))
+    # 1 against 3: 2 · (C(4,0) + C(4,1)) / 16
+    left, right = [True, False, False, False], [False, True, True, True]
+    assert mcnemar_exact(left, right) == (1, 3, pytest.approx(10 / 16))
+    assert mcnemar_exact([True, False], [True, False]) == (0, 0, 1.0)
+
+
+def row(name: str, correct: list[bool], tokens: int = 10) -> Row:
+    records = [
+        {
+            "row": name, "question": f"q{n}", "gold": "1", "planner_output": "", "decomposed": n % 2 == 0,
+            "invalid_plan": False, "subproblems": [str(n)], "subproblem_count": 1, "solutions": [], "final": "1",
+            "answer": "1" if ok else "2", "correct": ok, "planner_tokens": 0, "worker_tokens": tokens,
+            "total_tokens": tokens, "independence": 0.5, "error": None,
+        }
+        for n, ok in enumerate(correct)
+    ]  # fmt: skip
+    return Row(name, records, 1.0)
+
+
+def test_files_hold_what_the_table_says(tmp_path):
+    rows = [row(TRAINED, [True, True, True, False]), row(DIRECT, [False, False, True, False])]
+    summary = save_scoreboard(rows, tmp_path)
+    stored = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(stored["rows"]) == [DIRECT, TRAINED]
+    assert stored["rows"][TRAINED]["accuracy"] == 0.75
+    assert stored["paired"][DIRECT] == {"only_trained": 2, "only_other": 0, "p": 0.5}
+    assert len((tmp_path / "evaluation.jsonl").read_text().splitlines()) == 8
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    table = scoreboard_table(summary)
+    assert "75.0%" in table and "p = 0.5" in table
+    questions = [Question(f"q{n}", "#### 1") for n in range(4)]
+    assert [r.name for r in load_rows(tmp_path, questions)] == [DIRECT, TRAINED]
+    assert load_rows(tmp_path, questions[:3]) == []  # another set of questions: nothing may be reused
+
+
+def test_the_vote_reaches_the_budget_and_the_greedy_answer_wins_ties():
+    questions = [Question("q0", "#### 7"), Question("q1", "#### 7")]
+    direct = row(DIRECT, [True, True])
+    for record, answer in zip(direct.records, ("7", "3"), strict=True):
+        record["answer"] = answer
+    drawn = {"q0": iter(["8", "9"]), "q1": iter(["7", "7.0"])}
+    asked: list[str] = []
+
+    def sampler(requests):
+        asked.extend(request[-1]["content"].split("\n")[0] for request in requests)
+        return [Generation(next(drawn[request[-1]["content"].split("\n")[0]]), 10, True) for request in requests]
+
+    vote = run_vote(questions, direct, sampler, "few-shot", budget=25)
+    assert asked == ["q0", "q0", "q1", "q1"]  # 10 tokens each: three answers reach 25
+    assert [record["correct"] for record in vote.records] == [True, True]  # a tie of three, and 7 = 7.0
+    assert vote.mean("total_tokens") == 30
+    assert vote.name == VOTE
+
+
+def test_ten_questions_on_a_real_model_before_after_and_again(tiny_args, tmp_path):
+    from conftest import flags
+
+    tiny_args.dataset = "generated:shares?people=3"
+    tiny_args.max_samples = 20
+    tiny_args.eval_samples = 10
+    tiny_args.max_steps = 1
+    done = run_script("grpo_training.py", *flags(tiny_args))
+    assert done.returncode == 0, done.stderr
+    assert "none of the 20 training questions is among them" in done.stderr
+    folder = tmp_path / "run"
+    first = json.loads((folder / "evaluation.json").read_text())
+    assert first["questions"] == 10
+    assert list(first["rows"]) == [DIRECT, VOTE, UNTRAINED, TRAINED]
+    assert set(first["paired"]) == {DIRECT, VOTE, UNTRAINED}
+    assert first["rows"][VOTE]["total_tokens"] >= first["rows"][TRAINED]["total_tokens"] * 0.9
+    for name in first["rows"]:
+        assert name in done.stdout
+    # As if stopped while the untrained planner was being scored: what is there is kept, the rest is done.
+    records = read_jsonl(folder / "evaluation.jsonl")
+    (folder / "evaluation.jsonl").unlink()
+    for record in records:
+        if record["row"] == DIRECT:
+            append_jsonl(folder / "evaluation.jsonl", {**record, "seconds": 12345})
+    done = run_script("grpo_training.py", "--output-dir", str(folder), "--eval-only", "--eval-samples", "10")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((folder / "evaluation.json").read_text())
+    assert again["rows"][DIRECT]["seconds"] == 12345 > again["rows"][UNTRAINED]["seconds"]
+    for name, values in first["rows"].items():
+        assert {k: v for k, v in values.items() if k != "seconds"} == {
+            k: v for k, v in again["rows"][name].items() if k != "seconds"
+        }, name
