@@ -105,6 +105,22 @@ class PipelineExecutor:
         self._max_subproblem_chars = max_subproblem_chars
         self._direct_if_invalid = invalid_plan == "direct"
 
+    @classmethod
+    def load(cls, args: TrainingArgs) -> PipelineExecutor:
+        """The pipeline that the settings describe, its models loaded: for use as a library, without a trainer.
+
+        Raises:
+            UserError: where a model cannot be loaded, or the server that `worker_url` names cannot be used.
+        """
+        from common import models
+
+        encoder = SentenceEncoder(args.embedding_model)
+        encoder.load()
+        if args.worker_url is not None:
+            return run_executor(args, None, None, encoder)
+        base = models.load_base(args.base_model, four_bit=models.use_4bit(args))
+        return run_executor(args, base, models.load_tokenizer(args.base_model), encoder)
+
     def with_fallback(self) -> PipelineExecutor:
         """The same pipeline, in which the worker solves directly what has no valid plan."""
         other = copy.copy(self)

@@ -13,6 +13,7 @@ from common.grading import extract_prediction
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import near_plan_credit
 from common.reports.step_clock import StepClock
+from common.settings.grpo import TrainingArgs
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,18 @@ class RewardWeights:
     max_tokens: int = 1000
     format: float = 0.0
     gate_on_correct: bool = False
+
+    @classmethod
+    def from_settings(cls, args: TrainingArgs) -> RewardWeights:
+        """The weights that the settings of a run name."""
+        return cls(
+            correctness=args.correctness_weight,
+            token=args.token_weight,
+            independence=args.independence_weight,
+            max_tokens=args.max_tokens,
+            format=args.format_weight,
+            gate_on_correct=args.gate_on_correct,
+        )
 
 
 def token_efficiency(tokens: int, max_tokens: int) -> float:

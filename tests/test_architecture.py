@@ -30,8 +30,8 @@ MAY_IMPORT = {
     "similarity": "models",
     "servers": "errors generation settings prompts runs",
     "workers": "generation decoding settings cli prompts servers",
-    "pipeline": "plans generation grading settings prompts decoding similarity workers",
-    "rewards": "errors plans grading reports pipeline",
+    "pipeline": "plans generation grading settings prompts models decoding similarity workers",
+    "rewards": "errors plans grading settings reports pipeline",
     "merging": "errors settings cli prompts models runs reports decoding workers",
     "evaluation": (
         "plans generation grading settings cli problems prompts models runs reports similarity workers pipeline"

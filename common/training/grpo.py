@@ -108,7 +108,7 @@ def build_trainer(
     clock = StepClock()
     executor = run_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
     reward = PipelineRewardFunction(
-        executor, reward_weights(args), eos_ids=end_token_ids(base, tokenizer), sink=samples, clock=clock
+        executor, RewardWeights.from_settings(args), eos_ids=end_token_ids(base, tokenizer), sink=samples, clock=clock
     )
     fold = not prompts.accepts_system(tokenizer)
     trainer = PlannerTrainer(
@@ -152,18 +152,6 @@ def planner_row(item: Question, style: str, fold_system: bool) -> dict[str, Any]
     messages = prompts.planner_messages(item.question, style)
     prompt = prompts.fold_system(messages) if fold_system else messages
     return {"prompt": prompt, "question": item.question, "answer": item.answer}
-
-
-def reward_weights(args: TrainingArgs) -> RewardWeights:
-    """The formula's weights from the settings."""
-    return RewardWeights(
-        correctness=args.correctness_weight,
-        token=args.token_weight,
-        independence=args.independence_weight,
-        max_tokens=args.max_tokens,
-        format=args.format_weight,
-        gate_on_correct=args.gate_on_correct,
-    )
 
 
 def grpo_config(args: TrainingArgs) -> GRPOConfig:
