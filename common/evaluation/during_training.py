@@ -19,8 +19,8 @@ from common.evaluation.scoreboard import (
     run_planner,
     run_vote,
     save_scoreboard,
-    scoreboard_table,
 )
+from common.evaluation.table import scoreboard_table
 from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question
 from common.settings.grpo import TrainingArgs

@@ -24,7 +24,6 @@ from common.problems.questions import Question
 from common.prompts import Message, direct_messages, planner_messages
 from common.reports.jsonl import read_jsonl
 from common.reports.plots import plot_scoreboard
-from common.reports.tables import format_table
 from common.runs.files import write_json, write_text_atomically
 
 Answerer = Callable[[Sequence[Sequence[Message]]], list[Generation]]
@@ -188,43 +187,6 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def scoreboard_table(summary: dict[str, Any]) -> str:
-    """The summary as text for a terminal."""
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}%"
-
-    def plain(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
-    rows: list[dict[str, object]] = []
-    for name, row in summary["rows"].items():
-        low, high = row["interval_95"]
-        planned = name not in (DIRECT, VOTE)
-        rows.append(
-            {
-                f"{summary['questions']} held-out questions": name,
-                "accuracy": percent(row["accuracy"]),
-                "95% interval": f"{100 * low:.1f}-{100 * high:.1f}",
-                "invalid": percent(row["invalid_plan_rate"]) if planned else "-",
-                "split": percent(row["decomposition_rate"]) if planned else "-",
-                "parts": plain(row["subproblems_per_plan"]),
-                "distinct": percent(row["distinct_plans"]),
-                "independ.": plain(row["independence"]),
-                "tokens plan+work": f"{row['planner_tokens']:.0f}+{row['worker_tokens']:.0f}",
-                "all": f"{row['total_tokens']:.0f}",
-                "seconds": f"{row['seconds']:.0f}",
-            }
-        )
-    lines = [format_table(rows)]
-    for name, test in summary["paired"].items():
-        lines.append(
-            f"trained planner against {name}: {test['only_trained']} questions only the trained one solves, "
-            f"{test['only_other']} only the other, exact McNemar p = {test['p']:.2g}"
-        )
-    return "\n".join(lines)
 
 
 def save_scoreboard(rows: Sequence[Row], output_dir: Path) -> dict[str, Any]:

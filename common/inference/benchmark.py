@@ -16,9 +16,9 @@ from common.evaluation.scoreboard import (
     run_planner,
     run_vote,
     save_scoreboard,
-    scoreboard_table,
     summarise,
 )
+from common.evaluation.table import scoreboard_table
 from common.generation import Generation
 from common.inference.session import Session, plan_shares
 from common.problems.questions import Question, check_source, is_generated, load_held_out, load_questions

@@ -1,0 +1,62 @@
+"""The scoreboard as text: a column for each who answers, a line for each figure, 80 columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from common.evaluation.scoreboard import DIRECT, SUPERVISED, TRAINED, UNTRAINED, VOTE
+from common.reports.tables import format_table
+
+_TITLES = {DIRECT: "direct", VOTE: "votes", UNTRAINED: "untrained", SUPERVISED: "supervised", TRAINED: "trained"}
+
+
+def scoreboard_table(summary: dict[str, Any]) -> str:
+    """The summary of `common.evaluation.scoreboard.summarise` for a terminal."""
+    rows = summary["rows"]
+    head = f"{summary['questions']} held-out questions"
+
+    def line(label: str, show: Callable[[str, dict[str, Any]], str | None]) -> dict[str, object]:
+        cells = {_TITLES.get(name, name): show(name, row) or "-" for name, row in rows.items()}
+        return {head: label, **cells}
+
+    def of_plans(show: Callable[[dict[str, Any]], str | None]) -> Callable[[str, dict[str, Any]], str | None]:
+        """Nothing where nobody plans."""
+        return lambda name, row: None if name in (DIRECT, VOTE) else show(row)
+
+    lines = [
+        line("accuracy", lambda _, row: _percent(row["accuracy"])),
+        line("95% interval", lambda _, row: "{:.1f}-{:.1f}".format(*(100 * end for end in row["interval_95"]))),
+        line("invalid plans", of_plans(lambda row: _percent(row["invalid_plan_rate"]))),
+        line("plans that split", of_plans(lambda row: _percent(row["decomposition_rate"]))),
+        line("parts of a split", of_plans(lambda row: _number(row["subproblems_per_plan"]))),
+        line("distinct splits", of_plans(lambda row: _percent(row["distinct_plans"]))),
+        line("independence", of_plans(lambda row: _number(row["independence"]))),
+        line("tokens of the plan", of_plans(lambda row: f"{row['planner_tokens']:.0f}")),
+        line("tokens of the worker", lambda _, row: f"{row['worker_tokens']:.0f}"),
+        line("tokens in all", lambda _, row: f"{row['total_tokens']:.0f}"),
+        line("seconds", lambda _, row: f"{row['seconds']:.0f}"),
+    ]
+    text = ""
+    if paired := summary["paired"]:
+
+        def test(key: str, style: str) -> Callable[[str, dict[str, Any]], str | None]:
+            return lambda name, _: format(paired[name][key], style) if name in paired else None
+
+        lines += [
+            line("only trained is right", test("only_trained", "d")),
+            line("only this is right", test("only_other", "d")),
+            line("p (exact McNemar)", test("p", ".1e")),
+        ]
+        text = "\ntrained is compared with each of the others on the same questions"
+    if VOTE in rows:
+        text += "\nvotes: direct, a majority of samples that costs at least as many tokens as trained"
+    return format_table(lines) + text
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f}%"
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
