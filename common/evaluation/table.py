@@ -8,7 +8,7 @@ from typing import Any
 from common.evaluation.scoreboard import DIRECT, SUPERVISED, TRAINED, UNTRAINED, VOTE
 from common.reports.tables import format_table
 
-_TITLES = {DIRECT: "direct", VOTE: "votes", UNTRAINED: "untrained", SUPERVISED: "supervised", TRAINED: "trained"}
+TITLES = {DIRECT: "direct", VOTE: "votes", UNTRAINED: "untrained", SUPERVISED: "supervised", TRAINED: "trained"}
 
 
 def scoreboard_table(summary: dict[str, Any]) -> str:
@@ -17,7 +17,7 @@ def scoreboard_table(summary: dict[str, Any]) -> str:
     head = f"{summary['questions']} held-out questions"
 
     def line(label: str, show: Callable[[str, dict[str, Any]], str | None]) -> dict[str, object]:
-        cells = {_TITLES.get(name, name): show(name, row) or "-" for name, row in rows.items()}
+        cells = {TITLES.get(name, name): show(name, row) or "-" for name, row in rows.items()}
         return {head: label, **cells}
 
     def of_plans(show: Callable[[dict[str, Any]], str | None]) -> Callable[[str, dict[str, Any]], str | None]:

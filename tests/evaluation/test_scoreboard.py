@@ -19,7 +19,7 @@ from common.evaluation.scoreboard import (
     save_scoreboard,
 )
 from common.evaluation.statistics import mcnemar_exact, wilson_interval
-from common.evaluation.table import scoreboard_table
+from common.evaluation.table import TITLES, scoreboard_table
 from common.generation import Generation
 from common.problems.questions import Question
 from common.reports.jsonl import append_jsonl, read_jsonl
@@ -109,7 +109,7 @@ def test_ten_questions_on_a_real_model_before_after_and_again(tiny_args, tmp_pat
     assert set(first["paired"]) == {DIRECT, VOTE, UNTRAINED}
     assert first["rows"][VOTE]["total_tokens"] >= first["rows"][TRAINED]["total_tokens"] * 0.9
     for name in first["rows"]:
-        assert name in done.stdout
+        assert TITLES[name] in done.stdout
     # As if stopped while the untrained planner was being scored: what is there is kept, the rest is done.
     records = read_jsonl(folder / "evaluation.jsonl")
     (folder / "evaluation.jsonl").unlink()
