@@ -96,7 +96,7 @@ def load_base(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     gpu = torch.cuda.is_available() if gpu is None else gpu
-    half = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float16
+    half = torch.bfloat16 if has_native_bf16() else torch.float16
     dtype = dtype or (half if gpu else torch.float32)
     options: dict[str, Any] = {"dtype": dtype, "revision": revision}
     if four_bit:
@@ -164,6 +164,42 @@ def load_adapter_weights(model: Any, adapter_path: str) -> None:
             f"--adapter-path {adapter_path} has weights that the base model lacks, such as "
             f"{result.unexpected_keys[0]}: name the base model that the adapter was trained on"
         )
+
+
+def train_in_fp32(model: Any) -> None:
+    """Make every trainable parameter fp32, whatever the base model's dtype; call it before the optimiser is made.
+
+    TRL casts the LoRA weights of a quantised base to bf16. Adam's steps at usual learning rates are smaller than half
+    of bf16's spacing there, so that most entries would never change (DESIGN §4.14), and a resumed run, which PEFT loads
+    in fp32, would be another run.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def add_reference_adapter(model: Any) -> None:
+    """Keep a frozen copy of the adapter's present weights as "ref", which TRL takes as the policy of its KL penalty.
+
+    Without it TRL compares with the base model, and the penalty would pull a warm start back to where it came from.
+    """
+    import torch
+
+    model.add_adapter("ref", model.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ref." in name:
+                parameter.copy_(model.get_parameter(name.replace(".ref.", ".default.")))
+    model.set_adapter("default")
+
+
+def has_native_bf16() -> bool:
+    """Whether the GPU multiplies bf16 itself; older ones (T4, V100) only emulate it, slowly, and take fp16."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_sentence_encoder(name: str) -> Any:

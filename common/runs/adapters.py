@@ -19,7 +19,8 @@ def save_adapter(model: Any, tokenizer: Any, output_dir: Path) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as temporary:
         folder = Path(temporary)
-        model.save_pretrained(folder, safe_serialization=True)
+        # Not the reference policy of a KL penalty, which is an adapter too.
+        model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled template of a card
         save_tokenizer(tokenizer, folder)
         publish_folder(folder, output_dir)

@@ -55,7 +55,7 @@ def device_options(gradient_checkpointing: bool | None) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     return {
         "use_cpu": not gpu,
-        "bf16": gpu and torch.cuda.is_bf16_supported(),
-        "fp16": gpu and not torch.cuda.is_bf16_supported(),
+        "bf16": models.has_native_bf16(),
+        "fp16": gpu and not models.has_native_bf16(),
         "activation_checkpointing": gpu if gradient_checkpointing is None else gradient_checkpointing,
     }

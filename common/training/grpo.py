@@ -127,8 +127,12 @@ def build_trainer(
     )
     holder.append(trainer)
     trainer.remove_callback(transformers.PrinterCallback)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     if args.adapter_path is not None:
-        models.load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), args.adapter_path)
+        models.load_adapter_weights(model, args.adapter_path)
+        if args.beta > 0:
+            models.add_reference_adapter(model)
+    models.train_in_fp32(model)
     return trainer, executor
 
 
@@ -170,6 +174,10 @@ def grpo_config(args: TrainingArgs) -> GRPOConfig:
         top_p=args.top_p,
         max_completion_length=args.max_completion_length,
         beta=args.beta,
+        # Pinned, because TRL has changed its defaults between versions.
+        loss_type=args.loss_type,
+        epsilon=args.epsilon,
+        mask_truncated_completions=args.mask_truncated,
         scale_rewards=args.scale_rewards,
         max_grad_norm=args.max_grad_norm,
         seed=args.seed,

@@ -66,6 +66,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if args.adapter_path is not None:
         models.load_adapter_weights(model, args.adapter_path)
+    models.train_in_fp32(model)
     if trainer.accelerator.is_main_process:
         start_records(
             args,

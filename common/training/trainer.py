@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import DynamicCache
+from transformers import DynamicCache, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.cache_utils import DynamicLayer
 from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_config import GRPOConfig
@@ -59,6 +59,23 @@ class EpochSampler(RepeatSampler):
         """Called by accelerate before each epoch."""
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins.
+
+    On several processes, and on a resumed run, accelerate wraps the data loader so that nobody else does
+    (DESIGN §4.16): the order would be the first epoch's again.
+    """
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by the Trainer before it iterates over the data."""
+        self._sampler.set_epoch(int(state.epoch or 0))
 
 
 class PlannerTrainer(GRPOTrainer):
@@ -176,7 +193,7 @@ class PlannerTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         args: Any = self.args
-        return EpochSampler(
+        sampler = EpochSampler(
             data_source=dataset or self.train_dataset,  # type: ignore[arg-type]
             mini_repeat_count=args.num_generations,
             batch_size=args.generation_batch_size // self.num_generations,
@@ -184,6 +201,8 @@ class PlannerTrainer(GRPOTrainer):
             shuffle=args.shuffle_dataset,
             seed=args.seed,
         )
+        self.add_callback(SetEpoch(sampler))
+        return sampler
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **options: Any) -> Any:
         """Completions of B prompts. On a CPU by our own decoding, at a third of the time of `generate`."""

@@ -6,6 +6,7 @@ weights serves both roles.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -16,6 +17,8 @@ from common import prompts
 from common.generation import Generation, WorkerStats
 from common.prompts import Message
 from common.workers.base import WorkerCalls
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -181,6 +184,8 @@ class LocalModel:
             )
         except Exception as error:  # noqa: BLE001 - whatever failed, only its own samples may fail
             failure = f"{type(error).__name__}: {error}"
+            if len(encoded) > 1 and _out_of_memory(error):
+                self._lower_budget([ids for ids, _ in encoded])
         else:
             texts = self._tokenizer.batch_decode(outputs, skip_special_tokens=True)
             return [
@@ -194,6 +199,17 @@ class LocalModel:
             return [Generation("", 0, False, failure)]
         middle = len(encoded) // 2
         return [*self._run_batch(model, encoded[:middle]), *self._run_batch(model, encoded[middle:])]
+
+    def _lower_budget(self, failed: Sequence[list[int]]) -> None:
+        """Half of a batch that memory did not hold is the most from now on: the next batches would fail like it."""
+        tokens = len(failed) * (max(map(len, failed)) + self._max_tokens)
+        if tokens // 2 < self._batch_tokens:
+            self._batch_tokens = tokens // 2
+            logger.warning(
+                "a batch of %d padded tokens did not fit into memory: at most %d from now on (--worker-batch-tokens)",
+                tokens,
+                self._batch_tokens,
+            )
 
 
 class FrozenWorker(LocalModel, WorkerCalls):
@@ -225,6 +241,13 @@ def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = declared if isinstance(declared, list) else [declared]
     return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: a type of its own on a GPU, a plain RuntimeError on a CPU."""
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _is_getter(model: Any) -> bool:
