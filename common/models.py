@@ -15,8 +15,6 @@ from common.errors import UserError
 from common.prompts import PLAIN_CHAT_TEMPLATE
 from common.settings.grpo import PACKAGED_MODEL
 
-PACKAGED_ENCODER = "packaged/all-MiniLM-L6-v2"
-
 
 class LoraSettings(Protocol):
     """The settings of a model and its adapter that every training script has."""
@@ -80,7 +78,7 @@ def load_base(
 ) -> Any:
     """The base model: NF4 with double quantisation (QLoRA, arXiv:2305.14314), else bf16 on a GPU, fp32 without.
 
-    fp32 on a CPU because bf16 runs at a third of its speed there (DESIGN §4.5).
+    fp32 on a CPU because bf16 runs at a third of its speed there (docs/architecture.md).
 
     Args:
         name: Hub id, folder, or the packaged model.
@@ -170,7 +168,7 @@ def train_in_fp32(model: Any) -> None:
     """Make every trainable parameter fp32, whatever the base model's dtype; call it before the optimiser is made.
 
     TRL casts the LoRA weights of a quantised base to bf16. Adam's steps at usual learning rates are smaller than half
-    of bf16's spacing there, so that most entries would never change (DESIGN §4.14), and a resumed run, which PEFT loads
+    of bf16's spacing there, so that most entries would never change (docs/architecture.md), and a resumed run, which PEFT loads
     in fp32, would be another run.
     """
     import torch

@@ -12,7 +12,7 @@ from typing import Any
 from common import prompts
 from common.generation import Generation
 from common.grading import extract_prediction, parse_gold
-from common.plans import Plan, parse_planner_output
+from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS, Plan, parse_planner_output
 from common.settings.grpo import TrainingArgs
 from common.similarity import NEUTRAL_INDEPENDENCE, Embeddings, SentenceEncoder, independence_score, relevance
 from common.workers.base import ConcurrentWorker, Worker
@@ -95,8 +95,8 @@ class PipelineExecutor:
         worker: Worker,
         embeddings: Embeddings | None,
         *,
-        max_subproblems: int = 8,
-        max_subproblem_chars: int = 500,
+        max_subproblems: int = MAX_SUBPROBLEMS,
+        max_subproblem_chars: int = MAX_SUBPROBLEM_CHARS,
         invalid_plan: str = "fail",
     ) -> None:
         self.worker = worker

@@ -3,7 +3,7 @@
 Three styles for the worker: `instruct` gives instructions to a capable chat model; `worked` adds two solved word
 problems, which keep a smaller model's answers short; `few-shot` shows solved turns of the demo's kind of problem,
 which a very small model needs far more than instructions (measured: docs/results.md). No planner prompt
-contains an example subproblem: a small policy copies it verbatim and collapses onto it (DESIGN §4.10).
+contains an example subproblem: a small policy copies it verbatim and collapses onto it (docs/architecture.md).
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ FAILED_BATCHES_BEFORE_STOP = 3
 class RewardWeights:
     """Weights of the documented formula and its two extras, which are off by default."""
 
-    correctness: float = 1.0
-    token: float = 0.2
-    independence: float = 0.3
-    max_tokens: int = 1000
-    format: float = 0.0
-    gate_on_correct: bool = False
+    correctness: float = TrainingArgs.correctness_weight
+    token: float = TrainingArgs.token_weight
+    independence: float = TrainingArgs.independence_weight
+    max_tokens: int = TrainingArgs.max_tokens
+    format: float = TrainingArgs.format_weight
+    gate_on_correct: bool = TrainingArgs.gate_on_correct
 
     @classmethod
     def from_settings(cls, args: TrainingArgs) -> RewardWeights:
@@ -196,7 +196,7 @@ def batch_metrics(results: Sequence[PipelineResult], weights: RewardWeights) -> 
 def _gaming_metrics(
     split: Sequence[PipelineResult],
 ) -> dict[str, float | None]:
-    """Signs of plans that earn reward without planning (DESIGN §6)."""
+    """Signs of plans that earn reward without planning (docs/training.md)."""
     plans: dict[str, set[Any]] = {}
     parts: dict[str, set[Any]] = {}
     for result in split:

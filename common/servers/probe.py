@@ -1,7 +1,7 @@
 """Who answers? A check that a server's base model is the base model, also while its adapter is busy.
 
 vLLM's CPU backend without a spare LoRA slot answers base requests that share a batch with adapter requests with
-the adapter, silently (DESIGN §5). A worker that is the planner in disguise makes every number wrong, so nothing
+the adapter, silently (docs/inference.md). A worker that is the planner in disguise makes every number wrong, so nothing
 is asked of a server before it has passed.
 
 The same prompts go to the base alone (one at a time, and together), to the adapter alone, and to the base while

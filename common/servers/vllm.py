@@ -87,7 +87,7 @@ def server_command(
     """The arguments of `python` that serve an adapter and its base with vLLM.
 
     A slot more than there are adapters, because vLLM's CPU backend otherwise answers base requests with the
-    adapter (DESIGN §5); the rank from the adapter's config, rounded up to one that vLLM takes.
+    adapter (docs/inference.md); the rank from the adapter's config, rounded up to one that vLLM takes.
 
     Args:
         base: Hub id or folder of the base model.

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from common.errors import UserErrors
+from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS
 from common.settings.fields import check_values, setting, url_problem
 
 PACKAGED_MODEL = "packaged/SmolLM2-135M-Instruct"
@@ -55,8 +56,8 @@ class TrainingArgs:
     temperature: float = setting(0.7, "planner", "sampling temperature of the planner", positive=True)
     top_p: float = setting(1.0, "planner", "nucleus sampling of the planner", positive=True, fraction=True)
     max_completion_length: int = setting(512, "planner", "longest plan; a plan cut off here is invalid", positive=True)
-    max_subproblems: int = setting(8, "planner", "a plan with more is invalid", positive=True)
-    max_subproblem_chars: int = setting(500, "planner", "a plan with a longer subproblem is invalid", positive=True)
+    max_subproblems: int = setting(MAX_SUBPROBLEMS, "planner", "a plan with more is invalid", positive=True)
+    max_subproblem_chars: int = setting(MAX_SUBPROBLEM_CHARS, "planner", "a plan with a longer subproblem is invalid", positive=True)
     planner_style: Literal["full", "short"] = setting("full", "planner", "wording of the planner's system message; 'short' suits small fine-tuned models")
 
     worker_max_tokens: int = setting(256, "worker", "longest answer of the frozen worker to one call", positive=True)

@@ -93,7 +93,7 @@ class ReportCallback(TrainerCallback):
 class CollapseWarning(TrainerCallback):
     """Warns when the reward rises while nearly all plans are the same text.
 
-    That is the known way to cheat this reward (DESIGN §6): one template for every question scores
+    That is the known way to cheat this reward (docs/training.md): one template for every question scores
     well on efficiency and independence, and correctness is gone. Compares the last `window` logged
     steps with the `window` before them; speaks at most once per `quiet_steps` steps.
     """

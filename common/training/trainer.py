@@ -65,7 +65,7 @@ class SetEpoch(TrainerCallback):
     """Tells the sampler which epoch begins.
 
     On several processes, and on a resumed run, accelerate wraps the data loader so that nobody else does
-    (DESIGN §4.16): the order would be the first epoch's again.
+    (docs/architecture.md): the order would be the first epoch's again.
     """
 
     def __init__(self, sampler: EpochSampler) -> None:

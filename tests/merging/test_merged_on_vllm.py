@@ -25,7 +25,7 @@ def merged(smollm2_adapter, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(merged, vllm_server) -> Iterator[str]:
-    """Address of a vLLM server of the merged folder (DESIGN, section 5)."""
+    """Address of a vLLM server of the merged folder."""
     flags = "--host 127.0.0.1 --served-model-name planner --dtype float32 --max-model-len 1024 --enforce-eager"
     with vllm_server(["-m", "vllm.entrypoints.openai.api_server", "--model", str(merged), *flags.split()]) as address:
         yield f"{address}/chat/completions"

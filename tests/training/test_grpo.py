@@ -31,7 +31,7 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
 def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, four_bit):
-    """The worker trap (DESIGN §4.1): inside reward calls, with checkpointing on and dropout."""
+    """The worker trap (docs/architecture.md): inside reward calls, with checkpointing on and dropout."""
     from common.models import load_base, load_tokenizer
     from common.training.grpo import build_trainer
 
