@@ -168,8 +168,8 @@ def train_in_fp32(model: Any) -> None:
     """Make every trainable parameter fp32, whatever the base model's dtype; call it before the optimiser is made.
 
     TRL casts the LoRA weights of a quantised base to bf16. Adam's steps at usual learning rates are smaller than half
-    of bf16's spacing there, so that most entries would never change (docs/architecture.md), and a resumed run, which PEFT loads
-    in fp32, would be another run.
+    of bf16's spacing there, so that most entries would never change (docs/architecture.md), and a resumed run, which
+    PEFT loads in fp32, would be another run.
     """
     import torch
 

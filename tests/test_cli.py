@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,13 +27,6 @@ def test_importing_the_key_classes_and_help_stay_light():
     assert done.returncode == 0, done.stderr
     for flag in ("--base-model", "--no-4bit", "--gate-on-correct", "--worker-max-tokens", "--resume"):
         assert flag in done.stdout
-
-
-def test_help_takes_under_a_third_of_a_second_of_cpu():
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert run_script("grpo_training.py", "--help").returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
 
 
 def test_documented_defaults():
@@ -146,17 +137,19 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     return cases
 
 
-def test_wrong_input_is_one_line_exit_code_2_and_quick(tmp_path, questions_file):
+def test_wrong_input_is_one_line_exit_code_2_before_anything_heavy_is_imported(tmp_path, questions_file):
+    traps = tmp_path / "traps"
+    traps.mkdir()
+    for package in HEAVY - {"numpy"}:  # which reads parquet files
+        (traps / f"{package}.py").write_text(f"raise SystemExit('{package} was imported before the input was right')")
     for name, (flags, message) in wrong_input(tmp_path).items():
-        started = time.perf_counter()
         base = [] if "--dataset" in flags else ["--dataset", str(questions_file)]
         if "--output-dir" not in flags:
             base += ["--output-dir", str(tmp_path / "out")]
-        done = run_script("grpo_training.py", *base, *flags)
+        done = run_script("grpo_training.py", *base, *flags, env={"PYTHONPATH": str(traps)})
         assert done.returncode == 2, (name, done.returncode, done.stderr)
         assert message in done.stderr, (name, done.stderr)
         assert len(done.stderr.strip().splitlines()) == 1, (name, done.stderr)
-        assert time.perf_counter() - started < 2, name
         assert not (tmp_path / "out").exists(), f"{name}: nothing may be written before the input is right"
     assert (tmp_path / "used" / "metrics.jsonl").read_text() == "{}\n"
 
