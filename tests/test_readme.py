@@ -31,7 +31,7 @@ def test_every_file_that_a_page_names_exists(page):
     text = page.read_text()
     linked = [(page.parent / target, target) for target in re.findall(r"\]\(([^)#:]+)\)", text)]
     quoted = [(ROOT / name, name) for name in re.findall(r"`([\w./-]+\.(?:py|md|txt|jsonl|png|toml))`", text)]
-    beside = [(page.parent / name, name) for _, name in quoted]
+    beside = [(ROOT / "common" / name, name) for _, name in quoted]
     for (path, name), (other, _) in zip([*linked, *quoted], [*linked, *beside], strict=True):
         assert path.exists() or other.exists() or MADE.search(name), f"{page.name} names {name}, which is not there"
 
