@@ -63,9 +63,14 @@ class PipelineResult:
         return self.plan is not None and self.plan.should_decompose
 
     @property
+    def worker_answers(self) -> list[Generation]:
+        """All that the worker wrote for this sample, failures included."""
+        return [*self.solutions, *([] if self.final is None else [self.final])]
+
+    @property
     def worker_tokens(self) -> int:
         """Tokens of all the worker's answers to this sample."""
-        return sum(answer.tokens for answer in [*self.solutions, self.final] if answer is not None)
+        return sum(answer.tokens for answer in self.worker_answers)
 
     @property
     def total_tokens(self) -> int:
@@ -73,9 +78,14 @@ class PipelineResult:
         return self.item.planner_tokens + self.worker_tokens
 
     @property
+    def number(self) -> Decimal | None:
+        """The number that the final answer gives; of one that was cut off only what it says explicitly."""
+        return None if self.final is None else extract_prediction(self.final.text, finished=self.final.finished)
+
+    @property
     def answer(self) -> str | None:
-        """The final answer as a number, or None where there is none."""
-        number = extract_prediction(self.final.text) if self.final is not None else None
+        """The same, as text."""
+        number = self.number
         return None if number is None else f"{number:f}"
 
 
@@ -181,8 +191,7 @@ class PipelineExecutor:
             with packing_kept():  # or the second wave would pack the weights again
                 results = self._in_waves(items)
         for result, gold in zip(results, golds, strict=True):
-            if result.final is not None and result.error is None:
-                result.correct = extract_prediction(result.final.text) == gold
+            result.correct = result.error is None and result.number == gold
         if self.embeddings is not None:
             self._embed(results, self.embeddings)
         return results

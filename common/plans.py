@@ -49,7 +49,8 @@ def parse_planner_output(
 
     "First" is by position of the opening brace, so an outer object goes before those inside it. Prose, code
     fences, stray braces and quotes, other objects around it or wrapped around it, unknown keys, and raw
-    newlines inside strings do not matter; of a repeated key the last counts. Otherwise it must be JSON.
+    newlines inside strings do not matter; of a repeated key the last counts. Otherwise it must be JSON. A draft
+    inside the reasoning of a reasoning model is not the plan (see `after_reasoning`).
 
     An object is a plan when
       - `should_decompose` is true or false (not 1, "true" or null);
@@ -63,11 +64,20 @@ def parse_planner_output(
     """
     if not finished:
         return None
-    for found in json_objects(text):
+    for found in json_objects(after_reasoning(text)):
         plan = _validate(found, max_subproblems, max_subproblem_chars)
         if plan is not None:
             return plan
     return None
+
+
+def after_reasoning(text: str) -> str:
+    """Return what a reasoning model says after its reasoning.
+
+    That is what stands behind the last `</think>`, which may lack its `<think>`: some chat templates put that into
+    the prompt. Reasoning that never ends goes on to the end of the text, so of `<think>…` alone nothing is left.
+    """
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def near_plan_credit(
@@ -83,8 +93,10 @@ def near_plan_credit(
     of the three keys in double quotes, and a closing brace; and a complete JSON object that has the key
     `should_decompose`. So "" earns 0.0, "{}" 2/7 and a plan with only a bad value 6/7. This is the optional
     format credit: a slope towards valid JSON for a planner that writes almost none, easy to fill with empty
-    gestures, and therefore off by default. Never raises; linear time. Pass the same limits as to the parser.
+    gestures, and therefore off by default. What stands in the reasoning earns nothing. Never raises; linear time.
+    Pass the same limits as to the parser.
     """
+    text = after_reasoning(text)
     limits = (max_subproblems, max_subproblem_chars)
     objects = json_objects(text)
     if finished and any(_validate(found, *limits) is not None for found in objects):
@@ -159,6 +171,13 @@ _FIRST_KEY, _KEY, _COLON, _VALUE, _FIRST_ITEM = "s}", "s", ":", "sv{[", "sv{[]"
 _AFTER_VALUE = {True: ",}", False: ",]"}  # by: is the container an object?
 
 
+class Located(NamedTuple):
+    """A JSON object in a text, and where in the text it ends."""
+
+    value: dict[str, object]
+    end: int
+
+
 class _Open:
     """A container whose closing bracket has not come yet."""
 
@@ -179,6 +198,11 @@ class _Open:
 
 
 def json_objects(text: str) -> list[dict[str, object]]:
+    """Return the objects that `located_objects` finds, without their places."""
+    return [found.value for found in located_objects(text)]
+
+
+def located_objects(text: str) -> list[Located]:
     """Return every JSON object in `text`, nested ones too, ordered by opening brace. Never raises; linear time.
 
     Values are as from json.loads, but numbers are JsonNumber. Raw control characters in strings are allowed.
@@ -190,14 +214,14 @@ def json_objects(text: str) -> list[dict[str, object]]:
     (2) In one reading, a token that cannot follow ends every object still open, because reading from any of
     their braces would meet that same token; so a reading never goes back.
     """
-    found: dict[int, dict[str, object]] = {}
+    found: dict[int, Located] = {}
     first_string = _read_objects(text, 0, found)
     if first_string is not None:
         _read_objects(text, first_string + 1, found)
     return [value for _, value in sorted(found.items(), key=lambda item: item[0])]  # outer ones were found last
 
 
-def _read_objects(text: str, begin: int, found: dict[int, dict[str, object]]) -> int | None:
+def _read_objects(text: str, begin: int, found: dict[int, Located]) -> int | None:
     """Add start: object for each object of one reading from `begin`; return where its first string opens.
 
     After a quote that nothing closes both readings are outside strings, and find the same objects.
@@ -241,7 +265,7 @@ def _read_objects(text: str, begin: int, found: dict[int, dict[str, object]]) ->
             else:  # the bracket that closes the top container
                 stack.pop()
                 if isinstance(top.container, dict):
-                    found[top.start] = top.container
+                    found[top.start] = Located(top.container, match.end())
                 if stack:
                     allowed = stack[-1].add(top.container)
         else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
-from common.grading import extract_prediction
+from common.grading import numbers_in
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import near_plan_credit
 from common.reports.step_clock import StepClock
@@ -176,11 +176,14 @@ def batch_metrics(results: Sequence[PipelineResult], weights: RewardWeights) -> 
     valid = [result for result in scored if result.plan is not None]
     split = [result for result in valid if result.decomposed]
     direct = [result for result in valid if not result.decomposed]
+    written = [answer for result in scored for answer in result.worker_answers]
     metrics = {
         "worker_failures": float(len(results) - len(scored)),
         "invalid_plan_rate": _mean([result.plan is None for result in results]),
         "planner_tokens": _mean([result.item.planner_tokens for result in results]),
         "correctness": _mean([result.correct for result in scored]),
+        "worker_cut_off_rate": _mean([not answer.finished for answer in written]),
+        "no_answer_rate": _mean([result.number is None for result in scored if result.final is not None]),
         "decomposition_rate": _mean([result.decomposed for result in results]),
         "worker_tokens": _mean([result.worker_tokens for result in scored]),
         "token_efficiency": _mean([token_efficiency(result.total_tokens, weights.max_tokens) for result in valid]),
@@ -238,9 +241,8 @@ def _contains_answer(result: PipelineResult) -> bool:
     """Whether the gold answer stands in the plan as a number that the question does not contain."""
     assert result.plan is not None
     gold = result.item.gold
-    written = " ".join([*result.plan.subproblems, result.plan.plan]).split()
-    given = {extract_prediction(word) for word in result.item.question.split()}
-    return gold not in given and any(extract_prediction(word) == gold for word in written)
+    written = "\n".join([*result.plan.subproblems, result.plan.plan])
+    return gold not in numbers_in(result.item.question) and gold in numbers_in(written)
 
 
 def sample_record(step: int, result: PipelineResult, reward: float | None, weights: RewardWeights) -> dict[str, Any]:
@@ -259,6 +261,7 @@ def sample_record(step: int, result: PipelineResult, reward: float | None, weigh
         },
         "solutions": [solution.text for solution in result.solutions],
         "final": None if result.final is None else result.final.text,
+        "finished": None if result.final is None else result.final.finished,
         "answer": result.answer,
         "gold": f"{result.item.gold:f}",
         "correct": result.correct,

@@ -125,6 +125,39 @@ def test_rejects(text: str) -> None:
     assert parse_planner_output(text) is None
 
 
+DRAFT = '{"should_decompose": false, "subproblems": []}'
+AB_PLAN = Plan(True, ("a?", "b?"), "")
+AB = AB_PLAN.to_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        (f"<think>Maybe {DRAFT} first</think>\n{AB}", AB_PLAN),
+        ('<think>{"should_decompose": true, "subproblems": ["a?"], "plan": ""}', None),
+        # Some templates put the opening tag into the prompt.
+        (f"Maybe {DRAFT} first</think>\n{AB}", AB_PLAN),
+        (f"<think>{DRAFT}</think> {DRAFT} <think>no</think> {AB}", AB_PLAN),
+        (f"<think>{AB}</think>", None),
+        (f"<think></think>{AB}", AB_PLAN),
+        (f"<think>{DRAFT}</think>So: <think>{AB}", None),
+        (f"{AB}<think>{DRAFT}", AB_PLAN),
+        (f"</think>{AB}", AB_PLAN),
+        # A draft in the reasoning that is cut in two by its end is no plan.
+        (f"<think>{AB[:30]}</think>{AB[30:]}", None),
+    ],
+)
+def test_plan_is_what_comes_behind_the_reasoning(text: str, plan: Plan | None) -> None:
+    assert parse_planner_output(text) == plan
+    assert (near_plan_credit(text) == 1.0) == (plan is not None)
+
+
+def test_draft_in_the_reasoning_earns_no_credit() -> None:
+    assert near_plan_credit(f"<think>{AB}") == 0.0
+    assert near_plan_credit(f"<think>{AB}</think> I split it.") == 0.0
+    assert near_plan_credit(f"<think>{AB}</think>{{}}") == near_plan_credit("{}")
+
+
 def test_caps_are_the_callers_and_count_after_stripping() -> None:
     assert parse_planner_output(split(["a"] * 8)) is not None
     assert parse_planner_output(split([" " + "a" * 500 + " "])) is not None
@@ -151,9 +184,9 @@ def test_to_json_is_compact_in_order_and_readable() -> None:
 
 ANY_TEXT = st.text(st.characters(), max_size=200)  # with NULs and lone surrogates
 FRAGMENTS = ["{", "}", "[", "]", ":", ",", '"', "\\", '\\"', '"a"', "1", "-", ".5", "e9", "true", " ", "\n", "x"]
-JSON_SOUP = st.lists(st.sampled_from([*FRAGMENTS, '{"a":', '"}', '"{', "{}", "\\u12", "NaN", "01"]), max_size=40).map(
-    "".join
-)
+PIECES = [*FRAGMENTS, '{"a":', '"}', '"{', "{}", "\\u12", "NaN", "01"]
+JSON_SOUP = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
+REASONED_SOUP = st.lists(st.sampled_from([*PIECES, AB, "<think>", "</think>"]), max_size=40).map("".join)
 PROSE = st.text(st.characters(exclude_characters="{}"), max_size=60)
 SENTENCE = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).map(str.strip).filter(bool)
 PLANS = st.one_of(
@@ -168,7 +201,7 @@ PLANS = st.one_of(
 
 
 @settings(deadline=None)  # a busy machine is no failure
-@given(st.one_of(ANY_TEXT, JSON_SOUP))
+@given(st.one_of(ANY_TEXT, JSON_SOUP, REASONED_SOUP))
 def test_never_raises(text: str) -> None:
     plan = parse_planner_output(text)
     credit = near_plan_credit(text)
@@ -209,6 +242,7 @@ PATTERNS = [
     "{", "}", "[", '"', "\\", "1", "-", " ", "\n", "x", "\ud800", '\\"', '"{', '{"', "{}", "{ ",
     '{"a":', '{"a":[', '[{"a":', '{"a":1,', '{"a":{},', '{"a":"\\', '{"should_decompose":',
     '{"should_decompose":true,"subproblems":["a"],"x":', '{"should_decompose":1,"subproblems":[', '"\\u', "1e", '{"\\"',
+    "<think>", "</think>", "<think></think>", "<think>{", "</think>{", "<",
 ]  # fmt: skip
 
 

@@ -9,7 +9,14 @@ from common.errors import UserError
 from common.generation import Generation, WorkerStats
 from common.pipeline import PipelineExecutor, PipelineItem
 from common.plans import Plan
-from common.rewards import PipelineRewardFunction, RewardWeights, batch_metrics, reward_of, token_efficiency
+from common.rewards import (
+    PipelineRewardFunction,
+    RewardWeights,
+    batch_metrics,
+    reward_of,
+    sample_record,
+    token_efficiency,
+)
 from common.similarity import Embeddings, independence_score
 
 EOS = 9
@@ -20,15 +27,18 @@ class TableWorker:
 
     style = "few-shot"
 
-    def __init__(self, table: dict[str, str]) -> None:
+    def __init__(self, table: dict[str, str], cut_off: tuple[str, ...] = ()) -> None:
         self.table = table
+        self.cut_off = cut_off  # answers that are cut off
         self.batches: list[list[str]] = []
 
     def generate(self, requests):
         asked = [request[-1]["content"] for request in requests]
         self.batches.append(asked)
         return [
-            Generation(self.table[text], 10, True) if text in self.table else Generation("", 0, False, "out of memory")
+            Generation(self.table[text], 10, self.table[text] not in self.cut_off)
+            if text in self.table
+            else Generation("", 0, False, "out of memory")
             for text in asked
         ]
 
@@ -218,6 +228,29 @@ def test_plans_that_repeat_the_question_or_hold_the_answer_are_noticed():
     assert metrics("half")["subproblem_repeats_question"] == 0.0
     assert metrics("It is 3")["plan_contains_answer"] == 1.0
     assert metrics("half")["plan_contains_answer"] == 0.0
+
+
+def test_a_cut_off_answer_counts_only_if_it_is_explicit():
+    direct = Plan(False, ()).to_json()
+    table = {"explicit": "The answer is 7. To check", "working": "so 7", "no number": "seven", "finished": "so 7"}
+    run = PipelineExecutor(TableWorker(table, ("The answer is 7. To check",)), None)
+    cut = PipelineExecutor(TableWorker({"working": "so 7"}, ("so 7",)), None)
+    items = {name: PipelineItem(direct, name, "#### 7") for name in table}
+    results = run.execute_batch([items["explicit"], items["no number"], items["finished"]])
+    results += cut.execute_batch([items["working"], items["finished"], PipelineItem("{", "working", "#### 7")])
+    assert [result.correct for result in results] == [True, False, True, False, False, False]
+    assert [result.answer for result in results] == ["7", None, "7", None, None, None]
+    # Of six samples one failed and one had an invalid plan: four answers, two cut off, two without a number.
+    metrics = batch_metrics(results, RewardWeights())
+    assert metrics["worker_cut_off_rate"] == 2 / 4 and metrics["no_answer_rate"] == 2 / 4
+    records = [sample_record(1, result, 0.0, RewardWeights()) for result in results]
+    assert [record["finished"] for record in records] == [False, True, True, False, False, None]
+
+
+def test_cut_off_subproblems_are_counted_too():
+    run = PipelineExecutor(TableWorker(TABLE, ("3", "4")), Embeddings(vectors))
+    metrics = batch_metrics([run.execute_pipeline(SPLIT, "Q", "#### 7")], RewardWeights())
+    assert metrics["worker_cut_off_rate"] == 2 / 3 and metrics["no_answer_rate"] == 0
 
 
 def test_a_bad_gold_answer_is_an_error_and_not_a_wrong_answer():

@@ -12,12 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from common.evaluation.statistics import mcnemar_exact, wilson_interval
 from common.generation import Generation
-from common.grading import extract_prediction, parse_gold
+from common.grading import GRADER_VERSION, extract_prediction, parse_gold
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import Plan
 from common.problems.questions import Question
@@ -89,11 +90,11 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
     records = []
     for item, first in zip(questions, direct.records, strict=True):
         drawn = [next(samples) for _ in range(count - 1)]
-        votes = Counter([first["answer"], *(_number(answer.text) for answer in drawn)])
+        votes = Counter([first["answer"], *(_number(answer) for answer in drawn)])
         votes.pop(None, None)
         winner = votes.most_common(1)[0][0] if votes else None  # ties go to the one counted first
         tokens = first["total_tokens"] + sum(answer.tokens for answer in drawn)
-        correct = winner is not None and extract_prediction(winner) == parse_gold(item.answer)
+        correct = winner is not None and Decimal(winner) == parse_gold(item.answer)
         records.append(
             {
                 **first,
@@ -101,6 +102,8 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
                 "answer": winner,
                 "correct": correct,
                 "votes": dict(votes),
+                "worker_answers": first["worker_answers"] + len(drawn),
+                "worker_cut_off": first["worker_cut_off"] + sum(not answer.finished for answer in drawn),
                 "worker_tokens": tokens,
                 "total_tokens": tokens,
             }
@@ -108,8 +111,9 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
     return Row(VOTE, records, direct.seconds + time.perf_counter() - started)
 
 
-def _number(text: str) -> str | None:
-    number = extract_prediction(text)
+def _number(answer: Generation | None) -> str | None:
+    """The number that an answer gives, so written that equal numbers are equal texts."""
+    number = None if answer is None else extract_prediction(answer.text, finished=answer.finished)
     return None if number is None else f"{number.normalize():f}"
 
 
@@ -131,10 +135,11 @@ def _run(
 
 def _record(name: str, result: PipelineResult) -> dict[str, Any]:
     """One question in one row, ready for a line of JSON. A failed worker counts as a wrong answer, and is told."""
-    number = extract_prediction(result.final.text) if result.final is not None else None
     plan = result.plan
+    written = [answer for answer in result.worker_answers if answer.error is None]
     return {
         "row": name,
+        "grader": GRADER_VERSION,
         "question": result.item.question,
         "gold": f"{result.item.gold:f}",
         "planner_output": result.item.planner_output,
@@ -144,8 +149,11 @@ def _record(name: str, result: PipelineResult) -> dict[str, Any]:
         "subproblem_count": len(plan.subproblems) if plan is not None and plan.should_decompose else None,
         "solutions": [solution.text for solution in result.solutions],
         "final": None if result.final is None else result.final.text,
-        "answer": None if number is None else f"{number.normalize():f}",
+        "finished": None if result.final is None else result.final.finished,
+        "answer": _number(result.final),
         "correct": result.correct,
+        "worker_answers": len(written),
+        "worker_cut_off": sum(not answer.finished for answer in written),
         "planner_tokens": result.item.planner_tokens,
         "worker_tokens": result.worker_tokens,
         "total_tokens": result.total_tokens,
@@ -160,6 +168,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     for row in rows:
         correct = sum(record["correct"] for record in row.records)
         plans = [json.dumps(record["subproblems"]) for record in row.records if record["decomposed"]]
+        answered = [record for record in row.records if record["error"] is None]
+        answers = sum(record["worker_answers"] for record in row.records)
         summary["rows"][row.name] = {
             "correct": correct,
             "accuracy": correct / len(row.records),
@@ -172,6 +182,12 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
             "worker_tokens": row.mean("worker_tokens"),
             "total_tokens": row.mean("total_tokens"),
             "independence": _finite(row.mean("independence")),
+            "worker_cut_off_rate": sum(record["worker_cut_off"] for record in row.records) / answers
+            if answers
+            else None,
+            "no_answer_rate": sum(record["answer"] is None for record in answered) / len(answered)
+            if answered
+            else None,
             "worker_failures": sum(record["error"] is not None for record in row.records),
             "seconds": row.seconds,
         }
@@ -205,11 +221,13 @@ def save_scoreboard(rows: Sequence[Row], output_dir: Path) -> dict[str, Any]:
 
 
 def load_rows(output_dir: Path, questions: Sequence[Question]) -> list[Row]:
-    """Rows saved earlier for the very same questions, so that a resumed run need not do them again."""
+    """Rows saved earlier for the very same questions and graded alike, so that a resumed run need not do them again."""
     if not (output_dir / RECORDS).exists():
         return []
     rows: dict[str, Row] = {}
     for record in read_jsonl(output_dir / RECORDS):
+        if record.get("grader") != GRADER_VERSION:
+            continue
         seconds = record.pop("seconds")
         rows.setdefault(record["row"], Row(record["row"], [], seconds)).records.append(record)
     asked = [item.question for item in questions]

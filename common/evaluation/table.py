@@ -27,6 +27,8 @@ def scoreboard_table(summary: dict[str, Any]) -> str:
     lines = [
         line("accuracy", lambda _, row: _percent(row["accuracy"])),
         line("95% interval", lambda _, row: "{:.1f}-{:.1f}".format(*(100 * end for end in row["interval_95"]))),
+        line("no answer", lambda _, row: _percent(row["no_answer_rate"])),
+        line("worker cut off", lambda _, row: _percent(row["worker_cut_off_rate"])),
         line("invalid plans", of_plans(lambda row: _percent(row["invalid_plan_rate"]))),
         line("plans that split", of_plans(lambda row: _percent(row["decomposition_rate"]))),
         line("parts of a split", of_plans(lambda row: _number(row["subproblems_per_plan"]))),

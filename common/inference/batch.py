@@ -13,7 +13,7 @@ from typing import Any
 
 from common.cli import say
 from common.errors import UserError
-from common.grading import extract_prediction, parse_gold
+from common.grading import parse_gold
 from common.inference.session import Session, plan_shares
 from common.reports.jsonl import append_jsonl, read_jsonl
 from common.runs.files import check_file_writable, write_text_atomically
@@ -158,7 +158,7 @@ async def _answer_all(session: Session, asked: Sequence[Asked], done: Callable[[
             if item.answer is not None:
                 gold = parse_gold(item.answer)
                 record["gold"] = f"{gold:f}"
-                record["correct"] = record["answer"] is not None and extract_prediction(record["answer"]) == gold
+                record["correct"] = answer.result.error is None and answer.result.number == gold
             done(item, record)
 
     async with asyncio.TaskGroup() as group:

@@ -45,7 +45,8 @@ def show_turn(session: Session, question: str) -> Answer:
         return answer
     if result.final is not None:
         _show("combined" if result.decomposed else "worked out", result.final.text)
-    _show("answer", result.answer or "no number in it")
+    cut_off = result.final is not None and not result.final.finished
+    _show("answer", result.answer or ("none, it was cut off" if cut_off else "no number in it"))
     _show(
         "cost",
         f"{result.item.planner_tokens} + {result.worker_tokens} tokens (plan + work), {answer.seconds:.1f} s",

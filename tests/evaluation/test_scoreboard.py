@@ -21,6 +21,7 @@ from common.evaluation.scoreboard import (
 from common.evaluation.statistics import mcnemar_exact, wilson_interval
 from common.evaluation.table import TITLES, scoreboard_table
 from common.generation import Generation
+from common.grading import GRADER_VERSION
 from common.problems.questions import Question
 from common.reports.jsonl import append_jsonl, read_jsonl
 
@@ -47,10 +48,10 @@ def test_mcnemar_by_hand():
 def row(name: str, correct: list[bool], tokens: int = 10) -> Row:
     records = [
         {
-            "row": name, "question": f"q{n}", "gold": "1", "planner_output": "", "decomposed": n % 2 == 0,
+            "row": name, "grader": GRADER_VERSION, "question": f"q{n}", "gold": "1", "planner_output": "", "decomposed": n % 2 == 0,
             "invalid_plan": False, "subproblems": [str(n)], "subproblem_count": 1, "solutions": [], "final": "1",
             "answer": "1" if ok else "2", "correct": ok, "planner_tokens": 0, "worker_tokens": tokens,
-            "total_tokens": tokens, "independence": 0.5, "error": None,
+            "finished": True, "worker_answers": 1, "worker_cut_off": n % 2, "total_tokens": tokens, "independence": 0.5, "error": None,
         }
         for n, ok in enumerate(correct)
     ]  # fmt: skip
@@ -71,6 +72,9 @@ def test_files_hold_what_the_table_says(tmp_path):
     questions = [Question(f"q{n}", "#### 1") for n in range(4)]
     assert [r.name for r in load_rows(tmp_path, questions)] == [DIRECT, TRAINED]
     assert load_rows(tmp_path, questions[:3]) == []  # another set of questions: nothing may be reused
+    stored = (tmp_path / "evaluation.jsonl").read_text()
+    (tmp_path / "evaluation.jsonl").write_text(stored.replace(f'"grader": {GRADER_VERSION}', '"grader": 1'))
+    assert load_rows(tmp_path, questions) == []  # graded by other rules
 
 
 def test_the_vote_reaches_the_budget_and_the_greedy_answer_wins_ties():
@@ -90,6 +94,27 @@ def test_the_vote_reaches_the_budget_and_the_greedy_answer_wins_ties():
     assert [record["correct"] for record in vote.records] == [True, True]  # a tie of three, and 7 = 7.0
     assert vote.mean("total_tokens") == 30
     assert vote.name == VOTE
+
+
+def test_cut_off_answers_and_answers_without_a_number_are_told(tmp_path):
+    questions = [Question(f"q{n}", "#### 7") for n in range(4)]
+    direct = row(DIRECT, [True, True, False, False])
+    direct.records[3]["answer"] = None
+    drawn = iter([("So 7 + 1", False), ("so 7", False), ("so 7", True)] + [("The answer is 7. So", False)] * 5)
+
+    def sampler(requests):
+        return [Generation(text, 10, finished) for _ in requests for text, finished in [next(drawn)]]
+
+    vote = run_vote(questions, direct, sampler, "few-shot", budget=30)
+    # Cut off in the middle of the working is no vote; cut off behind an explicit answer is one.
+    assert [record["votes"] for record in vote.records] == [{"1": 1}, {"1": 1, "7": 2}, {"2": 1, "7": 2}, {"7": 2}]
+    rows = save_scoreboard([direct, vote], tmp_path)["rows"]
+    assert rows[DIRECT]["no_answer_rate"] == 1 / 4 and rows[VOTE]["no_answer_rate"] == 0
+    assert rows[DIRECT]["worker_cut_off_rate"] == 2 / 4 and rows[VOTE]["worker_cut_off_rate"] == (2 + 7) / 12
+    table = scoreboard_table({"questions": 4, "rows": rows, "paired": {}})
+    lines = {line.split("  ")[0]: line.split() for line in table.splitlines()}
+    assert lines["no answer"][-2:] == ["25.0%", "0.0%"]
+    assert lines["worker cut off"][-2:] == ["50.0%", "75.0%"]
 
 
 def test_ten_questions_on_a_real_model_before_after_and_again(tiny_args, tmp_path):

@@ -118,7 +118,7 @@ def test_metrics_and_samples_tell_what_happened(finished_run):
         "loss", "reward", "reward_std", "correctness", "decomposition_rate", "invalid_plan_rate", "planner_tokens",
         "worker_tokens", "independence", "subproblems_per_plan", "cache_hit_rate", "worker_seconds",
         "planner_seconds", "embedding_seconds", "gradient_seconds", "rest_seconds",
-        "worker_failures", "entropy", "frac_reward_zero_std",
+        "worker_failures", "worker_cut_off_rate", "no_answer_rate", "entropy", "frac_reward_zero_std",
     ):  # fmt: skip
         assert any(line.get(name) is not None for line in metrics), name
     samples = read_jsonl(folder / "samples.jsonl")
@@ -127,6 +127,9 @@ def test_metrics_and_samples_tell_what_happened(finished_run):
     for step, line in enumerate(metrics, start=1):
         rows = [sample for sample in samples if sample["step"] == step]
         assert line["reward"] == pytest.approx(sum(row["reward"] for row in rows) / len(rows), abs=1e-5)
+        finals = [row for row in rows if row["final"] is not None]
+        if finals:
+            assert line["no_answer_rate"] == pytest.approx(sum(row["answer"] is None for row in finals) / len(finals))
         assert line["invalid_plan_rate"] == pytest.approx(sum(row["plan"] is None for row in rows) / len(rows))
     split = next(sample for sample in samples if sample["plan"] and sample["plan"]["should_decompose"])
     assert len(split["solutions"]) == len(split["plan"]["subproblems"]) and split["final"] is not None

@@ -1,17 +1,16 @@
-"""Grading: which texts are which number, which are none, and that comparing is exact."""
+"""Numbers: which texts are which number, which are none, and that comparing is exact."""
 
 from __future__ import annotations
 
 import decimal
 import json
-import time
 from decimal import Decimal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.grading import extract_prediction, is_correct, parse_gold, parse_number
+from common.grading import extract_prediction, is_correct, numbers_in, parse_gold, parse_number
 
 NUMBERS = [
     ("5", "5"), ("0", "0"), ("-5", "-5"), ("+5", "5"), ("−5", "-5"), ("–5", "-5"), ("- 5", "-5"),
@@ -33,7 +32,9 @@ NUMBERS = [
     ("1/2 cup", "0.5"),
     ("**5**", "5"), ("_5_", "5"), ("`5`", "5"), ("(5)", "5"), ('"5"', "5"), ("= 5", "5"), ("[5]", "5"),
     ("\\$8{,}000", "8000"), ("8\\,000", "8000"), ("8,\\!000", "8000"), ("\\frac{1}{2}", "0.5"),
-    ("1\\frac{1}{2}", "1.5"),
+    ("1\\frac{1}{2}", "1.5"), ("\\dfrac{3}{4}", "0.75"), ("\\frac12", "0.5"), ("-\\frac{1}{2}", "-0.5"),
+    ("$18$", "18"), ("\\(18\\)", "18"), ("$\\$18$", "18"), ("\\text{18 apples}", "18"), ("18^\\circ", "18"), ("18\\%", "18"),
+    ("\\mathbf{18}", "18"), ("“18”", "18"), ("negative 5", "-5"), ("minus $5", "-5"), ("5 m²", "5"), ("5 µm", "5"),
     ("1" * 40, "1" * 40), ("-1." + "7" * 39, "-1." + "7" * 39),
 ]  # fmt: skip
 
@@ -43,6 +44,8 @@ NOT_NUMBERS = [
     "1" * 41, "0." + "0" * 40,
     "10:30", "10:30:15", "10:30 am", "3:4", "1,2,3", "1,2", "12,34", "1,23,456", "0,500", "1,000.000.5",
     "1.000,5", "1234,567",
+    "2**3", "10^{6}", "1.5 × 10^6", "1.5 \\times 10^{6}", "\\sqrt{5}", "2\\sqrt{3}", "2\\pi", "2 \\pi", "\\frac{20}{3}",
+    "\\frac{a}{2}", "\\infty", "eighteen", "5 ½", "③",
     "1_000", "1.2.3", "192.168.0.1", "2024-01-05", "3/4/2024", "555-1234", "5-7", "5–7", "5—7", "$5-$7",
     "1'000", "5'11",
     "1/0", "0/0", "1/3", "2 5/3", "1/2/3", "2^3", "x^2", "0x10", "x2", "COVID-19", "v1.2", "3x4", "2π", "√5",
@@ -64,90 +67,6 @@ def test_number(text: str, value: str) -> None:
 @pytest.mark.parametrize("text", NOT_NUMBERS)
 def test_not_a_number(text: str) -> None:
     assert parse_number(text) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        # A field in JSON, however it is written.
-        ('{"final_answer": 42}', "42"),
-        ('{"final_answer": "42"}', "42"),
-        ('{"final_answer": 42.0, "steps": 7}', "42"),
-        ('{"final_answer": "$8,000.00"}', "8000"),
-        ('{"final_answer": "The answer is 42 apples."}', "42"),
-        ('{"final_answer": "10 - 3 = 7"}', "7"),
-        ('{"final_answer": 0, "work": "5 - 5"}', "0"),
-        ('{"final_answer": -0.5}', "-0.5"),
-        ('{"final_answer": 4.2e1}', "42"),
-        ('{"work": "line\nline 7", "final_answer": 42}', "42"),
-        ('```json\n{"final_answer": 42}\n```\nI used 3 steps.', "42"),
-        ('{"final_answer": 1} no, wait: {"final_answer": 2} in 9 steps', "2"),
-        ('{"final_answer": 2} {"note": 3}', "2"),
-        ('{"result": {"final_answer": 42}, "n": 3}', "42"),
-        ('{"final_answer": {"final_answer": 42}}', "42"),
-        ('{ stray " {"final_answer": 42} 7', "42"),
-        ('{"final_answer": 0.1}', "0.1"),
-        # The field is there and holds no number: no other number is paid for.
-        ('{"final_answer": null} 42', None),
-        ('{"final_answer": true, "n": 1}', None),
-        ('{"final_answer": [42]}', None),
-        ('{"final_answer": {"value": 42}}', None),
-        ('{"final_answer": "unknown", "work": "6 * 7 = 42"}', None),
-        ('{"final_answer": ""} 42', None),
-        ('{"final_answer": NaN} 42', None),
-        ('{"final_answer": Infinity} 42', None),
-        ('{"final_answer": 1e400} 42', None),
-        ('{"final_answer": "10:30"} 42', None),
-        ('{"final_answer": ","} 42', None),
-        ('{"final_answer": 1} {"final_answer": null}', None),
-        # No such field, or no JSON: the last number.
-        ('{"answer": 41} 42', "42"),
-        ('{"final_answer": 42', "42"),
-        ("{'final_answer': 42}", "42"),
-        ('{"final_answer": $42}', "42"),
-        ("So 3 + 4 = 7.", "7"),
-        ("3+4=7", "7"),
-        ("10-3=7", "7"),
-        ("10 - 3", "3"),
-        ("5*-3", "-3"),
-        ("5*3=<<5*3=15>>15", "15"),
-        ("3×4=12", "12"),
-        ("The total is $1,234.56.", "1234.56"),
-        ("Answer:5", "5"),
-        ("Answer: -5", "-5"),
-        ("Answer:-$5", "-5"),
-        ("The answer is.5", "5"),
-        ("The answer is…5", "5"),
-        ("the answer is—5", "5"),
-        ("the answer is--5", "5"),
-        ("she lost (5)-3", "3"),
-        ("x=42", "42"),
-        ("it is $400 000 - $282 000 = $118 000.", "118000"),
-        ("100 200 300", "300"),
-        ("**Final answer: 42**", "42"),
-        ("The answer is \\(\\boxed{1{,}042}\\).", "1042"),
-        ("The answer is $\\boxed{\\frac{3}{4}}$", "0.75"),
-        ("#### 42", "42"),
-        ("答案是42个", "42"),
-        ("She has 0 left.", "0"),
-        ("It is 50%", "50"),
-        # What is no number is not the last number, nor is a part of it.
-        ("She needs 12. Open 24/7.", "12"),
-        ("She has 5 at 10:30", "5"),
-        ("5 m^2", "5"),
-        ("It takes 3 of GPT-4, x2 and H2O", "3"),
-        ("5, or 1e999", "5"),
-        ("at 10:30", None),
-        ("v1.2.3", None),
-        ("on 2024-01-05", None),
-        ("1,2,3", None),
-        ("between 5-7", None),
-        ("no idea", None),
-        ("", None),
-    ],
-)
-def test_prediction(text: str, value: str | None) -> None:
-    assert extract_prediction(text) == (None if value is None else Decimal(value))
 
 
 @pytest.mark.parametrize(
@@ -214,18 +133,21 @@ def test_no_rounding_whatever_the_callers_decimal_context(precision: int) -> Non
         assert not is_correct("-" + long, parse_gold("#### -" + long[:-1] + "4"))
 
 
+def test_numbers_in_running_text() -> None:
+    assert numbers_in("Of $1,200 he spends 1/4, so 12 + 6 = 18 at 10:30.") == {1200, Decimal("0.25"), 12, 6, 18}
+
+
 # --- any text ------------------------------------------------------------------------------------------------
 
 PIECES = ["1", "23", "000", ",", ".", "-", "−", "/", ":", " ", "$", "%", "e", "^", "_", "kg", "USD", "\\frac{1}{", "}",
-          "\\", '{"final_answer":', '"', "\u00a0", "½", "٣", "(", "\n", "####"]  # fmt: skip
+          "\\", "\\times", "\\sqrt{", "**", "negative ", "=", "x", "+", '"', "\u00a0", "½", "٣", "(", "\n", "####"]  # fmt: skip
 
 
 @settings(deadline=None)  # a busy machine is no failure
 @given(st.one_of(st.text(st.characters(), max_size=200), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)))
 def test_never_raises(text: str) -> None:
-    for number in (parse_number(text), extract_prediction(text)):
+    for number in (parse_number(text), *numbers_in(text)):
         assert number is None or number.is_finite()
-    is_correct(text, Decimal(0))
     try:
         assert parse_gold(text).is_finite()
     except ValueError as error:
@@ -251,43 +173,3 @@ def test_integer_with_separators_reads_back_and_its_neighbours_differ(number: in
     text = f"{number:,}"
     assert parse_number(text) == number
     assert not is_correct(text, Decimal(number + 1))
-
-
-# --- hostile sizes -------------------------------------------------------------------------------------------
-
-MEGABYTE = 1_000_000
-PATTERNS = [
-    "{", "[", '"', "\\", "9", "0", "-", "$", ".", ",", ":", "/", " ", "#", "a", "\ud800", "1 ", "1 000 ", " 100", "1,",
-    "1,000,", "1/", "1 1/", "1e",
-    "1.", "-1", "1_", "$1 ", "US", "\\frac{1}{", "{,}", '{"a":', '{"final_answer":', '{"final_answer":"',
-    '{"final_answer":1}',
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("prefix", ["", '{"final_answer": "'], ids=["plain", "in the field"])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_no_pattern_takes_more_than_linear_time(pattern: str, prefix: str) -> None:
-    text = prefix + pattern * (200_000 // len(pattern)) + '"}'
-    begin = time.process_time()
-    extract_prediction(text)
-    parse_number(text)
-    # About 0.6 s at worst; a quadratic regex or scan would take a quarter of a minute or more.
-    assert time.process_time() - begin < 4
-
-
-@pytest.mark.parametrize("pattern", ["{", "9", "1 ", "1,", "1 1/", '{"final_answer":', '{"final_answer":1}'])
-def test_a_megabyte_takes_seconds(pattern: str) -> None:
-    text = pattern * (MEGABYTE // len(pattern))
-    begin = time.process_time()
-    extract_prediction(text)
-    assert time.process_time() - begin < 10
-
-
-def test_huge_number_is_no_answer() -> None:
-    digits = "9" * MEGABYTE
-    begin = time.process_time()
-    assert extract_prediction(digits) is None
-    assert extract_prediction(f'{{"final_answer": {digits}}}') is None
-    assert extract_prediction(f'{{"final_answer": "1e{digits}"}}') is None
-    assert extract_prediction(f"5 {digits}") == 5
-    assert time.process_time() - begin < 10

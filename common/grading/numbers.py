@@ -1,0 +1,288 @@
+r"""Reading numbers in text: exactly, as decimals. Nothing is rounded and there is no tolerance.
+
+What counts as a number:
+
+- Signs, thousands separators and decimals: 5, -5, −5, –5, .5, 8,000, 1,000,000.50, 8 000, 3.5e2, 1{,}000 (LaTeX).
+- With a currency, unit or percent sign around it: $5, 5€, USD 5, 12kg, 5 apples, 50%. These are dropped and never
+  rescale: 50% is 50, 5k is 5, 2 million is 2.
+- A simple or mixed fraction that is a finite decimal: 1/2, 3 1/4, \frac{1}{2}. Others (1/3) are no number: as golds
+  are decimals, they could not be equal to one.
+- Not a number: a lone comma, times (10:30), ratios (3:4), lists and bad grouping (1,2,3; 12,34; 0,500), ranges and
+  differences (5-7: two numbers, and no telling which was meant), dates, versions (1.2.3), powers (2^3, 2**3), names
+  (COVID-19, x2, 0x10), 1_000, other scripts' digits, ½, 5², √5, 2π, words (eighteen), NaN, infinity, exponents
+  beyond ±30, more than 40 digits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Context, Decimal, DecimalException, DivisionByZero, Inexact, InvalidOperation
+
+MAX_DIGITS = 40
+MAX_EXPONENT = 30
+_MAX_TOKEN_CHARS = 120  # longer than any accepted number, so that no long token is looked at closely
+_MAX_GAP = 60  # characters between two numbers that one operator joins
+_NEAR = (
+    6  # characters before a number that tell its sign; one more than the patterns take, so that ^ is the text's start
+)
+
+
+def parse_gold(answer: str) -> Decimal:
+    """Return the number after the one `####` of a GSM8K answer.
+
+    Raises ValueError, with a message of one line, if there is no marker, more than one, or no number after it.
+    """
+    shown = repr(answer if len(answer) <= 80 else "…" + answer[-79:])
+    parts = answer.split("####")
+    if len(parts) == 1:
+        raise ValueError(f"gold answer has no '####' marker (expected '… #### 42'): {shown}")
+    if len(parts) > 2:
+        raise ValueError(f"gold answer has {len(parts) - 1} '####' markers (expected one): {shown}")
+    number = parse_number(parts[1])
+    if number is None:
+        raise ValueError(f"gold answer has no number after '####' (expected '… #### 42'): {shown}")
+    return number
+
+
+def parse_number(text: str) -> Decimal | None:
+    """Return the one number that `text` writes, or None if it writes none, several, or something more.
+
+    Before the number only a sign, a currency and light markup may stand ("about 5" is None); after it, a unit or
+    other words without numbers. Never raises; linear time. See the module's docstring for what a number is.
+    """
+    text = plain(text)
+    tokens = _numeric(text)
+    if len(tokens) != 1:
+        return None
+    lead = _LEAD.fullmatch(text, 0, tokens[0].start())
+    if lead is None or (lead["sign"] and lead["inner_sign"]):
+        return None
+    negative = (lead["sign"] or lead["inner_sign"] or "+") != "+"
+    return _value(tokens[0][0], negative)
+
+
+def numbers_in(text: str) -> set[Decimal]:
+    """Return all numbers in running text, those in expressions too. Never raises; linear time."""
+    text = plain(text)
+    found = (_signed(text, token) for token in _numeric(text))
+    return {number for number in found if number is not None}
+
+
+def stated_number(text: str) -> Decimal | None:
+    """Return the number that a short text states: behind its last "=", else its first. Never raises; linear time.
+
+    None where that is not readable, or is an operand: 12 + 6 states no number, 12 + 6 = 18 and 18 = 12 + 6 do.
+    """
+    for side in reversed(_EQUALS.split(plain(text))):
+        tokens = _numeric(side)
+        if tokens and not _is_operand(side, tokens[0]) and not _are_operands(side, tokens[:2]):
+            number = parse_number(side)  # which also takes "- 5"
+            return _signed(side, tokens[0]) if number is None else number
+    return None
+
+
+def last_number(text: str) -> Decimal | None:
+    """Return the last number in running text. Never raises; linear time.
+
+    None without one, and where what stands last with digits is not readable or an operand.
+    """
+    text = plain(text)
+    tokens = _numeric(text)
+    if not tokens or _is_operand(text, tokens[-1]) or _are_operands(text, tokens[-2:]):
+        return None
+    return _signed(text, tokens[-1])
+
+
+def starts_with_number(text: str) -> bool:
+    """Return whether a number, or something like one, stands first, with at most a sign, currency and markup before."""
+    text = plain(text)
+    return _leads(text, _numeric(text))
+
+
+def without_remarks(statement: str) -> str:
+    """Return a statement of a number without what is said about it: "18, as 20 - 2 = 18", "7 because 3 of 4 = 0.75".
+
+    A number that stands first is all of it, unless it begins an equation: 12 + 6 = 18, 3 dozen = 36, 20% of 50 = 10.
+    """
+    text = plain(statement)
+    tokens = _numeric(text)
+    if _leads(text, tokens):
+        equals = _EQUALS.search(text, tokens[0].end())
+        term = text[tokens[0].end() : equals.start()] if equals is not None else ""
+        equation = (len(term) <= _MAX_GAP and _UNIT.fullmatch(term)) or _are_operands(text, tokens[:2], _PART_OF)
+        return text if equals is None or equation else text[: tokens[0].end()]
+    reason = _REASON.search(text)
+    return text[: reason.start()] if reason is not None and _numeric(text[: reason.start()]) else text
+
+
+# --- LaTeX and other spellings -------------------------------------------------------------------------------
+
+_FRACTION = re.compile(
+    rf"\\[dtc]?frac(?:\{{([0-9]{{1,{MAX_DIGITS}}})\}}\{{([0-9]{{1,{MAX_DIGITS}}})\}}|[ ]?([0-9])[ ]?([0-9]))"
+)
+_POWER = re.compile(rf"\^\{{([+-]?[0-9]{{1,{MAX_DIGITS}}})\}}")
+_COMMAND = re.compile(
+    r"\\(?:(?P<sign>times|cdot|div|approx|pi|sqrt|[dtc]?frac)|text(?:bf|it|rm)?|math(?:bf|it|rm|sf)?|boxed|fbox|left|right"
+    r"|q?quad)(?![A-Za-z])|\\(?P<char>[()\[\]{}$%#&_])|\\[ ;:]"
+)
+# A fraction of anything but plain digits is as little a number as a root.
+_SIGNS = {"times": "×", "cdot": "·", "div": "÷", "approx": "≈", "pi": "π"}
+_JOINED = re.compile(r"(?<=[0-9])[ ](?=[π√])")
+_NEGATIVE = re.compile(r"(?:\bnegative|(?P<lead>^\s{0,9}|(?<=\bis[ ])|(?<=:[ ]))minus)[ ](?=[$0-9])", re.IGNORECASE)
+
+
+def plain(text: str) -> str:
+    r"""Return `text` with numbers in other spellings made plain: 1{,}000, 1\,000, \frac{1}{2}, 10^{6}, negative 5."""
+    # What JSON makes of "\frac" and "\times" where the backslash was not escaped.
+    text = text.replace("\frac", "\\frac").replace("\times", "\\times")
+    text = text.replace("{,}", ",")
+    if "\\" in text:
+        text = text.replace("\\!", "").replace("\\,", ",")
+        text = _FRACTION.sub(r" \1\3/\2\4", text)
+        text = _COMMAND.sub(
+            lambda found: _SIGNS.get(found["sign"], "√") if found["sign"] else found["char"] or " ", text
+        )
+    return _NEGATIVE.sub(r"\g<lead>-", _JOINED.sub("", _POWER.sub(r"^\1", text)))
+
+
+# --- numbers -------------------------------------------------------------------------------------------------
+
+_CURRENCY = "$€£¥₹₽₩₪₫₱฿₴₺¢＄￥￡"
+_CODE = r"(?:USD|US|EUR|GBP|JPY|CNY|INR|CAD|AUD|CHF|Rs)"
+_LATIN = r"A-Za-zµÀ-ÖØ-öø-ɏ"  # without × and ÷; no CJK: 答案是42个 has no spaces around its number
+_GREEK = r"Ͱ-Ͽ"
+# Characters that belong to a number's word. Greek, roots, superscripts and ½ are there so that 2π, √2, 5² and 3½
+# are one word (which is no number) and not 2, 2, 5 and 3; other scripts' digits for the same reason.
+_LETTER = re.compile(rf"[{_LATIN}{_GREEK}]")
+_WORD = rf"{_LATIN}\d{_GREEK}\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f√"
+_MINUS = r"\-−–﹣－"
+_HYPHEN = r"\-‐‑"
+_GROUP = ",\u00a0\u2009\u202f"  # no-break and thin spaces always group digits
+# A plain space separates numbers (100 200), except where a group starts with 0, as no number of its own does: 1 250 000
+# (GSM8K has such). Read as two numbers, the last of these would be 0.
+_SPACE_GROUP = r"[ ](?=(?:[0-9]{3}[ ]){0,9}0[0-9]{2}(?![0-9]))"
+
+# A word, together with what is joined to it: 1,000.5, 10:30, 1.2.3, 5-7, $5-$7, 2^3, COVID-19, 1_000, 1e-5. All of it
+# is read as one number or as none. Each part is matched once, without backtracking.
+_TOKEN = re.compile(
+    rf"""
+    (?:[0-9]{{1,{MAX_DIGITS}}}[ ](?=[0-9]{{1,{MAX_DIGITS}}}/[0-9]))?  # the 3 of 3 1/4
+    (?:(?<![{_WORD}.)\]}}])\.(?=[0-9]))?                              # .5, but not the full stop of "is.5"
+    (?P<code>{_CODE}(?=[0-9]))?
+    [{_WORD}]++
+    (?:
+      (?: (?<=[0-9])(?:[.:/'’{_GROUP}]|\*\*|{_SPACE_GROUP})
+        | (?<=[0-9])[{_MINUS}{_HYPHEN}—][{_CURRENCY}]?
+        | (?<=[{_WORD}])[\^_{_HYPHEN}]
+        | (?<=[0-9][eE])\+
+      )(?=[0-9])
+      [{_WORD}]++
+    )*+
+    """,
+    re.VERBOSE,
+)
+
+_NUMBER = re.compile(
+    rf"""
+    {_CODE}?
+    (?: (?:(?P<whole>[0-9]+)[ ])?(?P<over>[0-9]+)/(?P<under>[0-9]+)
+      | (?P<digits> (?:[1-9][0-9]{{0,2}}(?P<group>[{_GROUP} ])[0-9]{{3}}(?:(?P=group)[0-9]{{3}})*|[0-9]+)(?:\.[0-9]+)?
+                  | \.[0-9]+ )
+        (?:[eE](?P<exponent>[+-]?[0-9]+))?
+    )
+    (?:[{_LATIN}][{_LATIN}\u00b2\u00b3]*)?  # a unit
+    """,
+    re.VERBOSE,
+)
+
+# What may stand before the number in parse_number: a sign, a currency, and some markup.
+_MARKUP = r"\s*_\"'`“”‘’(\[{=≈~"
+_LEAD = re.compile(
+    rf"[{_MARKUP}]*+(?P<sign>[+{_MINUS}])?[{_MARKUP}]*+(?:{_CODE}\.?\s*+)?[{_CURRENCY}]{{0,2}}[{_MARKUP}]*+"
+    rf"(?P<inner_sign>[+{_MINUS}])?[{_MARKUP}]*+"
+)
+# A minus right before a number in running text, or before or after its currency: not one that follows something it
+# could be subtracted from, nor the second half of a dash. At most 5 characters long.
+_SIGN_BEFORE = re.compile(
+    rf"(?:^|[^{_WORD})\]}}%{_CURRENCY}{_MINUS}{_HYPHEN}—])[{_CURRENCY}]?[{_MINUS}](?:[{_CURRENCY}][ ]?)?\Z"
+)
+
+# What joins two numbers, or a variable and a number, to something that has yet to be computed. A dash with words
+# before it ("12 eggs - 18 in all") may be punctuation, and ** is Markdown.
+_OPERATION = re.compile(
+    rf"""
+    (?: (?:[^\S\n]*+[{_LATIN}°²³]++){{0,3}}? [)\]}}%{_CURRENCY}]* [^\S\n]*
+        (?: [+×·⋅∙÷/^] | (?<=\s)[*xX](?=\s) | (?<![\s*])\*(?![\s*]) | plus | times | divided[ ]by | multiplied[ ]by )
+      | [)\]}}%{_CURRENCY}]* (?: [^\S\n]+(?:[{_MINUS}]|minus)[^\S\n]+ | [{_MINUS}] )
+    )
+    [^\S\n]*[({{\[{_CURRENCY}{_MINUS}+]*[^\S\n]*
+    """,
+    re.VERBOSE,
+)
+# x + 5, and what is inside \sqrt{} or in the denominator of a fraction that could not be read. At most 5 characters.
+_BEFORE_OPERAND = re.compile(rf"(?:[{_LATIN})](?:[ ]?[×·⋅∙÷^][ ]?|\+|[ ][+*][ ])[{_CURRENCY}]?|√[ (\[{{]|[\]}}]\{{)\Z")
+
+# What else makes one term of two numbers: 20% of 50, 5 apples at $2.
+_PART_OF = re.compile(
+    rf"(?:{_OPERATION.pattern}|%[ ]of[ ][{_CURRENCY}]?|(?:[ ][{_LATIN}]+){{0,3}}[ ]at[ ][{_CURRENCY}]?)", re.VERBOSE
+)
+_UNIT = re.compile(rf"[^\S\n]*+(?:[{_LATIN}²³/]++[^\S\n]*+){{0,3}}[)\]}}%*{_CURRENCY}]*[^\S\n]*")
+_EQUALS = re.compile(r"[=≈→]|\bequals\b")
+_REASON = re.compile(r"\b(?:because|since)\b", re.IGNORECASE)
+
+# Decimal's own operators round to the caller's context (28 digits unless changed), silently.
+_EXACT = Context(prec=400, traps=[Inexact, DivisionByZero, InvalidOperation])
+
+
+def _numeric(text: str) -> list[re.Match[str]]:
+    """Return the tokens of `text` that start like a number. Those that start with a letter (m^2, CO2) are names."""
+    return [match for match in _TOKEN.finditer(text) if match["code"] or not _LETTER.match(match[0])]
+
+
+def _leads(text: str, tokens: Sequence[re.Match[str]]) -> bool:
+    """Return whether nothing but a sign, a currency and markup stands before the first of the numbers in `text`."""
+    return bool(tokens) and _LEAD.fullmatch(text, 0, tokens[0].start()) is not None
+
+
+def _are_operands(text: str, pair: Sequence[re.Match[str]], joint: re.Pattern[str] = _OPERATION) -> bool:
+    """Return whether an operator joins two neighbouring numbers of `text` (False for one alone)."""
+    gap = text[pair[0].end() : pair[1].start()] if len(pair) == 2 else ""
+    return 0 < len(gap) <= _MAX_GAP and joint.fullmatch(gap) is not None
+
+
+def _is_operand(text: str, token: re.Match[str]) -> bool:
+    """Return whether a number of `text` is part of an expression with what stands right before it: x + 5."""
+    return _BEFORE_OPERAND.search(text[max(0, token.start() - _NEAR) : token.start()]) is not None
+
+
+def _signed(text: str, token: re.Match[str]) -> Decimal | None:
+    """Return the number that a token of running text is, with the sign before it, or None."""
+    start = token.start()
+    negative = _SIGN_BEFORE.search(text[max(0, start - _NEAR) : start]) is not None
+    return _value(token[0], negative)
+
+
+def _value(token: str, negative: bool) -> Decimal | None:
+    """Return the number that a whole token is (its sign was found before it), or None."""
+    if len(token) > _MAX_TOKEN_CHARS or not any("0" <= char <= "9" for char in token):
+        return None
+    match = _NUMBER.fullmatch(token)
+    if match is None or max(len(part) for part in re.findall("[0-9]+", token)) > MAX_DIGITS:
+        return None
+    if match["under"] is not None:
+        try:
+            value = _EXACT.divide(Decimal(match["over"]), Decimal(match["under"]))
+            if match["whole"] is not None:
+                if value >= 1:  # "2 5/3" is no mixed number
+                    return None
+                value = _EXACT.add(Decimal(match["whole"]), value)
+        except DecimalException:  # no finite decimal, or a division by zero
+            return None
+    else:
+        digits = re.sub(f"[{_GROUP} ]", "", match["digits"])
+        exponent = int(match["exponent"] or 0)
+        if abs(exponent) > MAX_EXPONENT or len(digits.replace(".", "")) > MAX_DIGITS:
+            return None
+        value = Decimal(f"{digits}e{exponent}")  # exact, as the constructor always is
+    return value.copy_negate() if negative else value  # unary minus would round
