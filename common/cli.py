@@ -7,6 +7,7 @@ Shared by the entry scripts, so that flags, defaults, error lines and exit codes
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from common.errors import UserError
+from common.settings import secrets
 from common.settings.fields import flag_of
 
 
@@ -117,12 +119,47 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+class GuardedStream(io.TextIOWrapper):
+    """stdout or stderr, whoever writes to it (a library's log and a traceback too): no key gets through.
+
+    What the terminal's or the pipe's encoding lacks becomes a question mark: a script whose work is done must not
+    end at a character that cannot be shown.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        stream.flush()
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors="replace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+
+    def write(self, text: str) -> int:
+        super().write(secrets.redact(text))
+        return len(text)
+
+
+def guard_streams() -> None:
+    """Let all that this process prints pass through `GuardedStream`; what it reads never ends it either."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # None without a terminal on Windows; a notebook has its own
+            setattr(sys, name, GuardedStream(stream))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+
+
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run a script's `main` and exit: user errors become one line each and their exit code.
 
     With `--debug` every error keeps its traceback. An unforeseen error is one line too (its type and
-    message), with exit code 1, and says how to see the rest.
+    message), with exit code 1, and says how to see the rest. No key of the environment, the command line or a login
+    is ever printed.
     """
+    secrets.protect_process(sys.argv)
+    guard_streams()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     if "--debug" not in sys.argv:
         for name in ("bitsandbytes", "huggingface_hub"):  # a missing kernel, every retry: the outcome is told below

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from common.errors import UserError
 from common.prompts import PLAIN_CHAT_TEMPLATE
 from common.settings.grpo import PACKAGED_MODEL
+from common.settings.secrets import hub_token, redact
 
 
 class LoraSettings(Protocol):
@@ -263,6 +264,7 @@ def explained(name: str) -> Iterator[None]:
     """Turn what goes wrong while loading a model into one line that names the ways out."""
     import torch
 
+    _check_hub_token(name)
     try:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
@@ -285,7 +287,7 @@ def explained(name: str) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """An exception in one line: its type and the start of its message."""
-    lines = str(error).strip().splitlines()
+    lines = redact(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
@@ -307,3 +309,10 @@ def check_base_model(base_model: str) -> None:
         raise UserError(f"--base-model {base_model} holds no config.json: name the folder of a Hugging Face model")
     if not folder.exists() and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
         raise UserError(f"--base-model {base_model} does not exist: name a folder or a Hub id (owner/name)")
+    _check_hub_token(base_model)
+
+
+def _check_hub_token(name: str) -> None:
+    """Stop for a Hub token that cannot be one, before a library sends it; only a model on the Hub needs any."""
+    if name != PACKAGED_MODEL and not Path(name).expanduser().exists():
+        hub_token()

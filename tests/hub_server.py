@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from misbehaving import echoed
+
 WRITE, READ, FINE = "hf_write_secret", "hf_read_secret", "hf_fine_secret"
 ROLES = {WRITE: "write", READ: "read", FINE: "fineGrained"}
 LFS_THRESHOLD = 1_000_000
@@ -25,8 +27,9 @@ LFS_THRESHOLD = 1_000_000
 class Fault:
     """What happens to requests whose method and path match, so many times.
 
-    `action` is a status to answer with, "cut" (the connection breaks after half of the body) or "lost" (the
-    request is carried out, its answer never comes).
+    `action` is a status to answer with, "echo STATUS" (likewise, and the token is repeated in every way), "cut" (the
+    connection breaks after half of the body) or "lost" (the request is carried out, its answer never comes). An empty
+    method matches every one.
     """
 
     method: str
@@ -57,6 +60,7 @@ class HubServer(ThreadingHTTPServer):
         self.forbidden: set[str] = set()  # repos that the token may not write to
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str]] = []
+        self.authorised: set[str] = set()  # the Authorization headers that came
         self.uploaded = 0  # bytes of large files received, broken attempts included
         self.lock = threading.Lock()
 
@@ -89,6 +93,8 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         path = self.path.split("?")[0]
         self.server.log.append((self.command, path))
+        if "Authorization" in self.headers:
+            self.server.authorised.add(self.headers["Authorization"])
         fault = self.take_fault(path)
         if fault is not None and fault.action == "cut":
             half = int(self.headers.get("Content-Length") or 200_000) // 2
@@ -99,6 +105,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault is not None and isinstance(fault.action, int):
             self.answer(fault.action, {"error": "as ordered"})
             return
+        if fault is not None and fault.action.startswith("echo"):
+            self.answer(int(fault.action.split()[1]), {"error": echoed(self)}, told=echoed(self))
+            return
         status, value = self.route(path, body)
         if fault is not None:  # lost
             self.hang_up()
@@ -108,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
     def take_fault(self, path: str) -> Fault | None:
         with self.server.lock:
             for fault in self.server.faults:
-                if fault.times and fault.method == self.command and fault.part in path:
+                if fault.times and fault.method in ("", self.command) and fault.part in path:
                     fault.times -= 1
                     return fault
         return None
@@ -127,9 +136,11 @@ class Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def answer(self, status: int, value: object) -> None:
+    def answer(self, status: int, value: object, told: str | None = None) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
+        if told is not None:
+            self.send_header("X-Error-Message", told)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         if status == 404:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote
 
 MODELS = [
     {"id": "base", "object": "model", "created": 0, "owned_by": "x", "root": "/m", "parent": None},
@@ -42,7 +44,7 @@ class MisbehavingServer:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer._lock:
                     outer.requests.append(request)
-                    outer.headers = dict(self.headers)
+                    outer.headers = {name.title(): value for name, value in self.headers.items()}
                 if not outer.fault(self, request):
                     self.reply(outer.completion(request))
 
@@ -95,7 +97,8 @@ class MisbehavingServer:
                 "top_logprobs": [{"token": token, "logprob": -0.1, "bytes": None}],
             }
             choice["logprobs"] = {"content": [place]}
-        usage = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
+        prompt = sum(len(message["content"].split()) for message in request["messages"])
+        usage = {"prompt_tokens": prompt, "completion_tokens": 7, "total_tokens": prompt + 7}
         return {
             "id": "1",
             "object": "chat.completion",
@@ -109,6 +112,61 @@ class MisbehavingServer:
 def asks(request: dict[str, Any], words: str) -> bool:
     """Whether a chat request is about a question with these words."""
     return any(words in message["content"] for message in request.get("messages", []))
+
+
+def reshaped(server: MisbehavingServer, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
+    """Have every chat reply changed by `change(reply, its first choice)` before it is sent."""
+
+    def fault(handler: Any, request: dict[str, Any]) -> bool:
+        if request:
+            reply = server.completion(request)
+            change(reply, reply["choices"][0])
+            handler.reply(reply)
+        return bool(request)
+
+    server.fault = fault
+
+
+def echoed(handler: Any) -> str:
+    """The key that a request came with, in all the ways in which a careless server or library repeats one."""
+    sent = handler.headers.get("Authorization") or ""
+    key = sent.removeprefix("Bearer ")
+    raw = f"x:{key}".encode()
+    forms = [sent, repr(sent.encode()), json.dumps(sent), quote(sent), base64.b64encode(raw).decode(), raw.hex()]
+    return " ".join([*forms, f"{key[:12]}***{key[-12:]}", f"/v1?key={key}", repr({"authorization": sent})])
+
+
+def _dropped(handler: Any, data: bytes = b"") -> bool:
+    """Something that is no HTTP, then the end of the connection."""
+    handler.wfile.write(data)
+    handler.close_connection = True
+    return True
+
+
+# What a server can do to a request, with the key in it where there is a place for it: name → fault.
+FAULTS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
+    **{
+        f"status {status}": lambda handler, request, status=status: handler.error(status, echoed(handler))
+        for status in (400, 401, 403, 404, 409, 422, 429, 500, 503)
+    },
+    "status 500, no reason": lambda handler, request: handler.error(500, ""),
+    "an error with status 200": lambda handler, request: not handler.reply({"error": {"message": echoed(handler)}}),
+    "an error in the choice": lambda handler, request: not handler.reply(
+        {"choices": [{"error": {"code": 502, "message": echoed(handler)}, "message": {"content": ""}}]}
+    ),
+    "the key as answer": lambda handler, request: not handler.reply(
+        {"choices": [{"message": {"content": echoed(handler) + ' {"final_answer": 5}'}}], "data": [{"id": echoed(handler)}]}
+    ),
+    "a page": lambda handler, request: not handler.reply(f"<html>{echoed(handler)}</html>", kind="text/html"),
+    "half a page": lambda handler, request: not handler.reply("{" + echoed(handler)),
+    "no choices": lambda handler, request: not handler.reply({"choices": [], "told": echoed(handler)}),
+    "a header that is none": lambda handler, request: _dropped(
+        handler, f"HTTP/1.1 200 {echoed(handler)}\r\nX: \x01{echoed(handler)}\r\n\r\n".encode()
+    ),
+    "no HTTP": lambda handler, request: _dropped(handler, echoed(handler).encode() + b"\r\n\r\n"),
+    "a redirect": lambda handler, request: not handler.reply("", 307, Location=f"http://127.0.0.1:9/{echoed(handler)}"),
+    "hung up": lambda handler, request: _dropped(handler),
+}  # fmt: skip
 
 
 def hang(seconds: float) -> Callable[[Any, dict[str, Any]], bool]:

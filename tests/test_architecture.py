@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "prompts": "problems",
     "models": "errors settings prompts",
     "runs": "errors settings models",
-    "reports": "errors runs",
+    "reports": "errors settings runs",
     "similarity": "models",
     "servers": "errors generation settings prompts runs",
     "workers": "generation decoding settings cli prompts servers",

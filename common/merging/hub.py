@@ -1,6 +1,6 @@
 """Pushing a folder to the Hugging Face Hub: asked for permission early, resumed where it broke off.
 
-The endpoint is huggingface_hub's own setting, HF_ENDPOINT. No message here ever holds the token.
+The endpoint is huggingface_hub's own setting, HF_ENDPOINT.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.cli import say
 from common.errors import UserError
+from common.settings import secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -35,7 +36,8 @@ def api_for(token: str | None) -> HfApi:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    found = token or get_token()
+    # get_token last: it also knows ways to log in that the environment and the login's file do not show.
+    found = secrets.clean_key(token, "--token") or secrets.hub_token() or secrets.clean_key(get_token(), "the login")
     if not found:
         raise UserError(
             "no Hub token found to push with: set HF_TOKEN, run `hf auth login`, pass --token, or keep the model "
@@ -176,14 +178,15 @@ def _outcome(error: BaseException) -> str:
         return f"it answered {status}"
     root = _root(error)
     lines = str(root).strip().splitlines()
-    return f"{type(root).__name__}: {lines[0][:120]}" if lines else type(root).__name__
+    return secrets.redact(f"{type(root).__name__}: {lines[0][:120]}" if lines else type(root).__name__)
 
 
 def explain(error: BaseException, repo: str, endpoint: str) -> str:
     """What a failed request means, in one line."""
+    secrets.scrub(error)
     status = _status(error)
     said = getattr(getattr(_root(error), "response", None), "headers", {}).get("X-Error-Message")
-    detail = f" ({said})" if said else ""
+    detail = f" ({secrets.redact(said)})" if said else ""
     known = {
         401: f"the Hub does not accept the token{detail}: check HF_TOKEN or --token, or run `hf auth login`",
         403: f"the token may not write to {repo}{detail}: use one with write permission, or another --repo-name",

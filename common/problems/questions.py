@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.grading import parse_gold
 from common.problems import generated
 from common.settings.grpo import TrainingArgs
+from common.settings.secrets import hub_token
 
 GENERATOR_PREFIX = "reasoning-gym:"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -55,6 +56,8 @@ def check_source(dataset: str, split: str = "train", flag: str = "--dataset") ->
             generated.parse_source(dataset)
         elif _is_local(dataset):
             _read_path(Path(dataset), split if Path(dataset).is_dir() else "train")
+        else:
+            hub_token()  # one that cannot be sent is told now, not from within a library
     except UserError as error:
         raise UserError(str(error).replace("--dataset ", f"{flag} ")) from error
 
@@ -270,7 +273,9 @@ def _known_tasks() -> list[str]:
         raise UserError("generated problems need the package reasoning-gym: pip install -r requirements.txt")
     sources = Path(spec.origin).parent.rglob("*.py")
     pattern = re.compile(r'DATASET_NAME\s*=\s*"(\w+)"|register_dataset\(\s*"(\w+)"')
-    return sorted({first or second for path in sources for first, second in pattern.findall(path.read_text())})
+    return sorted(
+        {first or second for path in sources for first, second in pattern.findall(path.read_text(encoding="utf-8"))}
+    )
 
 
 def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Question]:

@@ -32,6 +32,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from common.errors import UserError
 from common.reports.metrics import step_metrics
+from common.settings.secrets import WANDB_VARIABLE, clean_key, redact, redact_logs
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ def start_wandb(
             run = _init(wandb, "online", project, run_name, config, output_dir)
         except Exception as error:  # noqa: BLE001  (whatever wandb raises must not end a training run)
             offline_because = f"the server did not start a run: {_one_line(error)}"
+            redact_logs(output_dir / "wandb")  # its answers are in there, and what it was asked with may be in these
         else:
             print(f"wandb: run {run.name} at {run.url}", file=sys.stderr)
             return run
@@ -141,6 +143,7 @@ def _why_offline(settings: Any) -> str | None:
     if settings.mode in {"offline", "dryrun"}:
         return "WANDB_MODE=offline" if os.environ.get("WANDB_MODE") else "wandb is set to offline"
     try:
+        clean_key(os.environ.get(WANDB_VARIABLE), WANDB_VARIABLE)
         if not _credentials_known(settings.base_url):
             return "no API key: set WANDB_API_KEY or run 'wandb login'"
     except Exception as error:  # noqa: BLE001  (a key in a wrong format, an unreadable netrc)
@@ -201,7 +204,7 @@ def _plain(value: Any) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = redact(" ".join(str(error).split()))
     for advice in (" For further information", " Consider increasing"):  # pydantic's, wandb's
         text = text.split(advice)[0]
     return text[:300] or type(error).__name__
@@ -298,6 +301,7 @@ class WandbCallback(TrainerCallback):
         self.flush()
         with self._never_fatal():
             self.run.finish()
+            redact_logs(Path(self.run.settings.wandb_dir))
 
     def _log(self, data: dict[str, Any]) -> None:
         if data:
@@ -356,7 +360,7 @@ class WandbCallback(TrainerCallback):
         except Exception as error:  # noqa: BLE001  (whatever wandb raises: training goes on)
             if not self._warned:
                 self._warned = True
-                logger.warning("W&B logging failed, training goes on: %s: %s", type(error).__name__, error)
+                logger.warning("W&B logging failed, training goes on: %s: %s", type(error).__name__, redact(str(error)))
 
 
 def _numbers(logs: Mapping[str, Any]) -> dict[str, float]:

@@ -30,6 +30,8 @@ def url_problem(url: str) -> str | None:
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number
         fine = False
+    if "@" in url:
+        return "has a user name or password in it, which would be shown and stored: give a key in $OPENAI_API_KEY"
     return None if fine else f"{url!r} is no address of a server: use http://HOST:PORT/v1"
 
 

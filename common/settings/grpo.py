@@ -14,6 +14,7 @@ from typing import Any, Literal
 from common.errors import UserErrors
 from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS
 from common.settings.fields import check_values, setting, url_problem
+from common.settings.secrets import api_key_problem
 
 PACKAGED_MODEL = "packaged/SmolLM2-135M-Instruct"
 
@@ -107,6 +108,8 @@ class TrainingArgs:
                 )
             if self.worker_url is not None and (problem := url_problem(self.worker_url)) is not None:
                 problems.append(f"--worker-url {problem}")
+            if self.worker_url is not None and (problem := api_key_problem()) is not None:
+                problems.append(problem)
             if self.worker_model is not None and self.worker_url is None:
                 problems.append("--worker-model names a model of a server: add its --worker-url")
         if problems:

@@ -8,6 +8,7 @@ from typing import Literal
 from common.errors import UserErrors
 from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS
 from common.settings.fields import check_values, setting, url_problem
+from common.settings.secrets import api_key_problem
 
 ADAPTER_NAME = "recursive_reasoner"
 
@@ -50,6 +51,8 @@ class ServingArgs:
             problem = None if url is None else url_problem(url)
             if problem is not None:
                 problems.append(f"{flag} {problem}")
+        if (problem := api_key_problem(self.api_key)) is not None:
+            problems.append(problem)
         if problems:
             raise UserErrors(problems)
 

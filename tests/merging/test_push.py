@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 from hub_server import FINE, READ, WRITE, Fault, HubServer, Repo
+from planted import everything, found
 
 import merge_and_push
 
@@ -227,3 +228,43 @@ def test_an_unreachable_hub_is_one_line(hub, finished_run, tmp_path):
     assert done.returncode == 1, done.stderr
     assert "the Hub at http://127.0.0.1:9 failed" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "status", "given"),
+    [
+        ("GET", "/api/whoami-v2", 401, "flag"),
+        ("GET", "/auth-check", 403, "login"),
+        ("POST", "/api/repos/create", 400, "variable"),
+        ("PUT", "/lfs/object/", 403, "flag"),
+        ("POST", "/commit/", 400, "login"),
+    ],
+)
+def test_a_token_with_a_line_break_works_and_no_fault_shows_it(
+    hub, finished_run, copy, tmp_path, method, part, status, given
+):
+    """On a terminal without Unicode: the certificate's table does not stop the push either."""
+    hub.repos["user/planner"] = Repo()
+    hub.faults.append(Fault(method, part, f"echo {status}", times=99))
+    if "create" in part:
+        del hub.repos["user/planner"]
+    env = environment(hub, f"{WRITE} \n" if given == "variable" else None, tmp_path) | {"PYTHONIOENCODING": "ascii"}
+    (tmp_path / "hf").mkdir()
+    if given == "login":
+        (tmp_path / "hf" / "token").write_text(f"{WRITE}\n")
+    more = ["--token", f" {WRITE}\n"] if given == "flag" else []
+    done = run_script("merge_and_push.py", *flags(finished_run, copy), *more, "--debug", env=env)
+    assert hub.faults[0].times < 99 and f"Bearer {WRITE}" in hub.authorised, done.stderr
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert not found(WRITE, everything(copy, done.stdout, done.stderr))
+
+
+def test_a_token_that_cannot_be_one_is_refused_before_any_request(hub, finished_run, tmp_path):
+    env = environment(hub, None, tmp_path)
+    command = flags(finished_run, tmp_path / "merged")
+    done = run_script("merge_and_push.py", *command, "--token", "hf_write\nsecret-secret", env=env)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("merge_and_push.py: error")]
+    assert (
+        done.returncode == 2 and len(lines) == 1 and "--token cannot be a key: it has a control character" in lines[0]
+    )
+    assert "secret" not in done.stderr and not hub.log
