@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -169,3 +170,36 @@ def test_an_unreachable_model_is_one_line_that_names_the_ways_out(questions_file
     assert "nobody/no-such-model" in done.stderr.splitlines()[-1]
     assert "packaged/" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+SCRIPTS = ("grpo_training.py", "dummy_planner.py", "inference_vllm.py", "merge_and_push.py")
+ENCODINGS = [
+    *({"PYTHONIOENCODING": name} for name in ("ascii", "latin-1", "cp1252", "utf-8:strict")),
+    {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
+def test_what_a_terminal_cannot_show_ends_no_script(server, encoding):
+    """Help with its signs; an answer in many alphabets, half a surrogate pair in it; a question asked in one."""
+    for command in ([str(ROOT / script) for script in SCRIPTS], ["-m", "common.inference.serve_demo"]):
+        for words in [[word] for word in command] if command[0] != "-m" else [command]:
+            done = subprocess.run(
+                [sys.executable, *words, "--help"],
+                cwd=ROOT,
+                env={**os.environ, **encoding},
+                capture_output=True,
+                check=False,
+            )
+            assert done.returncode == 0 and done.stdout and not done.stderr, (words, done.stderr)
+    hard = "Größe → 数 🦀 \ud83d"
+    server.fault = lambda handler, request: (
+        bool(request) and (handler.reply(server.completion(request, f'{hard} {{"final_answer": 5}}')) or True)
+    )
+    for flags, spoken in ((["--question", f"{hard[:12]}?"], b""), ([], "Größe?\nquit\n".encode())):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "inference_vllm.py"), "--base-url", server.url, "--no-probe", *flags],
+            env={**os.environ, **encoding}, input=spoken, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        assert b"answer     5" in done.stdout and b"cost" in done.stdout, "what comes after it is shown too"

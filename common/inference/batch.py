@@ -41,7 +41,7 @@ def read_input(path: str) -> list[Asked]:
     if not source.is_file():
         raise UserError(f"--input {path} {'is a folder' if source.is_dir() else 'does not exist'}: name a JSONL file")
     try:
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--input {path} cannot be read ({error}): name a JSONL file in UTF-8") from error
     asked = [_asked(path, number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]

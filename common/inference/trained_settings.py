@@ -46,7 +46,7 @@ def read_training_settings(path: Path) -> dict[str, Any]:
         UserError: when the file holds none.
     """
     try:
-        settings = json.loads(path.read_text())["settings"]
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no {TRAINING_CONFIG} of a run ({type(error).__name__}: {error})") from error
     if not isinstance(settings, dict):

@@ -71,7 +71,7 @@ def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict
         if not (folder / name).is_file():
             raise UserError(f"{flag} {adapter_path} is no LoRA adapter: {name} is missing in it")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
             f"{folder / 'adapter_config.json'} is not valid JSON ({error}): save the adapter anew"

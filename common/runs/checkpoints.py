@@ -43,7 +43,7 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
     states = [*checkpoint.glob("rng_state*.pth"), checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except ValueError:
         return False
     return (

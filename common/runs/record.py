@@ -63,7 +63,7 @@ def read_run_record(output_dir: Path) -> dict[str, Any]:
     """
     path = output_dir / TRAINING_CONFIG
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         record["settings"]["output_dir"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = "there is none" if not path.exists() else f"it cannot be read: {error}"

@@ -91,3 +91,26 @@ def test_an_output_that_goes_away_is_told(server, tmp_path):
     server.fault = fault
     code, line = failure(server, "--input", str(source), "--output", str(folder / "out.jsonl"), "--no-probe")
     assert code == 1 and "could not be written" in line and "the same command goes on from there" in line
+
+
+def test_a_file_with_a_byte_order_mark_and_half_characters_is_answered(server, tmp_path):
+    """What Windows editors put before a file's first line; halves of surrogate pairs in a question and in an answer."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    questions = ["Größe?", "half \ud83d a pair?"]
+    lines = "".join(
+        json.dumps({"question": question}, ensure_ascii=question.startswith("h")) + "\n" for question in questions
+    )
+    source.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+
+    def fault(handler, request):
+        if asks(request, "What is 2 + 3?") and not asks(request, "already solved"):
+            handler.reply(server.completion(request, 'half \ud83d {"final_answer": 5}'))
+            return True
+        return False
+
+    server.fault = fault
+    assert ask(server, "--input", str(source), "--output", str(output), "--no-probe") == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["question"] for record in records] == questions
+    assert all(record["error"] is None and "\ud83d" in record["solutions"][0] for record in records)
+    assert any(asks(request, "half ? a pair?") for request in server.requests)
