@@ -9,12 +9,13 @@ from dataclasses import dataclass
 class Generation:
     """A model's answer to one prompt.
 
-    `tokens` counts what was generated, the end-of-sequence token included and padding excluded;
-    `finished` is false where the answer was cut off; `error` says why there is no answer.
+    `tokens` counts what was generated, the end-of-sequence token included and padding excluded; it is None where a
+    server does not tell and nobody could count. `finished` is false where the answer was cut off; `error` says why
+    there is no answer.
     """
 
     text: str
-    tokens: int
+    tokens: int | None
     finished: bool
     error: str | None = None
 

@@ -29,13 +29,14 @@ OnAnswer = Callable[[int, int, Generation], None]
 class PipelineItem:
     """One planner completion to carry out. `planner_tokens` counts the completion with its end token.
 
-    `ground_truth` is None for a question whose answer is not known: it is answered, not graded.
+    It is None where nobody counted them. `ground_truth` is None for a question whose answer is not known: it is
+    answered, not graded.
     """
 
     planner_output: str
     question: str
     ground_truth: str | None
-    planner_tokens: int = 0
+    planner_tokens: int | None = 0
     finished: bool = True
 
     @property
@@ -68,14 +69,17 @@ class PipelineResult:
         return [*self.solutions, *([] if self.final is None else [self.final])]
 
     @property
-    def worker_tokens(self) -> int:
-        """Tokens of all the worker's answers to this sample."""
-        return sum(answer.tokens for answer in self.worker_answers)
+    def worker_tokens(self) -> int | None:
+        """Tokens of all the worker's answers to this sample; None where one of them was not counted."""
+        counts = [answer.tokens for answer in self.worker_answers]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
 
     @property
-    def total_tokens(self) -> int:
-        """Planner completion and all worker answers."""
-        return self.item.planner_tokens + self.worker_tokens
+    def total_tokens(self) -> int | None:
+        """Planner completion and all worker answers; None where one of them was not counted."""
+        planner, worker = self.item.planner_tokens, self.worker_tokens
+        return None if planner is None or worker is None else planner + worker
 
     @property
     def number(self) -> Decimal | None:
@@ -274,7 +278,7 @@ def run_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: Senten
     a server's where they name one."""
     worker: Worker
     if args.worker_url is not None:
-        worker = ServerWorker.from_settings(args)
+        worker = ServerWorker.from_settings(args, tokenizer)
     else:
         worker = FrozenWorker(
             model,

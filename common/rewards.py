@@ -44,9 +44,9 @@ class RewardWeights:
         )
 
 
-def token_efficiency(tokens: int, max_tokens: int) -> float:
-    """1 − tokens / max_tokens, clamped to [0, 1]."""
-    return min(1.0, max(0.0, 1 - tokens / max_tokens))
+def token_efficiency(tokens: int | None, max_tokens: int) -> float | None:
+    """1 − tokens / max_tokens, clamped to [0, 1]; None for tokens that nobody counted."""
+    return None if tokens is None else min(1.0, max(0.0, 1 - tokens / max_tokens))
 
 
 def reward_of(result: PipelineResult, weights: RewardWeights) -> float | None:
@@ -55,20 +55,21 @@ def reward_of(result: PipelineResult, weights: RewardWeights) -> float | None:
     reward = correctness × correct + token × (1 − tokens / max_tokens) + independence × independence_score
 
     Returns:
-        None where the worker failed (TRL masks the sample); 0 for an invalid plan, plus the format credit
-        where that is switched on; with the gate, 0 for a wrong answer.
+        None where the worker failed or its tokens are unknown (TRL masks the sample); 0 for an invalid plan, plus
+        the format credit where that is switched on; with the gate, 0 for a wrong answer.
     """
     if result.error is not None:
         return None
     if result.plan is None:
         # Cut off or over a limit, it is no valid plan, so it must not earn the credit of one: finished=False.
         return weights.format * near_plan_credit(result.item.planner_output, finished=False) if weights.format else 0.0
+    efficiency = token_efficiency(result.total_tokens, weights.max_tokens)
+    if efficiency is None:
+        return None
     if weights.gate_on_correct and not result.correct:
         return 0.0
     return (
-        weights.correctness * result.correct
-        + weights.token * token_efficiency(result.total_tokens, weights.max_tokens)
-        + weights.independence * result.independence
+        weights.correctness * result.correct + weights.token * efficiency + weights.independence * result.independence
     )
 
 
@@ -279,5 +280,6 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -78,6 +78,11 @@ class MisbehavingServer:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """The chat requests, without those of the check at start whether instructions arrive."""
+        return [request for request in self.requests if request["max_tokens"] > 1]
+
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()

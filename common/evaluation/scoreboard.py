@@ -93,7 +93,8 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
         votes = Counter([first["answer"], *(_number(answer) for answer in drawn)])
         votes.pop(None, None)
         winner = votes.most_common(1)[0][0] if votes else None  # ties go to the one counted first
-        tokens = first["total_tokens"] + sum(answer.tokens for answer in drawn)
+        counts = [first["total_tokens"], *(answer.tokens for answer in drawn)]
+        tokens = None if None in counts else sum(counts)
         correct = winner is not None and Decimal(winner) == parse_gold(item.answer)
         records.append(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def benchmark(session: Session, temperature: float, output: Path | None) -> int:
     """The scoreboard of training, with a server's models as planners and worker; returns 0.
 
     Raises:
-        UserError: when a planner's request fails, because a plan that was never written is no invalid plan.
+        UserError: when a planner's request fails, because a plan that was never written is no invalid plan; for a
+            server that tells no token counts.
     """
     from transformers.utils import logging
 
@@ -83,6 +85,12 @@ def benchmark(session: Session, temperature: float, output: Path | None) -> int:
     say(f"{len(questions)} questions to {session.base.name} and {session.adapter}, plans {how}")
 
     rows = [run_direct(questions, executor)]
+    if math.isnan(rows[0].mean("total_tokens")):
+        raise UserError(
+            f"{session.worker.server.endpoint.url} tells no token counts, so there is no fair scoreboard: direct "
+            "solving would have to get the tokens that the planner costs: benchmark on another server, such as vLLM",
+            exit_code=1,
+        )
     states: dict[str, str] = {}
     for name, model in ((UNTRAINED, session.base.name), (TRAINED, session.adapter)):
         planner = session.planner_model(model, temperature, seed=0 if temperature else None)

@@ -25,7 +25,7 @@ def show_turn(session: Session, question: str) -> Answer:
         else:
             decision = "solve directly"
         note = " (a plan among other text)" if state == REPAIRED else ""
-        _show("decision", f"{decision}{note}  [{item.planner_tokens} tokens, {seconds:.1f} s]")
+        _show("decision", f"{decision}{note}  [{_count(item.planner_tokens)} tokens, {seconds:.1f} s]")
         if plan is None:
             _show("written", item.planner_output or "(nothing)")
             return
@@ -49,9 +49,14 @@ def show_turn(session: Session, question: str) -> Answer:
     _show("answer", result.answer or ("none, it was cut off" if cut_off else "no number in it"))
     _show(
         "cost",
-        f"{result.item.planner_tokens} + {result.worker_tokens} tokens (plan + work), {answer.seconds:.1f} s",
+        f"{_count(result.item.planner_tokens)} + {_count(result.worker_tokens)} tokens (plan + work), "
+        f"{answer.seconds:.1f} s",
     )
     return answer
+
+
+def _count(tokens: int | None) -> str:
+    return "unknown" if tokens is None else str(tokens)
 
 
 def _show(label: str, text: str) -> None:

@@ -18,6 +18,7 @@ from common.pipeline import OnAnswer, PipelineExecutor, PipelineItem, PipelineRe
 from common.plans import Plan, plan_schema
 from common.prompts import planner_messages
 from common.servers.client import Endpoint, Server
+from common.servers.instructions import fold_if_dropped
 from common.servers.model_list import ServedModel, adapter_of, base_model, check_parent, find_adapter
 from common.servers.probe import probe
 from common.settings.inference import PROMPT_SETTINGS, ServingArgs
@@ -111,6 +112,9 @@ class Session:
         self.worker = ServerWorker(
             worker_server, worker_name, style=args.worker_style, max_tokens=args.worker_max_tokens
         )
+        for server, name in {(self.server, self.base.name), (worker_server, worker_name)}:
+            if self.run(fold_if_dropped(server, name)):
+                say(f"the chat template of {name} drops system messages: the instructions go into the user's")
         if args.probe:
             self._check_who_answers(worker_adapter)
         self.planner = self.planner_model(self.adapter, args.temperature)

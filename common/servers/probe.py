@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from common.errors import UserError
 from common.prompts import Message, planner_messages
-from common.servers.client import Reply, Server
+from common.servers.client import Server
+from common.servers.replies import Reply
 
 EXIT_CODE = 3
 TOKENS = 4  # compared per answer

@@ -154,7 +154,7 @@ class LocalModel:
                 answers.update(zip(batch, self._run_batch(model, with_kinds), strict=True))
         self._stats.model_seconds += time.perf_counter() - started
         self._stats.generated += len(texts)
-        self._stats.generated_tokens += sum(answer.tokens for answer in answers.values())
+        self._stats.generated_tokens += sum(answer.tokens or 0 for answer in answers.values())
         return [answers[index] for index in range(len(texts))]
 
     def _run_batch(self, model: Any, encoded: Sequence[tuple[list[int], Hashable]]) -> list[Generation]:

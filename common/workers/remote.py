@@ -18,6 +18,7 @@ from common.cli import say
 from common.generation import Generation, WorkerStats
 from common.prompts import Message
 from common.servers.client import TRAINING_CONCURRENCY, TRAINING_RETRIES, Endpoint, Server, ServerError
+from common.servers.instructions import fold_if_dropped
 from common.servers.model_list import adapter_of, base_model
 from common.servers.probe import probe
 from common.settings.grpo import TrainingArgs
@@ -104,7 +105,7 @@ class ServerModel:
         except ServerError as error:
             return Generation("", 0, False, str(error))
         self._stats.generated += 1
-        self._stats.generated_tokens += reply.generation.tokens
+        self._stats.generated_tokens += reply.generation.tokens or 0
         return reply.generation
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
@@ -142,16 +143,23 @@ class ServerWorker(ServerModel, WorkerCalls):
         self.style = style
 
     @classmethod
-    def from_settings(cls, args: TrainingArgs) -> ServerWorker:
+    def from_settings(cls, args: TrainingArgs, tokenizer: Any = None) -> ServerWorker:
         """The worker that `--worker-url` and its companions name.
+
+        Args:
+            args: settings of the run.
+            tokenizer: of the run's base model, to count answers where the server does not.
 
         Raises:
             UserError: where the server cannot be reached, or serves no such base model.
         """
         assert args.worker_url is not None
         patience = (args.worker_timeout, TRAINING_RETRIES, TRAINING_CONCURRENCY)
-        server = Server(Endpoint(args.worker_url, None, *patience, "--worker-url"))
+        endpoint = Endpoint(args.worker_url, None, *patience, "--worker-url")
+        count = None if tokenizer is None else lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
+        server = Server(endpoint, count_tokens=count)
         name = base_model(server.run(server.models()), args.worker_model, flag="--worker-model").name
+        server.run(fold_if_dropped(server, name))
         return cls(
             server, name, style=args.worker_style, max_tokens=args.worker_max_tokens, cache_size=args.worker_cache_size
         )

@@ -104,7 +104,7 @@ class GenerateWorker:
             text = self._tokenizer.decode(row[:length], skip_special_tokens=True).strip()
             answers.append(Generation(text, length, row[length - 1] in ends))
         self._stats.generated += len(texts)
-        self._stats.generated_tokens += sum(answer.tokens for answer in answers)
+        self._stats.generated_tokens += sum(answer.tokens or 0 for answer in answers)
         return answers
 
 
@@ -149,7 +149,7 @@ class VllmWorker:
         distinct = list(dict.fromkeys(texts))
         with ThreadPoolExecutor(max_workers=max(1, len(distinct))) as pool:
             found = dict(zip(distinct, pool.map(self._complete, distinct), strict=True))
-        self._stats.generated_tokens += sum(answer.tokens for answer in found.values())
+        self._stats.generated_tokens += sum(answer.tokens or 0 for answer in found.values())
         return [found[text] for text in texts]
 
     def forget(self) -> None:

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{len(results)} questions, {args.dataset}": name,
                 "accuracy": f"{100 * correct / len(results):.0f}%",
                 "95% interval": f"{100 * low:.0f}-{100 * high:.0f}",
-                "worker tokens": f"{sum(result.worker_tokens for result in results) / len(results):.0f}",
+                "worker tokens": f"{sum(result.worker_tokens or 0 for result in results) / len(results):.0f}",
             }
         )
         print(rows[-1], file=sys.stderr, flush=True)

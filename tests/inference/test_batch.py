@@ -37,10 +37,10 @@ def test_a_file_is_answered_whole_but_for_what_fails_and_then_resumed(server, tm
     assert [record.get("correct") for record in records] == [True] * 4 + [False, True]
     assert "1 failed" in capsys.readouterr().err
 
-    asked_before = len(server.requests)
+    asked_before = len(server.asked)
     server.fault = lambda handler, request: False
     assert ask(server, *flags, "--no-probe") == 0
-    assert len(server.requests) - asked_before == 4  # a plan, two subproblems, a combine: of the failed one alone
+    assert len(server.asked) - asked_before == 4  # a plan, two subproblems, a combine: of the failed one alone
     assert all(json.loads(line)["error"] is None for line in output.read_text().splitlines())
 
     source.write_text(json.dumps({"question": "Another?"}) + "\n")
@@ -83,7 +83,7 @@ def test_an_output_that_goes_away_is_told(server, tmp_path):
     folder.mkdir()
 
     def fault(handler, request):
-        if request and folder.is_dir():
+        if server.asked and folder.is_dir():
             shutil.rmtree(folder)
             folder.write_text("what was plugged in there instead")
         return False

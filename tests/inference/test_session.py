@@ -22,7 +22,7 @@ def test_one_question_is_planned_split_solved_and_combined(server, capsys):
     assert record["subproblems"] == ["What is 2 + 3?", "What is 4 + 1?"]
     assert (record["planner_tokens"], record["worker_tokens"]) == (7, 21)
     planner = [r for r in server.requests if "response_format" in r]
-    worker = [r for r in server.requests if r["model"] == "base" and "logprobs" not in r]
+    worker = [r for r in server.asked if r["model"] == "base" and "logprobs" not in r]
     assert [r["temperature"] for r in planner] == [0.3]
     assert [r["temperature"] for r in worker] == [0.0] * 3
     assert planner[0]["response_format"]["json_schema"]["schema"]["required"][0] == "should_decompose"
@@ -184,7 +184,7 @@ def test_the_adapters_training_settings_are_used_unless_overridden(server, tmp_p
     assert ask(server, "--json", "--worker-max-tokens", "44") == 0
     planner = next(r for r in server.requests if "response_format" in r)
     assert planner["messages"][0]["content"].startswith("Split the problem for a worker")
-    worker = [r for r in server.requests if r["model"] == "base" and "logprobs" not in r]
+    worker = [r for r in server.asked if r["model"] == "base" and "logprobs" not in r]
     assert {r["max_tokens"] for r in worker} == {44}
     assert worker[0]["messages"][-1]["content"] in (
         "What is 2 + 3?",
