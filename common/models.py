@@ -116,6 +116,14 @@ def load_base(
     return model
 
 
+def quantised_on(model: Any) -> str:
+    """The device that a 4-bit model was quantised on: CPU and GPU kernels need not round alike."""
+    import torch
+
+    device = next(model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def lora_config(args: LoraSettings, model: Any) -> Any:
     """LoRA on all attention and MLP projections (of the last `lora_layers` layers), or the given adapter's."""
     from peft import LoraConfig, PeftConfig
