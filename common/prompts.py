@@ -237,15 +237,9 @@ def accepts_system(tokenizer: Any) -> bool:
     return "alpha" in text and "omega" in text
 
 
-def render(tokenizer: Any, messages: Sequence[Message], **variables: Any) -> str:
-    """A prompt as the text the model reads, ending where its answer begins.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: of the prompt.
-        variables: of the template, beside the messages.
-    """
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **variables)
+def render(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """A prompt as the text the model reads, ending where its answer begins."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     if not isinstance(text, str):
         raise TypeError(f"the chat template gave {type(text).__name__}, not text: {json.dumps(messages)[:80]}")
     return text
@@ -306,7 +300,7 @@ def fix_date(tokenizer: Any, day: date) -> bool:
     templates = before if isinstance(before, dict) else {"": before}
     fixed = {name: written(template) for name, template in templates.items()}
     tokenizer.chat_template = fixed if isinstance(before, dict) else fixed[""]
-    if "<today>" in render(tokenizer, [{"role": "user", "content": "omega"}], strftime_now=lambda form: "<today>"):
+    if any(re.search(r"\bstrftime_now\s*\(", template) for template in fixed.values()):
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} shows today's date in a way that cannot be fixed for a "
             "run: save the tokenizer with a chat template whose strftime_now has a plain format, and use that folder"

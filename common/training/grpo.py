@@ -16,7 +16,7 @@ from common import models, prompts
 from common.errors import UserError
 from common.evaluation.during_training import Scoring
 from common.pipeline import PipelineExecutor, run_executor
-from common.problems.questions import Question, fingerprint
+from common.problems.questions import Question, fingerprint, kind_of_source
 from common.reports.jsonl import read_jsonl
 from common.reports.metrics import summary_table
 from common.reports.plots import plot_training_curves
@@ -52,11 +52,11 @@ def train(
     """
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
-    day = records.prompt_date(args, checkpoint)
-    dated = prompts.fix_date(tokenizer, day)
     prompts.check_shown(
         tokenizer, prompts.sample_requests(args.planner_style, None if args.worker_url else args.worker_style)
     )
+    day = records.prompt_date(args, checkpoint)
+    dated = prompts.fix_date(tokenizer, day)
     samples = SampleLog(output_dir / "samples.jsonl")
     trainer, executor = build_trainer(args, questions, tokenizer, samples)
     main_process = trainer.accelerator.is_main_process
@@ -67,6 +67,7 @@ def train(
             checkpoint,
             script="grpo_training.py",
             data_fingerprint=fingerprint(questions),
+            data_source=kind_of_source(args.dataset),
             questions=len(questions),
             four_bit=models.use_4bit(args),
             quantised_on=models.quantised_on(model) if models.use_4bit(args) else None,

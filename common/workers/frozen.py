@@ -62,7 +62,8 @@ class FrozenBase:
                 "base; start from an adapter that only adds to them"
             )
         raise UserError(
-            f"{told} at step {step}, so the worker was not frozen: this run's adapter is not saved, its checkpoints stay",
+            f"{told} at step {step}, so the worker was not frozen: the adapter of this run is not saved (its "
+            "checkpoints are); report this as a bug",
             exit_code=1,
         )
 
@@ -92,8 +93,8 @@ class FrozenBase:
 
         with inference(model, adapter=False) as inner:
             return [
-                inner(
-                    input_ids=torch.tensor([ids], device=inner.device), use_cache=False, logits_to_keep=POSITIONS
-                ).logits[0, -POSITIONS:].cpu()
+                inner(input_ids=torch.tensor([ids], device=inner.device), use_cache=False, logits_to_keep=POSITIONS)
+                .logits[0, -POSITIONS:]
+                .cpu()
                 for ids in self._asked
             ]
