@@ -15,7 +15,6 @@ from common.cli import say
 from common.errors import UserError
 from common.grading import parse_gold
 from common.inference.session import Session, plan_shares
-from common.problems.files import read_lines
 from common.reports.jsonl import append_jsonl, read_jsonl
 from common.runs.files import check_file_writable, write_text_atomically
 
@@ -42,10 +41,10 @@ def read_input(path: str) -> list[Asked]:
     if not source.is_file():
         raise UserError(f"--input {path} {'is a folder' if source.is_dir() else 'does not exist'}: name a JSONL file")
     try:
-        lines = read_lines(source)
+        text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--input {path} cannot be read ({error}): name a JSONL file in UTF-8") from error
-    asked = [_asked(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    asked = [_asked(path, number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not asked:
         raise UserError(f"--input {path} holds no question: it is empty")
     return asked

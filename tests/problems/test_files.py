@@ -9,7 +9,6 @@ import pyarrow.parquet
 import pytest
 
 from common.errors import UserError
-from common.inference.batch import read_input
 from common.problems.planning import load_planning_data
 from common.problems.questions import check_source, load_questions
 
@@ -51,12 +50,11 @@ def test_a_byte_order_mark_is_no_part_of_the_data(name, tmp_path):
     assert planned(write(tmp_path / "plans.jsonl", plan("a"), mark=BOM)) == (["a"], [])
 
 
-def test_marks_where_files_were_put_together_and_in_the_input_of_inference(tmp_path):
+def test_marks_where_files_were_put_together(tmp_path):
     one = write(tmp_path / "one.jsonl", row("a"), mark=BOM).read_bytes()
     both = tmp_path / "both.jsonl"
     both.write_bytes(one + one.replace(b'"a"', b'"b"'))
     assert questions(both) == ["a", "b"]
-    assert [asked.question for asked in read_input(str(both))] == ["a", "b"]
 
 
 def test_the_split_alone_is_read_not_another_form_of_the_same_questions(tmp_path):
