@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import flags, run_script
+from merges import edited
+from safetensors.torch import load_file
 
 from common import models
 from common.errors import UserError
@@ -92,14 +94,18 @@ def test_config_and_logits_agree_on_which_adapters_leave_the_base_alone(kind, tm
     assert frozen.record()["worker_equals_base"] is False
 
 
-@pytest.mark.parametrize("value", ["corda", "loftq", "lora_ga", "PiSSA", "one_that_is_new"])
-def test_starts_that_need_more_than_the_config_are_refused_by_name(value, finished_run, tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"init_lora_weights": value} for value in ("corda", "loftq", "lora_ga", "PiSSA", "one_that_is_new")),
+        {"kasa_config": {"beta": 0.0001}},
+    ],
+)
+def test_what_needs_more_than_a_small_model_to_be_tried_is_refused_by_name(config, finished_run, tmp_path):
     _, folder, _ = finished_run
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": value}))
-    (tmp_path / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=value):
-        check_adds_to_base(str(tmp_path))
+    (name,) = config
+    with pytest.raises(UserError, match=str(config[name]) if name == "init_lora_weights" else name):
+        check_adds_to_base(str(edited(folder, tmp_path / "warm", config=config)))
 
 
 def test_a_run_records_that_its_worker_was_the_base_from_start_to_end(finished_run):
@@ -114,11 +120,7 @@ def test_a_run_records_that_its_worker_was_the_base_from_start_to_end(finished_r
 @pytest.mark.parametrize("script", ["grpo_training.py", "dummy_planner.py"])
 def test_a_warm_start_that_changes_the_base_is_one_line(script, finished_run, tiny_args, tmp_path):
     _, folder, _ = finished_run
-    warm = tmp_path / "warm"
-    warm.mkdir()
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (warm / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
-    (warm / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    warm = edited(folder, tmp_path / "warm", config={"init_lora_weights": "pissa"})
     given = ["--base-model", tiny_args.base_model, "--adapter-path", str(warm), "--output-dir", str(tmp_path / "run")]
     done = run_script(script, *given)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -127,17 +129,10 @@ def test_a_warm_start_that_changes_the_base_is_one_line(script, finished_run, ti
 
 def test_a_warm_start_that_brings_embeddings_of_its_own_is_found_by_measuring(finished_run, tiny_args, tmp_path):
     """Nothing in the config tells it: PEFT writes whole embeddings beside the adapter, and loads them into the base."""
-    from safetensors.torch import load_file, save_file
-
     _, folder, _ = finished_run
-    warm = tmp_path / "warm"
-    warm.mkdir()
-    for name in ("adapter_config.json", "tokenizer.json"):
-        (warm / name).write_bytes((folder / name).read_bytes())
-    tensors = load_file(folder / "adapter_model.safetensors")
-    embeddings = load_file(Path(tiny_args.base_model) / "model.safetensors")["model.embed_tokens.weight"]
-    tensors["base_model.model.model.embed_tokens.weight"] = embeddings + 0.01
-    save_file(tensors, warm / "adapter_model.safetensors", {"format": "pt"})
+    name = "model.embed_tokens.weight"
+    embeddings = load_file(Path(tiny_args.base_model) / "model.safetensors")[name] + 0.01
+    warm = edited(folder, tmp_path / "warm", lambda tensors: {**tensors, f"base_model.model.{name}": embeddings})
     tiny_args.adapter_path = str(warm)
     done = run_script("grpo_training.py", *flags(tiny_args))
     assert done.returncode == 2 and "is not its base model" in done.stderr and str(warm) in done.stderr, done.stderr
