@@ -200,10 +200,11 @@ def _reason(error: BaseException) -> str:
     """The Hub's own words somewhere in a chain of errors, in one line; empty where there are none."""
     current: BaseException | None = error
     while current is not None:
-        headers = getattr(getattr(current, "response", None), "headers", {})
-        # A refused card is a ValueError of the library's with the reasons in its text; others keep them apart.
-        refused = str(current) if isinstance(current, ValueError) and _status(current) is not None else None
-        said = refused or getattr(current, "server_message", None) or headers.get("X-Error-Message")
+        response = getattr(current, "response", None)
+        said = getattr(current, "server_message", None) or getattr(response, "headers", {}).get("X-Error-Message")
+        # A refused card is a plain ValueError of the library's, raised from the answer, with the reasons in its text.
+        if not said and response is None and isinstance(current, ValueError) and _status(current) is not None:
+            said = str(current)
         if said:
             return " ".join(str(said).split())[:300]
         current = current.__cause__
