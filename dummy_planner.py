@@ -19,8 +19,9 @@ from typing import Any
 
 from common.cli import Parser, add_run_flags, add_settings, forbid_import, given_settings, run, say, settings_table
 from common.models import check_base_model
+from common.problems.planning import load_planning_data
 from common.problems.questions import check_source
-from common.runs.adapters import check_adapter_base
+from common.runs.adapters import check_adapter_base, check_adds_to_base
 from common.runs.checkpoints import newest_checkpoint
 from common.runs.folder import check_output_dir
 from common.runs.record import stored_settings
@@ -70,8 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_base_model(args.base_model)
     if args.adapter_path is not None:
         check_adapter_base(args.adapter_path, args.base_model)
+        check_adds_to_base(args.adapter_path)
     if args.format == "json-plan":
         check_source(args.dataset)
+    elif Path(args.dataset).expanduser().exists():
+        load_planning_data(args.dataset, None)
     say(settings_table(args, SupervisedArgs(**DEFAULTS)))
 
     if not args.wandb:

@@ -26,7 +26,7 @@ from common.models import check_base_model
 from common.pipeline import PipelineExecutor, PipelineResult
 from common.problems.questions import check_source, fingerprint, load_held_out, load_questions
 from common.rewards import PipelineRewardFunction
-from common.runs.adapters import check_adapter_base, read_adapter_config
+from common.runs.adapters import check_adapter_base, check_adds_to_base, read_adapter_config
 from common.runs.checkpoints import newest_checkpoint
 from common.runs.folder import check_output_dir
 from common.runs.record import check_same_data, read_run_record, stored_settings
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_base_model(args.base_model)
     if args.adapter_path is not None:
         check_adapter_base(args.adapter_path, args.base_model)
+        check_adds_to_base(args.adapter_path)
     if options.eval_only:
         read_adapter_config(args.output_dir, "--output-dir")
     check_source(args.dataset, args.dataset_split)

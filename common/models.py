@@ -117,6 +117,14 @@ def load_base(
     return model
 
 
+def quantised_on(model: Any) -> str:
+    """The device that a 4-bit model was quantised on: CPU and GPU kernels need not round alike."""
+    import torch
+
+    device = next(model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def lora_config(args: LoraSettings, model: Any) -> Any:
     """LoRA on all attention and MLP projections (of the last `lora_layers` layers), or the given adapter's."""
     from peft import LoraConfig, PeftConfig
@@ -154,9 +162,14 @@ def load_adapter_weights(model: Any, adapter_path: str) -> None:
     try:
         result: Any = set_peft_model_state_dict(model, load_peft_weights(adapter_path, device="cpu"))
     except (RuntimeError, ValueError, OSError) as error:
+        remedy = (
+            "the adapter has embeddings of its own, as for added tokens: merge it with merge_and_push.py --no-push, "
+            "and name the merged model with --base-model"
+            if "embed_tokens" in str(error)
+            else "name the base model that the adapter was trained on"
+        )
         raise UserError(
-            f"--adapter-path {adapter_path} does not fit --base-model: {first_line(error)}: "
-            "name the base model that the adapter was trained on"
+            f"--adapter-path {adapter_path} does not fit --base-model: {first_line(error)}: {remedy}"
         ) from error
     if result.unexpected_keys:
         raise UserError(

@@ -9,9 +9,12 @@ contains an example subproblem: a small policy copies it verbatim and collapses 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from datetime import date, datetime, time
 from typing import Any
 
+from common.errors import UserError
 from common.problems.generated import Shares
 
 Message = dict[str, str]
@@ -61,6 +64,19 @@ def combine_messages(
         return [*_COMBINE_TURNS, {"role": "user", "content": _known(question, solutions)}]
     asked = _asked_to_combine(question, subproblems, solutions)
     return [*_opening(_WORKED_COMBINE, style), {"role": "user", "content": asked}]
+
+
+def sample_requests(planner_style: str, worker_style: str | None) -> list[list[Message]]:
+    """A prompt of each kind that a run makes, to try them out; without a worker's where there is no style for it."""
+    question, part = "A shelf holds 4 boxes of 6 pens each. Ada takes 5 pens. How many are left?", "What is 4 * 6?"
+    found = [planner_messages(question, planner_style)]
+    if worker_style is not None:
+        found += [
+            direct_messages(question, worker_style),
+            subproblem_messages(part, question, worker_style),
+            combine_messages(question, [part], ["4 * 6 = 24"], worker_style),
+        ]
+    return found
 
 
 def _opening(worked: Sequence[Message], style: str) -> Sequence[Message]:
@@ -202,7 +218,7 @@ PLAIN_CHAT_TEMPLATE = (
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
-    """The same prompt without a system message, for chat templates that refuse one (Gemma's, say)."""
+    """The same prompt without a system message, for chat templates that refuse or drop one (Gemma's, say)."""
     if not messages or messages[0]["role"] != "system":
         return list(messages)
     system, first, *rest = messages
@@ -210,15 +226,15 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def accepts_system(tokenizer: Any) -> bool:
-    """Whether the tokenizer's chat template takes a system message."""
+    """Whether the tokenizer's chat template shows a system message to the model: some refuse it, some drop it."""
     from jinja2 import TemplateError
 
-    probe = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    probe = [{"role": "system", "content": "alpha"}, {"role": "user", "content": "omega"}]
     try:
-        tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+        text = render(tokenizer, probe)
     except (TemplateError, ValueError):
         return False
-    return True
+    return "alpha" in text and "omega" in text
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> str:
@@ -227,3 +243,69 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> str:
     if not isinstance(text, str):
         raise TypeError(f"the chat template gave {type(text).__name__}, not text: {json.dumps(messages)[:80]}")
     return text
+
+
+def render_all(tokenizer: Any, requests: Sequence[Sequence[Message]]) -> list[str]:
+    """Prompts as text, the system message folded where the chat template has no place for it."""
+    fold = not accepts_system(tokenizer)
+    return [render(tokenizer, fold_system(messages) if fold else messages) for messages in requests]
+
+
+def check_shown(tokenizer: Any, requests: Sequence[Sequence[Message]]) -> None:
+    """Stop where the chat template does not show the model all of a prompt.
+
+    A template that knows other roles than ours leaves messages out without a word, and the model would answer
+    something nobody asked. Words are looked for, not whole texts: templates may trim or escape them.
+
+    Raises:
+        UserError: with the first text that is missing.
+    """
+    from jinja2 import TemplateError
+
+    for messages in requests:
+        try:
+            (text,) = render_all(tokenizer, [messages])
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path} refuses the prompts of planner and worker "
+                f"({str(error).strip()[:160]}): name a chat model with --base-model"
+            ) from error
+        for message in messages:
+            missing = [word for word in re.findall(r"\w{3,}", message["content"]) if word not in text]
+            if missing:
+                raise UserError(
+                    f"the chat template of {tokenizer.name_or_path} leaves the {message['role']}'s text out of the "
+                    f"prompt ({message['content'][:60]!r}): name a chat model with --base-model"
+                )
+
+
+def fix_date(tokenizer: Any, day: date) -> bool:
+    """Write a date into a chat template that would ask for today's, so that a prompt is the same on every day.
+
+    The template is saved with the adapter, so that a merged model, and a server that is given the file, show the
+    date of the training run too.
+
+    Returns:
+        whether the template has a date at all.
+
+    Raises:
+        UserError: for a template that still shows today's.
+    """
+    midnight = datetime.combine(day, time())
+
+    def written(template: str) -> str:
+        return _TODAY.sub(lambda call: json.dumps(midnight.strftime(call["format"])), template)
+
+    before = tokenizer.chat_template
+    templates = before if isinstance(before, dict) else {"": before}
+    fixed = {name: written(template) for name, template in templates.items()}
+    tokenizer.chat_template = fixed if isinstance(before, dict) else fixed[""]
+    if any(re.search(r"\bstrftime_now\s*\(", template) for template in fixed.values()):
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} shows today's date in a way that cannot be fixed for a "
+            "run: save the tokenizer with a chat template whose strftime_now has a plain format, and use that folder"
+        )
+    return fixed != templates
+
+
+_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")

@@ -59,6 +59,7 @@ class HubServer(ThreadingHTTPServer):
         self.xet_store: Path | None = None
         self.forbidden: set[str] = set()  # repos that the token may not write to
         self.faults: list[Fault] = []
+        self.card_errors: list[str] = []  # what it says about every card
         self.log: list[tuple[str, str]] = []
         self.authorised: set[str] = set()  # the Authorization headers that came
         self.uploaded = 0  # bytes of large files received, broken attempts included
@@ -163,7 +164,8 @@ class Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         role = ROLES.get(token)
         if path == "/api/validate-yaml":
-            return 200, {"errors": [], "warnings": []}
+            errors = [{"message": text} for text in hub.card_errors]
+            return (400 if errors else 200), {"errors": errors, "warnings": []}
         if role is None:
             return 401, {"error": "Invalid credentials in Authorization header"}
         if path == "/api/whoami-v2":

@@ -35,6 +35,38 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
+def trained(base: str, target: Path, *, add: int = 0, save_embeddings: bool | str = "auto", **config) -> Path:
+    """An adapter on a base model as its training leaves it: every trainable weight has moved, tokenizer beside it.
+
+    Args:
+        base: folder of the base model.
+        target: where the adapter goes.
+        add: tokens that the training added.
+        save_embeddings: whether PEFT writes whole embeddings too.
+        config: of LoRA.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from common import models
+    from common.runs.adapters import save_tokenizer
+
+    model, tokenizer = models.load_base(base, four_bit=False), models.load_tokenizer(base)
+    if add:
+        tokenizer.add_tokens([f"<added_{number}>" for number in range(add)])
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    peft = get_peft_model(
+        model, LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **config})
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    peft.save_pretrained(target, save_embedding_layers=save_embeddings)
+    save_tokenizer(tokenizer, target)
+    return target
+
+
 def edited(adapter, target: Path, change=None, config=None) -> Path:
     """A copy of an adapter with other tensors or another config."""
     shutil.copytree(adapter, target, ignore=shutil.ignore_patterns("checkpoint-*"))

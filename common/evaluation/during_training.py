@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from common import models
+from common import models, prompts
 from common.cli import say
 from common.evaluation.scoreboard import (
     DIRECT,
@@ -23,8 +24,10 @@ from common.evaluation.scoreboard import (
 from common.evaluation.table import scoreboard_table
 from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question
+from common.runs.record import read_run_record
 from common.settings.grpo import TrainingArgs
 from common.similarity import SentenceEncoder
+from common.workers.frozen import FrozenBase
 from common.workers.local import LocalModel
 from common.workers.remote import ServerWorker
 
@@ -34,8 +37,13 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question]) -> int:
     from peft import PeftModel
 
     tokenizer = models.load_tokenizer(args.base_model)
+    shown = read_run_record(Path(args.output_dir)).get("prompt_date")
+    if shown is not None:
+        prompts.fix_date(tokenizer, date.fromisoformat(shown))
     base = models.load_base(args.base_model, four_bit=models.use_4bit(args))
+    frozen = FrozenBase(base, tokenizer)
     model = PeftModel.from_pretrained(base, args.adapter_path or args.output_dir)
+    frozen.measure(model, step=0, adapter_path=args.adapter_path)
     encoder = SentenceEncoder(args.embedding_model)
     encoder.load()
     scoring = Scoring(args, model, tokenizer, run_executor(args, model, tokenizer, encoder))

@@ -111,9 +111,7 @@ class Certificate:
 
 def planner_prompts(tokenizer: Any, style: str) -> list[list[int]]:
     """The prompts of the comparison as token ids, worded as the planner was trained."""
-    fold = not prompts.accepts_system(tokenizer)
-    messages = [prompts.planner_messages(question, style) for question in QUESTIONS]
-    texts = [prompts.render(tokenizer, prompts.fold_system(m) if fold else m) for m in messages]
+    texts = prompts.render_all(tokenizer, [prompts.planner_messages(question, style) for question in QUESTIONS])
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 

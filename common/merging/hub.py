@@ -182,12 +182,13 @@ def _outcome(error: BaseException) -> str:
 
 
 def explain(error: BaseException, repo: str, endpoint: str) -> str:
-    """What a failed request means, in one line."""
+    """What a failed request means, in one line, with the Hub's own reason where it gives one."""
     secrets.scrub(error)
     status = _status(error)
-    said = getattr(getattr(_root(error), "response", None), "headers", {}).get("X-Error-Message")
+    said = _reason(error)
     detail = f" ({secrets.redact(said)})" if said else ""
     known = {
+        400: f"the Hub refuses what was sent{detail}: mend it (--model-card for the card's metadata) and try again",
         401: f"the Hub does not accept the token{detail}: check HF_TOKEN or --token, or run `hf auth login`",
         403: f"the token may not write to {repo}{detail}: use one with write permission, or another --repo-name",
         404: f"the Hub does not know {repo}, or hides it from this token{detail}: check --repo-name and the token",
@@ -196,3 +197,18 @@ def explain(error: BaseException, repo: str, endpoint: str) -> str:
     if status in known:
         return known[status]
     return f"the Hub at {endpoint} failed ({_outcome(error)}){detail}: check the network, or try later"
+
+
+def _reason(error: BaseException) -> str:
+    """The Hub's own words somewhere in a chain of errors, in one line; empty where there are none."""
+    current: BaseException | None = error
+    while current is not None:
+        response = getattr(current, "response", None)
+        said = getattr(current, "server_message", None) or getattr(response, "headers", {}).get("X-Error-Message")
+        # A refused card is a plain ValueError of the library's, raised from the answer, with the reasons in its text.
+        if not said and response is None and isinstance(current, ValueError) and _status(current) is not None:
+            said = str(current)
+        if said:
+            return " ".join(str(said).split())[:300]
+        current = current.__cause__
+    return ""

@@ -28,7 +28,8 @@ class Job:
 
     `base` is what to load; `four_bit` says whether the adapter goes onto the dequantised NF4 weights;
     `dtype` and `size` (bytes) are the result's; `load_dtype` is the wider one of result and base checkpoint;
-    `inputs` identifies everything that the result depends on.
+    `inputs` identifies everything that the result depends on; `rows` of embeddings replace the base's where the
+    adapter brings some for added tokens; `quantised_on` is the device of the adapter's training, where it is known.
     """
 
     base: str
@@ -43,6 +44,8 @@ class Job:
     tokenizer: Any
     size: int
     inputs: dict[str, Any]
+    rows: int | None
+    quantised_on: str | None
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -73,16 +76,18 @@ def prepare(args: MergeArgs, base: str, record: dict[str, Any], inputs: dict[str
         )
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     chosen: torch.dtype = stored if args.dtype == "auto" else getattr(torch, args.dtype)
-    parameters = check_fit(config, adapter, base)
+    parameters, resized = check_fit(config, adapter, base)
     own_tokenizer = (adapter / "tokenizer_config.json").is_file()
     tokenizer = models.load_tokenizer(
         str(adapter) if own_tokenizer else base, revision=None if own_tokenizer else revision
     )
-    rows = config.get_text_config().vocab_size
+    rows = resized or config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise UserError(
-            f"the tokenizer in {adapter if own_tokenizer else base} has {len(tokenizer)} tokens, the base model "
-            f"embeds {rows}: use the tokenizer that belongs to {base}"
+            f"the tokenizer in {adapter if own_tokenizer else base} has {len(tokenizer)} tokens, the base model embeds "
+            f"{rows}, and the adapter brings no embeddings for the {len(tokenizer) - rows} added ones: save it with "
+            "PEFT's save_embedding_layers=True from the training that added them, or, if they were never trained, put "
+            "the base model's tokenizer into the adapter's folder"
         )
     size = parameters * chosen.itemsize
     check_free_disk(args.target, size)
@@ -99,14 +104,17 @@ def prepare(args: MergeArgs, base: str, record: dict[str, Any], inputs: dict[str
         tokenizer=tokenizer,
         size=size,
         inputs=inputs,
+        rows=resized,
+        quantised_on=record.get("quantised_on"),
     )
 
 
-def check_fit(config: Any, adapter: Path, base: str) -> int:
+def check_fit(config: Any, adapter: Path, base: str) -> tuple[int, int | None]:
     """Compare the adapter's tensors with those PEFT expects on this base, by name and shape, without any weights.
 
     Returns:
-        the number of the base model's parameters.
+        (the number of the base model's parameters, the rows of embeddings that the adapter brings for added tokens;
+        None where the base's own fit).
 
     Raises:
         UserError: for another base, a wrong rank, missing, unknown or damaged tensors.
@@ -122,6 +130,9 @@ def check_fit(config: Any, adapter: Path, base: str) -> int:
         raise UserError(f"{path} is damaged: {broken} holds NaN or infinite values: save the adapter anew")
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
+        rows = _added_rows(empty, found)
+        if rows is not None:
+            empty.resize_token_embeddings(rows, mean_resizing=False)
     count = sum(parameter.numel() for parameter in empty.parameters())
     remedy = "name the base model that the adapter was trained on with --base-model"
     try:
@@ -131,7 +142,12 @@ def check_fit(config: Any, adapter: Path, base: str) -> int:
         raise UserError(
             f"the adapter in {adapter} does not fit {base} ({models.first_line(error)}): {remedy}"
         ) from error
-    expected = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(wrapped).items()}
+    expected: dict[str, tuple[int, ...]] = {}
+    for embeddings in (False, True):  # whole embeddings beside the adapter: PEFT writes them by rules of its own
+        tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=embeddings)
+        expected = {name: tuple(value.shape) for name, value in tensors.items()}
+        if not found.keys() - expected.keys():
+            break
     for name in sorted(found.keys() & expected.keys()):
         if found[name] != expected[name]:
             raise UserError(
@@ -146,7 +162,24 @@ def check_fit(config: Any, adapter: Path, base: str) -> int:
                 f"{'that its config promises' if what == 'lacks' else 'that the base has no place for'}, such as "
                 f"{example}: {remedy}, or save the adapter anew"
             )
-    return count
+    return count, rows
+
+
+def _added_rows(empty: Any, found: dict[str, tuple[int, ...]]) -> int | None:
+    """How many rows the adapter's own embeddings have, if more than the base's; all that have rows must be there."""
+    embeddings, head = empty.get_input_embeddings(), empty.get_output_embeddings()
+    tied = head is None or head.weight is embeddings.weight
+    names = {module: f"base_model.model.{name}." for name, module in empty.named_modules()}
+    rows = []
+    for module in (embeddings,) if tied else (embeddings, head):
+        own = [shape[0] for name, shape in found.items() if name.startswith(names[module]) and _is_matrix(name, shape)]
+        rows.append(max(own, default=0))
+    return min(rows) if min(rows) > embeddings.weight.shape[0] else None
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of an embedding layer is the matrix itself, not an update of it."""
+    return name.endswith(".weight") and len(shape) == 2 and ".lora_" not in name
 
 
 def check_free_disk(target: Path, size: int) -> None:

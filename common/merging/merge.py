@@ -49,7 +49,12 @@ def merge(job: Job) -> dict[str, Any]:
         folder = Path(temporary) / "model"
         asked = certifying.planner_prompts(job.tokenizer, job.planner_style)
         say(f"adapter on base, on the {'GPU' if gpu else 'CPU'}: {len(asked)} plans to compare with")
-        model, reference, base_logits = measure_adapter(job, asked, gpu=gpu)
+        model, reference, base_logits, quantised_on = measure_adapter(job, asked, gpu=gpu)
+        if job.quantised_on is not None and quantised_on != job.quantised_on:
+            say(
+                f"note: the adapter was trained on a base quantised on {job.quantised_on}, this one is quantised on "
+                f"{quantised_on}: the two need not round alike"
+            )
         say(f"merging, into {dtype_name(job.dtype)}")
         kept, plain = merge_weights(model, job.dtype)
         save(plain, job, folder)
@@ -63,6 +68,7 @@ def merge(job: Job) -> dict[str, Any]:
         report = {
             "inputs": job.inputs,
             "certificate": found.to_dict(),
+            "quantised_on": quantised_on,
             "model_bytes": job.size,
             "peak_memory_bytes": peak_memory(),
             "seconds": round(time.perf_counter() - started, 1),
@@ -76,8 +82,11 @@ def merge(job: Job) -> dict[str, Any]:
 
 def measure_adapter(
     job: Job, asked: list[list[int]], *, gpu: bool
-) -> tuple[PeftModel, certifying.Evidence, list[torch.Tensor]]:
-    """Adapter on base: the model ready to be merged, its evidence, and the base's own logits on the same plans."""
+) -> tuple[PeftModel, certifying.Evidence, list[torch.Tensor], str | None]:
+    """Adapter on base: the model ready to be merged, its evidence, and the base's own logits on the same plans.
+
+    The last of the four is the device that quantised the base, None for an unquantised one.
+    """
     base = models.load_base(
         job.base,
         four_bit=job.four_bit,
@@ -85,6 +94,9 @@ def measure_adapter(
         revision=job.revision,
         gpu=gpu,
     )
+    quantised_on = models.quantised_on(base) if job.four_bit else None
+    if job.rows is not None:
+        base.resize_token_embeddings(job.rows, mean_resizing=False)
     model = PeftModel.from_pretrained(base, str(job.adapter))
     plans = certifying.write_plans(model, job.tokenizer, asked, adapter=True)
     reference = certifying.Evidence(plans, certifying.predictions(model, asked, plans, adapter=True))
@@ -93,7 +105,7 @@ def measure_adapter(
         # PEFT would round the merged weights to 4 bits again, which loses a small update: dequantise first.
         plain = model.unload().dequantize(dtype=job.load_dtype)
         model = PeftModel.from_pretrained(plain, str(job.adapter))
-    return model, reference, base_logits
+    return model, reference, base_logits, quantised_on
 
 
 def measure_merged(

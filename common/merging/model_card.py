@@ -108,7 +108,7 @@ def build(
     """
     from huggingface_hub import ModelCard
 
-    data = _metadata(repo_id, facts, record, evaluation)
+    data = metadata(repo_id, facts, record, evaluation)
     if given is None:
         sections = [
             _introduction(repo_id, facts.get("base_model") or Path(base).name),
@@ -133,7 +133,7 @@ def build(
     return card
 
 
-def _metadata(
+def metadata(
     repo_id: str, facts: dict[str, Any], record: dict[str, Any], evaluation: dict[str, Any] | None
 ) -> ModelCardData:
     from huggingface_hub import EvalResult, ModelCardData
@@ -144,6 +144,9 @@ def _metadata(
     results = None
     if trained is not None:
         where = str(_public(settings.get("eval_dataset") or source or "unknown"))
+        kind = None if settings.get("eval_dataset") else record.get("data_source")
+        if ":" not in where and not _is_hub_id(where, kind):
+            where = Path(where).name
         results = [
             EvalResult(
                 task_type="text-generation",
@@ -155,7 +158,7 @@ def _metadata(
             )
         ]
     extra: dict[str, Any] = {**facts, "base_model_relation": "finetune"} if "base_model" in facts else facts
-    hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and ":" not in source
+    hub_id = _is_hub_id(source, record.get("data_source"))
     method = {"grpo_training.py": ["grpo"], "dummy_planner.py": ["sft"]}.get(str(record.get("script")), [])
     return ModelCardData(
         **extra,
@@ -166,6 +169,19 @@ def _metadata(
         pipeline_tag="text-generation",
         tags=[*TAGS, *method],
     )
+
+
+def _is_hub_id(source: str, kind: str | None) -> bool:
+    """Whether a data source is a data set of the Hub, which alone a card may name.
+
+    Args:
+        source: as it was given to the training.
+        kind: "hub", "local" or "generated", as the training recorded it; without it the name decides.
+    """
+    if kind is not None and kind != "hub":
+        return False
+    local = source.startswith((".", "/", "~")) or source.casefold().endswith((".jsonl", ".json", ".parquet"))
+    return source.count("/") == 1 and ":" not in source and not local and not Path(source).exists()
 
 
 def _introduction(repo_id: str, base: str) -> str:
@@ -235,9 +251,11 @@ def _evaluation(evaluation: dict[str, Any] | None) -> str:
 def _checked(report: dict[str, Any]) -> str:
     found = report["certificate"]
     verdict = "within the limits" if found["passed"] else "**beyond the limits**: " + "; ".join(found["problems"])
-    weights = "dequantised NF4" if report["inputs"]["merge_base"] == "nf4" else "unquantised"
+    weights = "unquantised weights"
+    if report["inputs"]["merge_base"] == "nf4":
+        weights = f"dequantised NF4 weights, quantised on {report.get('quantised_on') or 'an unknown device'}"
     text = (
-        f"{CHECKED}\n\nAdapter on base ({weights} weights) against this merged model ({found['dtype']}), loaded back "
+        f"{CHECKED}\n\nAdapter on base ({weights}) against this merged model ({found['dtype']}), loaded back "
         f"from disk, on {len(found['plans'])} planner prompts; {verdict}:\n\n```\n{certifying.table(found)}\n```\n\n"
         f"All figures, and the plans: `{certifying.REPORT}`."
     )

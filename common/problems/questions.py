@@ -19,11 +19,11 @@ from common.cli import say
 from common.errors import UserError
 from common.grading import parse_gold
 from common.problems import generated
+from common.problems.files import SUFFIXES, data_files, read_records, split_files
 from common.settings.grpo import TrainingArgs
 from common.settings.secrets import hub_token
 
 GENERATOR_PREFIX = "reasoning-gym:"
-_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def check_source(dataset: str, split: str = "train", flag: str = "--dataset") ->
             _task_and_options(dataset)
         elif dataset.startswith(generated.PREFIX):
             generated.parse_source(dataset)
-        elif _is_local(dataset):
+        elif is_local(dataset):
             _read_path(Path(dataset), split if Path(dataset).is_dir() else "train")
         else:
             hub_token()  # one that cannot be sent is told now, not from within a library
@@ -76,7 +76,7 @@ def load_questions(
     Args:
         dataset: Hub id, file, folder, or `reasoning-gym:TASK?option=value&…`.
         limit: at most this many.
-        config, split: of a Hub data set (or the folder's file whose name starts with the split).
+        config, split: of a Hub data set (or of the folder's files, see `common.problems.files.split_files`).
         seed: of a generator; files and the Hub ignore it.
         exclude: question texts to leave out, such as those of another split.
 
@@ -85,7 +85,8 @@ def load_questions(
     """
     if is_generated(dataset):
         return _generate(dataset, limit, seed, set(exclude))
-    rows = _read_path(Path(dataset), split) if _is_local(dataset) else _read_hub(dataset, config, split)
+    rows = _read_path(Path(dataset), split) if is_local(dataset) else _read_hub(dataset, config, split)
+    _tell_repeats(rows, dataset)
     left_out = set(exclude)
     return [item for item in rows if item.question not in left_out][:limit]
 
@@ -93,6 +94,13 @@ def load_questions(
 def is_generated(dataset: str) -> bool:
     """Whether a source makes its questions rather than reads them."""
     return dataset.startswith((GENERATOR_PREFIX, generated.PREFIX))
+
+
+def kind_of_source(dataset: str) -> str:
+    """Where questions come from: "generated", "local" or "hub"; a model card names data sets of the Hub only."""
+    if is_generated(dataset):
+        return "generated"
+    return "local" if is_local(dataset) else "hub"
 
 
 def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question]:
@@ -103,7 +111,7 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
     """
     source = args.eval_dataset or args.dataset
     made = is_generated(source)
-    if args.eval_dataset is None and not made and _is_local(source) and not Path(source).expanduser().is_dir():
+    if args.eval_dataset is None and not made and is_local(source) and not Path(source).expanduser().is_dir():
         raise UserError(
             f"--eval-samples needs held-out questions, and {source} is one file: name another with --eval-dataset"
         )
@@ -141,10 +149,10 @@ def check_disjoint(training: Iterable[str], held_out: Iterable[str]) -> None:
         )
 
 
-def _is_local(dataset: str) -> bool:
+def is_local(dataset: str) -> bool:
     """Whether a source is meant as a path: it exists, or looks like one rather than like `owner/name`."""
     return (
-        dataset.endswith(_SUFFIXES)
+        dataset.casefold().endswith(SUFFIXES)
         or dataset.startswith((".", "/", "~"))
         or dataset.count("/") > 1
         or Path(dataset).exists()
@@ -154,61 +162,25 @@ def _is_local(dataset: str) -> bool:
 def _read_path(path: Path, split: str) -> list[Question]:
     path = path.expanduser()
     if path.is_dir():
-        found = sorted(child for child in path.iterdir() if child.suffix in _SUFFIXES)
-        chosen = [child for child in found if child.name.startswith(split)]
+        chosen = split_files(path, split)
         if not chosen:
-            names = ", ".join(child.name for child in found) or "none"
+            names = ", ".join(child.name for child in data_files(path)) or "none"
             raise UserError(
-                f"--dataset {path} has no file whose name starts with {split!r} (data files found: {names}): "
+                f"--dataset {path} has no file of the split {split!r} (data files found: {names}): "
                 "name the file itself, or use --dataset-split"
             )
         return [item for child in chosen for item in _read_path(child, split)]
-    if not path.is_file():
-        raise UserError(f"--dataset {path} does not exist: name a .jsonl or .parquet file, a folder or a Hub id")
-    if path.suffix not in _SUFFIXES:
-        raise UserError(
-            f"--dataset {path} is neither .jsonl nor .parquet: convert it, one object with question and answer a line"
-        )
-    try:
-        rows = list(_parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--dataset {path} cannot be read: {error}") from error
+    rows = [_checked(row, where) for where, row in read_records(path)]
     if not rows:
         raise UserError(f"--dataset {path} holds no question: it is empty")
-    return [_checked(row, where) for where, row in rows]
+    return rows
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of each line of a JSONL file; a .json file may also be one list."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}): mend the file") from error
-        yield from ((f"{path} item {number}", record) for number, record in enumerate(records, start=1))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(
-                f"{path}:{number}: not valid JSON ({error}): one object a line is expected, "
-                'such as {"question": "…", "answer": "… #### 7"}'
-            ) from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"--dataset {path} is not a parquet file: {error}") from error
-    yield from ((f"{path} row {number}", row) for number, row in enumerate(table.to_pylist(), start=1))
+def _tell_repeats(rows: list[Question], dataset: str) -> None:
+    """One line where a source holds a question more than once: nothing is left out, but nobody expects it."""
+    repeated = len(rows) - len({item.question for item in rows})
+    if repeated:
+        say(f"{dataset}: {repeated} of {len(rows)} questions occurred before in it; they are kept")
 
 
 def _checked(row: Any, where: str) -> Question:

@@ -101,6 +101,40 @@ def check_adapter_base(adapter_path: str, base_model: str, aliases: tuple[str, .
         )
 
 
+def check_adds_to_base(adapter_path: str) -> None:
+    """Stop for an adapter that, switched off, does not leave the base model: there would be no frozen worker.
+
+    By what PEFT 0.21 does: initialisations that subtract from the base weights what the adapter starts with
+    (`update_layer` in peft/tuners/lora/layer.py), biases of the base that are trained along and stay when the adapter
+    is off (`disable_adapter_layers` in peft/tuners/tuners_utils.py), repeated layers, KaSA's truncated weights. Full
+    copies (modules_to_save), trained tokens, DoRA and adapters on embeddings are switched off wholly.
+
+    Raises:
+        UserError: with what changes the base.
+    """
+    config = read_adapter_config(adapter_path)
+    start = config.get("init_lora_weights", True)
+    reasons = {
+        f"init_lora_weights {start!r} takes the adapter's start out of the base weights": (
+            not isinstance(start, bool) and str(start).casefold() not in _KEEPING_STARTS
+        ),
+        f"bias {config.get('bias')!r} trains biases of the base": config.get("bias", "none") != "none",
+        "layer_replication repeats layers of the base": bool(config.get("layer_replication")),
+        "kasa_config cuts singular values off the base weights": bool(config.get("kasa_config")),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise UserError(
+                f"--adapter-path {adapter_path}: {reason}, so with the adapter switched off there would be no base "
+                "model left as the worker: start from an adapter that only adds to it (init_lora_weights true, bias "
+                "'none'; PEFT's path_initial_model_for_weight_conversion converts PiSSA and OLoRA)"
+            )
+
+
+# What PEFT offers as init_lora_weights, beside true and false, that leaves the base weights alone.
+_KEEPING_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+
+
 def adapter_origin(adapter_path: str, base_model: str | None) -> tuple[dict[str, Any], str]:
     """What is known of an adapter: the record of its training ({} without one), and the base model's name.
 

@@ -16,7 +16,7 @@ from common import models, prompts
 from common.errors import UserError
 from common.evaluation.during_training import Scoring
 from common.pipeline import PipelineExecutor, run_executor
-from common.problems.questions import Question, fingerprint
+from common.problems.questions import Question, fingerprint, kind_of_source
 from common.reports.jsonl import read_jsonl
 from common.reports.metrics import summary_table
 from common.reports.plots import plot_training_curves
@@ -28,10 +28,11 @@ from common.runs.checkpoints import checkpoint_step
 from common.servers.vllm import server_command, shown_command
 from common.settings.grpo import TrainingArgs
 from common.similarity import SentenceEncoder
-from common.training import callbacks, progress
+from common.training import callbacks, progress, records
 from common.training.device import announce_device, device_options
-from common.training.records import SampleLog, add_wandb, start_records
+from common.training.records import SampleLog
 from common.training.trainer import PlannerTrainer
+from common.workers.frozen import FrozenBase
 from common.workers.local import end_token_ids
 
 # A rank whose worker has long answers to write holds the others at the gather; two hours, not ten minutes.
@@ -51,20 +52,30 @@ def train(
     """
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
+    prompts.check_shown(
+        tokenizer, prompts.sample_requests(args.planner_style, None if args.worker_url else args.worker_style)
+    )
+    day = records.prompt_date(args, checkpoint)
+    dated = prompts.fix_date(tokenizer, day)
     samples = SampleLog(output_dir / "samples.jsonl")
     trainer, executor = build_trainer(args, questions, tokenizer, samples)
     main_process = trainer.accelerator.is_main_process
+    model = trainer.accelerator.unwrap_model(trainer.model)
     if main_process:
-        start_records(
+        records.start_records(
             args,
             checkpoint,
             script="grpo_training.py",
             data_fingerprint=fingerprint(questions),
+            data_source=kind_of_source(args.dataset),
             questions=len(questions),
             four_bit=models.use_4bit(args),
+            quantised_on=models.quantised_on(model) if models.use_4bit(args) else None,
+            prompt_date=day.isoformat() if dated else None,
+            frozen_worker=trainer.frozen.record(),
         )
-    wandb_callback = add_wandb(args, trainer, samples) if main_process and args.wandb else None
-    scoring = Scoring(args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, executor)
+    wandb_callback = records.add_wandb(args, trainer, samples) if main_process and args.wandb else None
+    scoring = Scoring(args, model, tokenizer, executor)
     if held_out and main_process:
         scoring.before(held_out)
 
@@ -73,7 +84,7 @@ def train(
         try:
             # A run stopped at its very last step has nothing left to train: the trainer would do one step more.
             if checkpoint is not None and checkpoint_step(checkpoint) >= args.max_steps:
-                models.load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), str(checkpoint))
+                models.load_adapter_weights(model, str(checkpoint))
             else:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except torch.cuda.OutOfMemoryError as error:
@@ -87,8 +98,10 @@ def train(
                 wandb_callback.close()
     if stopper.received is not None and trainer.state.global_step < args.max_steps:
         return callbacks.stopped_early("grpo_training.py", stopper.received, trainer.state, output_dir)
+    trainer.frozen.measure(model, step=args.max_steps, adapter_path=args.adapter_path)
     if main_process:
-        finish(args, trainer, tokenizer, output_dir)
+        records.add_to_record(output_dir, frozen_worker=trainer.frozen.record())
+        finish(args, trainer, tokenizer, output_dir, dated=dated)
         if held_out:
             scoring.after(held_out)
     return 0
@@ -96,14 +109,19 @@ def train(
 
 def build_trainer(
     args: TrainingArgs, questions: list[Question], tokenizer: Any, samples: SampleLog | None = None
-) -> tuple[GRPOTrainer, PipelineExecutor]:
-    """TRL's trainer with the planner's adapter, and the pipeline whose worker is the trainer's own model."""
+) -> tuple[PlannerTrainer, PipelineExecutor]:
+    """TRL's trainer with the planner's adapter, and the pipeline whose worker is the trainer's own model.
+
+    Raises:
+        UserError: for too few questions, a model or adapter that cannot be loaded, or an adapter that changes the base.
+    """
     check_enough(args, len(questions))
     encoder = SentenceEncoder(args.embedding_model)
     encoder.load()
     four_bit = models.use_4bit(args)
     base = models.load_base(args.base_model, four_bit=four_bit)
     announce_device(four_bit)
+    frozen = FrozenBase(base, tokenizer)
     holder: list[GRPOTrainer] = []
     clock = StepClock()
     executor = run_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)
@@ -113,6 +131,7 @@ def build_trainer(
     fold = not prompts.accepts_system(tokenizer)
     trainer = PlannerTrainer(
         clock=clock,
+        frozen=frozen,
         model=base,
         reward_funcs=[reward],
         args=grpo_config(args),
@@ -133,6 +152,7 @@ def build_trainer(
         if args.beta > 0:
             models.add_reference_adapter(model)
     models.train_in_fp32(model)
+    frozen.measure(model, step=0, adapter_path=args.adapter_path)
     return trainer, executor
 
 
@@ -191,24 +211,32 @@ def grpo_config(args: TrainingArgs) -> GRPOConfig:
     )
 
 
-def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir: Path) -> None:
-    """Save adapter and plot, and say what came out and what to do next."""
+def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir: Path, *, dated: bool) -> None:
+    """Save adapter and plot, and say what came out and what to do next.
+
+    Args:
+        args: settings of the run.
+        trainer: that has ended.
+        tokenizer: of the model.
+        output_dir: of the run.
+        dated: whether the chat template holds the run's date, which a server would replace by today's.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     save_adapter(model, tokenizer, output_dir)
     metrics = output_dir / "metrics.jsonl"
     plot_training_curves(metrics, output_dir / "training_curves.png")
-    records = read_jsonl(metrics)
-    print(summary_table(records))
-    if rows := breakdown_rows(records):
+    lines = read_jsonl(metrics)
+    print(summary_table(lines))
+    if rows := breakdown_rows(lines):
         print(f"\n{format_table(rows)}")
     print(f"\nadapter, samples and curves: {output_dir}")
     command = server_command(
         models.resolve_model(args.base_model),
         output_dir,
         cpu=not torch.cuda.is_available(),
-        # A base model without a chat template was trained with ours, which vLLM cannot know.
+        # A base model without a chat template was trained with ours, which vLLM cannot know, nor the date of the run.
         chat_template=str(output_dir / "chat_template.jinja")
-        if tokenizer.chat_template == prompts.PLAIN_CHAT_TEMPLATE
+        if dated or tokenizer.chat_template == prompts.PLAIN_CHAT_TEMPLATE
         else None,
     )
     print(f"serve it with vLLM, and ask it with inference_vllm.py:\n  {shown_command(command)}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from common.reports.jsonl import append_jsonl, truncate_jsonl_after
 from common.runs.checkpoints import checkpoint_step
-from common.runs.files import write_json
+from common.runs.files import read_json, write_json
 from common.runs.folder import clear_run
 from common.runs.record import TRAINING_CONFIG, run_record
 from common.settings.grpo import TrainingArgs
@@ -35,6 +36,19 @@ class SampleLog:
             append_jsonl(self._path, record)
         for listener in self.listeners:
             listener(records)
+
+
+def prompt_date(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None) -> date:
+    """The date that prompts show: the run's own when it goes on, the warm start's, else today's."""
+    folder = args.output_dir if checkpoint is not None else args.adapter_path
+    record = {} if folder is None else read_json(Path(folder) / TRAINING_CONFIG) or {}
+    return date.fromisoformat(record["prompt_date"]) if record.get("prompt_date") else date.today()
+
+
+def add_to_record(output_dir: Path, **facts: Any) -> None:
+    """Put what is known only at the end of a run into its `training_config.json`."""
+    path = output_dir / TRAINING_CONFIG
+    write_json(path, {**(read_json(path) or {}), **facts})
 
 
 def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, *, script: str, **facts: Any) -> None:

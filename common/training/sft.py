@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -16,7 +17,8 @@ from common import models, prompts
 from common.cli import say
 from common.errors import UserError
 from common.problems.demonstrations import demonstrations
-from common.problems.questions import fingerprint, load_questions
+from common.problems.planning import load_planning_data
+from common.problems.questions import Question, fingerprint, kind_of_source, load_questions
 from common.reports.jsonl import read_jsonl
 from common.reports.plots import plot_loss_curves
 from common.reports.tables import format_table
@@ -26,9 +28,10 @@ from common.settings.grpo import PACKAGED_MODEL
 from common.settings.sft import SupervisedArgs
 from common.training import callbacks, progress
 from common.training.device import announce_device, device_options
-from common.training.records import add_wandb, start_records
+from common.training.records import add_to_record, add_wandb, prompt_date, start_records
+from common.workers.frozen import FrozenBase
+from common.workers.local import end_token_ids
 
-COLUMNS = ("SystemPrompt", "UserPrompt", "ExpectedOutput")
 VALIDATION_SHARE = 0.02  # cut off the training rows where a source has no split to validate on
 
 
@@ -43,18 +46,26 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     """
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
-    training_rows, validation_rows = load_rows(args, fold=not prompts.accepts_system(tokenizer))
+    training_rows, validation_rows = load_rows(args)
+    prompts.check_shown(tokenizer, [training_rows[0].prompt])
+    day = prompt_date(args, checkpoint)
+    dated = prompts.fix_date(tokenizer, day)
     found = fingerprint_rows(training_rows)
     if checkpoint is not None:
         check_same_data(output_dir, found)
     four_bit = models.use_4bit(args)
     base = models.load_base(args.base_model, four_bit=four_bit)
     announce_device(four_bit)
+    frozen = FrozenBase(base, tokenizer)
+    end_ids = end_token_ids(base, tokenizer)
+    training, validation = (tokenised(tokenizer, rows, end_ids) for rows in (training_rows, validation_rows))
+    if longer := sum(len(ids) > args.max_seq_len for ids in training["input_ids"]):
+        say(f"{longer} of {len(training)} rows are longer than --max-seq-len {args.max_seq_len} and are cut at the end")
     trainer = SFTTrainer(
         model=base,
         args=sft_config(args),
-        train_dataset=Dataset.from_list(training_rows),
-        eval_dataset=Dataset.from_list(validation_rows),
+        train_dataset=training,
+        eval_dataset=validation,
         processing_class=tokenizer,
         peft_config=models.lora_config(args, base),
         callbacks=[
@@ -67,6 +78,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     if args.adapter_path is not None:
         models.load_adapter_weights(model, args.adapter_path)
     models.train_in_fp32(model)
+    frozen.measure(model, step=0, adapter_path=args.adapter_path)
     if trainer.accelerator.is_main_process:
         start_records(
             args,
@@ -74,7 +86,11 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
             script="dummy_planner.py",
             data_fingerprint=found,
             rows=len(training_rows),
+            data_source=kind_of_source(args.dataset),
             four_bit=four_bit,
+            quantised_on=models.quantised_on(model) if four_bit else None,
+            prompt_date=day.isoformat() if dated else None,
+            frozen_worker=frozen.record(),
         )
         if args.wandb:
             add_wandb(args, trainer)
@@ -88,7 +104,9 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     # The trainer evaluates after its last step, but not where it was resumed there.
     done = [record for record in trainer.state.log_history if "eval_loss" in record]
     final = done[-1] if done and done[-1]["step"] == trainer.state.global_step else trainer.evaluate()
+    frozen.measure(model, step=trainer.state.global_step, adapter_path=args.adapter_path)
     if trainer.accelerator.is_main_process:
+        add_to_record(output_dir, frozen_worker=frozen.record())
         save_adapter(model, tokenizer, output_dir)
         plot_loss_curves(output_dir / "metrics.jsonl", output_dir / "training_curves.png")
         losses = [
@@ -110,7 +128,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
 
 
 def sft_config(args: SupervisedArgs) -> SFTConfig:
-    """TRL's settings from ours; the loss is taken on the completion only."""
+    """TRL's settings from ours; the rows bring their labels, so the loss is taken on the completion only."""
     return SFTConfig(
         output_dir=args.output_dir,
         learning_rate=args.lr,
@@ -121,7 +139,6 @@ def sft_config(args: SupervisedArgs) -> SFTConfig:
         gradient_accumulation_steps=args.grad_accum,
         num_train_epochs=args.num_epochs,
         max_length=args.max_seq_len,
-        completion_only_loss=True,
         seed=args.seed,
         logging_steps=1,
         eval_strategy="steps",
@@ -134,8 +151,16 @@ def sft_config(args: SupervisedArgs) -> SFTConfig:
     )
 
 
-def load_rows(args: SupervisedArgs, *, fold: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and validation rows, each a prompt and a completion as chat messages."""
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A prompt and the text to answer it with."""
+
+    prompt: list[prompts.Message]
+    completion: str
+
+
+def load_rows(args: SupervisedArgs) -> tuple[list[Demonstration], list[Demonstration]]:
+    """What to imitate, and what to validate on."""
     if args.format == "json-plan":
         questions = load_questions(
             args.dataset,
@@ -146,7 +171,7 @@ def load_rows(args: SupervisedArgs, *, fold: bool) -> tuple[list[dict[str, Any]]
             seed=args.seed,
         )
         rows = [
-            _row(prompts.planner_messages(item.question, args.planner_style), plan.to_json(), fold)
+            Demonstration(prompts.planner_messages(item.question, args.planner_style), plan.to_json())
             for item, plan in demonstrations(questions, args.seed)
         ]
         if not rows:
@@ -155,60 +180,49 @@ def load_rows(args: SupervisedArgs, *, fold: bool) -> tuple[list[dict[str, Any]]
                 "(solution lines 'sub-question ** step') or generated:shares"
             )
         return _cut(rows, args.seed)
-    table = _planning_data(args.dataset, args.dataset_config)
-    splits = {name: [_planning_row(row, fold, args.dataset) for row in part] for name, part in table.items()}
-    training = splits.get("train") or next(iter(splits.values()))
+    training, held_out = (
+        [
+            Demonstration([{"role": "system", "content": system}, {"role": "user", "content": user}], expected)
+            for system, user, expected in part
+        ]
+        for part in load_planning_data(args.dataset, args.dataset_config)
+    )
     training = training[: args.max_samples]
-    held_out = splits.get("validation") or splits.get("test")
     return (training, held_out) if held_out else _cut(training, args.seed)
 
 
-def fingerprint_rows(rows: list[dict[str, Any]]) -> str:
+def tokenised(tokenizer: Any, rows: list[Demonstration], end_ids: frozenset[int]) -> Dataset:
+    """Rows as token ids: the prompt as GRPO and a server give it, then the completion as it stands, then the end.
+
+    Not as a conversation that TRL renders: the templates of reasoning models strip the reasoning from an answer and
+    open it in the prompt, so the model would learn another target, after another context, than it meets later.
+    """
+    end = _turn_end(tokenizer, end_ids)
+    texts = prompts.render_all(tokenizer, [row.prompt for row in rows])
+    asked = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    told = tokenizer([row.completion for row in rows], add_special_tokens=False)["input_ids"]
+    return Dataset.from_list(
+        [
+            {"input_ids": [*prompt, *answer, end], "labels": [-100] * len(prompt) + [*answer, end]}
+            for prompt, answer in zip(asked, told, strict=True)
+        ]
+    )
+
+
+def _turn_end(tokenizer: Any, end_ids: frozenset[int]) -> int:
+    """The token that the chat template puts behind an answer, if generation ends there; else the tokenizer's own."""
+    turn = [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": "omega"}]
+    shown = tokenizer.apply_chat_template(turn, tokenize=False)
+    behind = tokenizer(shown.rpartition("omega")[2], add_special_tokens=False)["input_ids"]
+    return behind[0] if behind and behind[0] in end_ids else tokenizer.eos_token_id
+
+
+def fingerprint_rows(rows: list[Demonstration]) -> str:
     """As `common.problems.questions.fingerprint`, of prompts and completions."""
-    from common.problems.questions import Question
-
-    return fingerprint(Question(row["prompt"][-1]["content"], row["completion"][0]["content"]) for row in rows)
+    return fingerprint(Question(row.prompt[-1]["content"], row.completion) for row in rows)
 
 
-def _row(messages: list[prompts.Message], completion: str, fold: bool) -> dict[str, Any]:
-    prompt = prompts.fold_system(messages) if fold else messages
-    return {"prompt": prompt, "completion": [{"role": "assistant", "content": completion}]}
-
-
-def _planning_row(row: dict[str, Any], fold: bool, source: str) -> dict[str, Any]:
-    missing = [name for name in COLUMNS if not isinstance(row.get(name), str)]
-    if missing:
-        raise UserError(
-            f"--dataset {source}: no text in column {missing[0]} (columns found: {', '.join(row)}): "
-            f"{', '.join(COLUMNS)} are expected; for questions with answers use --format json-plan"
-        )
-    system, user, expected = (row[name] for name in COLUMNS)
-    return _row([{"role": "system", "content": system}, {"role": "user", "content": user}], expected, fold)
-
-
-def _planning_data(source: str, config: str | None) -> DatasetDict:
-    """All splits of a planning data set, from the Hub or from a local file or folder."""
-    path = Path(source).expanduser()
-    try:
-        if path.is_dir():
-            files = {
-                child.stem: str(child) for child in sorted(path.iterdir()) if child.suffix in (".jsonl", ".parquet")
-            }
-            kind = "parquet" if any(name.endswith(".parquet") for name in files.values()) else "json"
-            return load_dataset(kind, data_files=files)
-        if path.is_file():
-            return load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files={"train": str(path)})
-        return load_dataset(source, config)
-    except Exception as error:
-        first = str(error).strip().splitlines()
-        raise UserError(
-            f"data set {source!r} could not be loaded ({type(error).__name__}: {first[0] if first else ''}): check its "
-            "name and the network, or pass a local .jsonl or .parquet file with --dataset",
-            exit_code=1,
-        ) from error
-
-
-def _cut(rows: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _cut(rows: list[Demonstration], seed: int) -> tuple[list[Demonstration], list[Demonstration]]:
     """Cut the validation rows off, at random but the same for the same seed."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)

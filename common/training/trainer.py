@@ -20,6 +20,7 @@ from trl.trainer.utils import RepeatSampler
 from common.decoding.decode import decode
 from common.decoding.packing import packed_linears
 from common.reports.step_clock import StepClock
+from common.workers.frozen import FrozenBase
 from common.workers.local import inference
 
 # Of `GRPOTrainer`: methods that are overridden here, each with the parameters that this module counts on.
@@ -83,12 +84,14 @@ class PlannerTrainer(GRPOTrainer):
 
     Args:
         clock: takes the time of the step's parts, which every step's log then holds.
+        frozen: what the base model said before the trainer wrapped it.
         (the others): `GRPOTrainer`'s.
     """
 
-    def __init__(self, *args: Any, clock: StepClock, **options: Any) -> None:
+    def __init__(self, *args: Any, clock: StepClock, frozen: FrozenBase, **options: Any) -> None:
         super().__init__(*args, **options)
         self._clock = clock
+        self.frozen = frozen
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train; the clock starts now."""

@@ -222,6 +222,15 @@ def test_a_line_that_stays_cut_and_a_signal_end_the_upload_with_the_same_advice(
     assert not hub.repos["user/planner"].files
 
 
+def test_a_card_that_the_hub_refuses_is_told_with_its_reason_in_one_line(hub, push, copy):
+    hub.card_errors = ['"license" must be one of [apache-2.0, mit]', '"datasets[0]" is not valid']
+    done = push()
+    assert done.returncode == 1, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("merge_and_push.py: error")]
+    assert "the Hub refuses what was sent" in line and "--model-card" in line
+    assert all(reason in line for reason in hub.card_errors)
+
+
 def test_an_unreachable_hub_is_one_line(hub, finished_run, tmp_path):
     gone = environment(hub, WRITE, tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = run_script("merge_and_push.py", *flags(finished_run, tmp_path / "merged"), env=gone)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from datetime import date
+from pathlib import Path
 
 import pytest
-from conftest import run_script
+from conftest import flags, run_script
 
 from common.reports.jsonl import read_jsonl
+from common.settings.sft import SupervisedArgs
+from dummy_planner import DEFAULTS
 
 
 def small(tiny_planner: str, output: str) -> list[str]:
@@ -71,15 +76,86 @@ def test_planning_data_in_its_own_columns_with_a_validation_split(tiny_planner, 
     assert f"{validation:.3f}" in done.stdout
 
 
+# A reasoning model's, in short: it opens the reasoning in the prompt, and strips it from an answer.
+REASONING_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "<|User|>{{ m.content }}{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, REASONING_TEMPLATE], ids=["instruct", "reasoning"])
+def test_labels_are_the_whole_output_and_the_end_after_the_prompt_of_grpo(template, tiny_planner, tmp_path):
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    from common import models
+    from common.training.sft import Demonstration, sft_config, tokenised
+    from common.workers.local import end_token_ids
+
+    tokenizer = models.load_tokenizer(tiny_planner)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    base = models.load_base(tiny_planner, four_bit=False)
+    messages = [{"role": "system", "content": "Plan."}, {"role": "user", "content": "Add 1 and 2."}]
+    outputs = [
+        "<think>\nTwo numbers.\n</think>\n\n<Plan_p>1 + 2</Plan_p>",
+        '{"should_decompose": false}',
+        "  padded \n",
+    ]
+    rows = [Demonstration(messages, text) for text in outputs]
+    args = SupervisedArgs(**{**DEFAULTS, "base_model": tiny_planner, "output_dir": str(tmp_path)})
+    data = tokenised(tokenizer, rows, end_token_ids(base, tokenizer))
+    trainer = SFTTrainer(
+        model=base,
+        args=sft_config(args),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    assert isinstance(trainer.train_dataset, Dataset)
+    # As GRPO's trainer gives a conversation to the model.
+    prompt = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
+    for row, text in zip(trainer.train_dataset, outputs, strict=True):
+        learned = [token for token in row["labels"] if token != -100]
+        assert tokenizer.decode(learned) == text + tokenizer.eos_token
+        assert row["input_ids"] == prompt["input_ids"] + learned
+
+
+def test_a_dated_template_is_recorded_and_a_run_from_the_adapter_takes_the_date_over(tiny_planner, tiny_args, tmp_path):
+    base = tmp_path / "dated"
+    shutil.copytree(tiny_planner, base)
+    template = base / "chat_template.jinja"
+    template.write_text('Today is {{ strftime_now("%d %b %Y") }}.\n' + template.read_text())
+    warm = tmp_path / "warm"
+    done = run_script(
+        "dummy_planner.py", *small(str(base), str(warm)), "--format", "json-plan", "--dataset", "generated:shares",
+        "--max-samples", "9", "--batch-size", "8", "--planner-style", "short",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((warm / "training_config.json").read_text())
+    assert record["prompt_date"] == date.today().isoformat()
+    assert record["frozen_worker"]["worker_equals_base"] is True and record["data_source"] == "generated"
+    (warm / "training_config.json").write_text(json.dumps({**record, "prompt_date": "2025-02-03"}))
+    tiny_args.base_model, tiny_args.adapter_path, tiny_args.max_steps = str(base), str(warm), 1
+    done = run_script("grpo_training.py", *flags(tiny_args))
+    assert done.returncode == 0, done.stderr
+    run = Path(tiny_args.output_dir)
+    assert json.loads((run / "training_config.json").read_text())["prompt_date"] == "2025-02-03"
+    assert 'Today is {{ "03 Feb 2025" }}' in (run / "chat_template.jinja").read_text()
+    assert f"--chat-template {run / 'chat_template.jinja'}" in done.stdout, "a server would show today's date"
+
+
 @pytest.mark.parametrize(
-    ("flags", "code", "message"),
+    ("given", "code", "message"),
     [
         (["--format", "json-plan", "--dataset", "./none.jsonl"], 2, "does not exist"),
         (["--lr", "-1"], 2, "--lr must be greater than 0"),
         (["--resume"], 2, "must name the folder of a run"),
     ],
 )
-def test_wrong_input_is_one_line(flags, code, message, tmp_path):
-    done = run_script("dummy_planner.py", "--output-dir", str(tmp_path / "run"), *flags)
+def test_wrong_input_is_one_line(given, code, message, tmp_path):
+    done = run_script("dummy_planner.py", "--output-dir", str(tmp_path / "run"), *given)
     assert done.returncode == code
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1

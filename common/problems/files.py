@@ -1,0 +1,130 @@
+"""Data files: JSON lines, JSON lists and parquet, alone or in a folder with a file, or numbered parts, per split."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+BYTE_ORDER_MARK = "\ufeff"
+# A numbered part, as the Hub names them: train-00000-of-00002.parquet.
+_PART = r"-(?P<number>\d+)-of-(?P<count>\d+)"
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a name is that of a data file, by its ending."""
+    return path.suffix.casefold() in SUFFIXES
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files of a folder that may hold data, by name."""
+    return sorted(child for child in folder.iterdir() if child.is_file() and is_data_file(child))
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The file of a split, or its numbered parts in order; an empty list where there is none.
+
+    `train.jsonl` is the split train's; `train_socratic.jsonl` is another form of the same questions, and is taken only
+    where nothing is named plainly and it is the only one.
+
+    Raises:
+        UserError: where several files could be meant, or parts are missing.
+    """
+    files = data_files(folder)
+    plain = [path for path in files if path.stem.casefold() == split.casefold()]
+    matches = [(path, re.fullmatch(re.escape(split) + _PART, path.stem, re.IGNORECASE)) for path in files]
+    parts = [(path, match) for path, match in matches if match is not None]
+    if plain or parts:
+        forms = {(path.suffix.casefold(), "") for path in plain}
+        forms |= {(path.suffix.casefold(), match["count"]) for path, match in parts}
+        if len(forms) > 1 or len(plain) > 1:
+            raise _ambiguous(folder, split, [*plain, *(path for path, _ in parts)])
+        if parts:
+            found = [int(match["number"]) for _, match in parts]
+            missing = sorted(set(range(int(parts[0][1]["count"]))) - set(found))
+            if missing:
+                raise UserError(
+                    f"--dataset {folder}: part {missing[0]:05d} of {parts[0][1]['count']} of the split {split!r} is "
+                    f"missing (found: {', '.join(path.name for path, _ in parts)}): add it, or name one file"
+                )
+        return plain or [path for path, _ in parts]
+    like = [path for path in files if re.match(re.escape(split) + r"[-_. ]", path.name, re.IGNORECASE)]
+    like = [path for path in like if not path.stem.casefold().endswith(("_config", "_info", "_dict", "_state"))]
+    if len(like) > 1:
+        raise _ambiguous(folder, split, like)
+    return like
+
+
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record) of everything in a data file: JSON lines, a list in a .json file, or parquet.
+
+    Raises:
+        UserError: for another kind of file, one that cannot be read, or a line that is not JSON.
+    """
+    if not path.is_file():
+        raise UserError(f"--dataset {path} does not exist: name a .jsonl or .parquet file, a folder or a Hub id")
+    if not is_data_file(path):
+        raise UserError(
+            f"--dataset {path} is neither .jsonl nor .parquet: convert it, one object with question and answer a line"
+        )
+    try:
+        yield from _parquet_rows(path) if path.suffix.casefold() == ".parquet" else _json_rows(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--dataset {path} cannot be read: {error}") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text in UTF-8 without the byte-order marks that some editors write at the start of a file.
+
+    Files put one behind another have one in the middle too.
+
+    Raises:
+        OSError, UnicodeDecodeError: where it cannot be read.
+    """
+    return [line.removeprefix(BYTE_ORDER_MARK) for line in path.read_text(encoding="utf-8").split("\n")]
+
+
+def _ambiguous(folder: Path, split: str, found: list[Path]) -> UserError:
+    return UserError(
+        f"--dataset {folder} has several files for the split {split!r} ({', '.join(path.name for path in found)}), and "
+        "reading them all would take questions twice: name one of them"
+    )
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record) of each line of a JSONL file; a .json file may also be one list."""
+    lines = read_lines(path)
+    if path.suffix.casefold() == ".json" and "".join(lines[:1]).lstrip().startswith("["):
+        try:
+            records = json.loads("\n".join(lines))
+        except (json.JSONDecodeError, RecursionError) as error:
+            place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+            raise UserError(f"{place}: not valid JSON ({error}): mend the file") from error
+        yield from ((f"{path} item {number}", record) for number, record in enumerate(records, start=1))
+        return
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(
+                f"{path}:{number}: not valid JSON ({error}): one object a line is expected, "
+                'such as {"question": "…", "answer": "… #### 7"}'
+            ) from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"--dataset {path} is not a parquet file: {error}") from error
+    yield from ((f"{path} row {number}", row) for number, row in enumerate(table.to_pylist(), start=1))

@@ -1,0 +1,84 @@
+"""Planning data to imitate, as published: a system prompt, a user prompt and the expected output, three texts a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.problems.files import data_files, read_records, split_files
+
+COLUMNS = ("SystemPrompt", "UserPrompt", "ExpectedOutput")
+# Of these the first that is there is validated on; without one, rows of the training split are held out.
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
+
+Row = tuple[str, str, str]
+
+
+def load_planning_data(source: str, config: str | None) -> tuple[list[Row], list[Row]]:
+    """Rows to imitate and rows to validate on (perhaps none), from a local file or folder or from the Hub.
+
+    Raises:
+        UserError: where the data cannot be read, or a row lacks a text; with the file and the row.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if path.is_file():
+        return _rows(read_records(path)), []
+    import datasets
+
+    try:
+        table = datasets.load_dataset(source, config)
+    except Exception as error:
+        first = str(error).strip().splitlines()
+        raise UserError(
+            f"data set {source!r} could not be loaded ({type(error).__name__}: {first[0] if first else ''}): check its "
+            "name and the network, or pass a local .jsonl or .parquet file with --dataset",
+            exit_code=1,
+        ) from error
+    training = "train" if "train" in table else next(iter(table))
+    held_out = next((name for name in HELD_OUT_SPLITS if name in table and name != training), None)
+    splits = [name for name in (training, held_out) if name is not None]
+    found = [
+        _rows((f"{source} {name} row {number}", row) for number, row in enumerate(table[name], 1)) for name in splits
+    ]
+    return found[0], found[1] if held_out is not None else []
+
+
+def _read_folder(folder: Path) -> tuple[list[Row], list[Row]]:
+    training = split_files(folder, "train")
+    if not training:
+        others = [path for path in data_files(folder) if path.suffix.casefold() != ".json"]
+        if len(others) != 1:
+            names = ", ".join(path.name for path in data_files(folder)) or "none"
+            raise UserError(
+                f"--dataset {folder} has no file of the split 'train' (data files found: {names}): name the file itself"
+            )
+        return _rows(read_records(others[0])), []
+    held_out = next((files for name in HELD_OUT_SPLITS if (files := split_files(folder, name))), [])
+    return (
+        _rows(record for path in training for record in read_records(path)),
+        _rows(record for path in held_out for record in read_records(path)),
+    )
+
+
+def _rows(records: Iterable[tuple[str, Any]]) -> list[Row]:
+    found = []
+    for where, row in records:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: found {type(row).__name__}, expected an object with {', '.join(COLUMNS)}")
+        for name in COLUMNS:
+            if not isinstance(row.get(name), str):
+                what = f"found {row[name]!r:.40}" if name in row else f"columns found: {', '.join(map(str, row))}"
+                raise UserError(
+                    f"{where}: no text in column {name} ({what}): {', '.join(COLUMNS)} are expected as text; for "
+                    "questions with answers use --format json-plan"
+                )
+        if not row["ExpectedOutput"].strip():
+            raise UserError(f"{where}: ExpectedOutput is empty, so there is nothing to imitate: leave the row out")
+        found.append((row["SystemPrompt"], row["UserPrompt"], row["ExpectedOutput"]))
+    if not found:
+        raise UserError("the planning data hold no row: name another --dataset")
+    return found
