@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: planner, worker, embeddings, forward and backward, and the rest.
+"""Where the time of a training step goes: planner, worker, embeddings, forward and backward, saving, and the rest.
 
 Costs a few clock readings a step. Only the standard library is imported here.
 """
@@ -10,13 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# In the order in which a step goes through them. `worker_seconds` is the reward function's own metric.
+# In the order in which a step goes through them; its first part belongs to the step before, whose line is written
+# by then. `worker_seconds` is the reward function's own metric.
 PARTS = {
+    "saving_seconds": "logs and checkpoint of the step before",
     "planner_seconds": "planner writes plans",
     "worker_seconds": "worker carries them out",
     "embedding_seconds": "embeddings",
     "gradient_seconds": "forward and backward",
-    "rest_seconds": "rest (optimiser, grading, logs, checkpoints)",
+    "rest_seconds": "rest (optimiser, grading)",
 }
 
 
@@ -26,11 +28,25 @@ class StepClock:
     def __init__(self) -> None:
         self._parts: dict[str, float] = {}
         self._since = time.perf_counter()
+        self._between = self._first = True  # no step is under way; none has been
 
     def restart(self) -> None:
-        """Forget everything so far: loading is no part of a step."""
+        """Forget everything so far, up to the first `begin`: loading and resuming are no part of a step."""
         self._parts.clear()
         self._since = time.perf_counter()
+        self._between = self._first = True
+
+    def begin(self) -> None:
+        """A step begins, if none is under way: what passed since the last one went into logs and checkpoints."""
+        if not self._between:
+            return
+        now = time.perf_counter()
+        if self._first:
+            self._parts.clear()
+            self._since = now
+        else:
+            self.add("saving_seconds", now - self._since)
+        self._between = self._first = False
 
     def add(self, part: str, seconds: float) -> None:
         """Count seconds towards a part."""
@@ -51,7 +67,7 @@ class StepClock:
         taken = {name: self._parts.get(name, 0.0) for name in PARTS if name != "rest_seconds"}
         taken["rest_seconds"] = max(0.0, now - self._since - sum(taken.values()))
         self._parts.clear()
-        self._since = now
+        self._since, self._between = now, True
         return taken
 
     def _total(self, names: Sequence[str]) -> float:

@@ -94,12 +94,13 @@ class PlannerTrainer(GRPOTrainer):
         self.frozen = frozen
 
     def train(self, *args: Any, **options: Any) -> Any:
-        """Train; the clock starts now."""
+        """Train; the clock starts with the first step."""
         self._clock.restart()
         return super().train(*args, **options)
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch; the first of a generation batch generates it too."""
+        self._clock.begin()
         with self._clock.part("gradient_seconds", without=["inputs"]):
             loss = super().training_step(*args, **options)
             if torch.cuda.is_available():
