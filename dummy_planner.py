@@ -23,7 +23,7 @@ from common.problems.planning import load_planning_data
 from common.problems.questions import check_source
 from common.runs.adapters import check_adapter_base, check_adds_to_base
 from common.runs.checkpoints import newest_checkpoint
-from common.runs.folder import check_output_dir
+from common.runs.folder import own_output_dir
 from common.runs.record import stored_settings
 from common.settings.sft import RESUMABLE, SFT_DEMO, SupervisedArgs
 
@@ -66,8 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = SupervisedArgs(**values)
     args.validate()
-    check_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume)
-    checkpoint = newest_checkpoint(output_dir) if options.resume else None
+    with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume):
+        return start(options, args)
+
+
+def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
+    """Check the rest, and train, in an output folder that no other run holds."""
+    checkpoint = newest_checkpoint(Path(args.output_dir)) if options.resume else None
     check_base_model(args.base_model)
     if args.adapter_path is not None:
         check_adapter_base(args.adapter_path, args.base_model)

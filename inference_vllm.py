@@ -18,12 +18,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser, add_settings, given_settings, run
 from common.errors import UserError
 from common.inference.trained_settings import find_training_config
 from common.problems.questions import check_source
+from common.runs.lock import LOCK_FILE, only_run
 from common.settings.inference import ServingArgs
 
 if TYPE_CHECKING:
@@ -58,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         find_training_config(args.training_config, args.base_url, None)
     if args.dataset is not None:
         check_source(args.dataset, "test")
+    output = None if options.output is None else Path(options.output)
+    if output is None or not output.absolute().parent.is_dir():
+        return start(options, given)
+    with only_run(output.with_name(f".{output.name}{LOCK_FILE}"), f"--output {output}"):
+        return start(options, given)
+
+
+def start(options: argparse.Namespace, given: dict[str, Any]) -> int:
+    """Check the files, connect, ask; with --output nobody else writes there."""
     asked: list[Asked] = []
     if options.input is not None:
         from common.inference.batch import already_answered, read_input
@@ -72,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common.inference.session import Session
 
     with Session(given) as session:
-        temperature = args.temperature if "temperature" in given else 0.0
+        temperature = given.get("temperature", 0.0)
         return benchmark_or_ask(session, options, asked, temperature)
 
 

@@ -25,8 +25,11 @@ from common.cli import Parser, add_settings, given_settings, run, say, settings_
 from common.errors import UserError
 from common.merging import certificate as certifying
 from common.merging import hub, model_card
+from common.merging.unfinished import remove_unfinished_merges
+from common.runs import storage
 from common.runs.adapters import adapter_origin
 from common.runs.files import check_writable, read_json, write_text_atomically
+from common.runs.lock import LOCK_FILE, only_run
 from common.settings.fields import flag_of
 from common.settings.grpo import PACKAGED_MODEL
 from common.settings.merge import MergeArgs
@@ -58,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     record, base = adapter_origin(args.adapter_path, args.base_model)
     if args.revision is not None and (Path(base).expanduser().exists() or base == PACKAGED_MODEL):
         raise UserError(f"--revision {args.revision}: {base} is no Hub id, so it has no revisions: leave it out")
-    card = None if args.model_card is None else model_card.read_card(args.model_card)
-    evaluation = read_json(Path(args.adapter_path) / "evaluation.json")
     inputs = certifying.merge_inputs(
         Path(args.adapter_path),
         base,
@@ -74,6 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--local-save-path {args.target} holds {what}, which would be replaced: name another folder"
             )
     check_writable(args.target, "--local-save-path")
+    target = args.target.resolve()
+    with only_run(target.with_name(f".{target.name}{LOCK_FILE}"), f"--local-save-path {args.target}"):
+        remove_unfinished_merges(target)
+        return start(options, args, base, record, inputs)
+
+
+def start(
+    options: argparse.Namespace, args: MergeArgs, base: str, record: dict[str, Any], inputs: dict[str, Any]
+) -> int:
+    """Merge, certify, push, into a folder that no other merge holds."""
+    card = None if args.model_card is None else model_card.read_card(args.model_card)
+    evaluation = read_json(Path(args.adapter_path) / "evaluation.json")
     report = certifying.finished_merge(args.target, inputs, overwrite=args.overwrite)
     say(settings_table(args, MergeArgs(repo_name="")))
     api, repo_id = None, args.repo_name
@@ -101,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report=report,
         given=card,
     )
-    write_text_atomically(args.target / "README.md", str(finished))
+    with storage.explained(args.target, lambda: "make room, then the same command goes on from the merged model"):
+        write_text_atomically(args.target / "README.md", str(finished))
     tell(args.target, report)
     if not report["certificate"]["passed"]:
         raise UserError("\n".join(report["certificate"]["problems"]), exit_code=certifying.EXIT_CODE)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from common import prompts
 from common.errors import UserError
 from common.reports.tables import format_table
-from common.runs.files import read_json
+from common.runs.files import read_json, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -281,12 +281,6 @@ def table(certificate: dict[str, Any]) -> str:
 
 
 # ------------------------------------------------------------------------------------------- the stored report
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

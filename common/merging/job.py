@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import models
 from common.errors import UserError
-from common.runs.files import check_writable
+from common.runs.files import check_writable, megabytes
 from common.settings.merge import MergeArgs
 
 # What a 4-bit forward needs beside the weights, and what other programs took since: a GPU fuller than this is left.
@@ -196,8 +196,3 @@ def check_free_disk(target: Path, size: int) -> None:
             f"the merged model needs {megabytes(needed)}, {existing} has {megabytes(free)} free: "
             f"{megabytes(needed - free)} are missing: free them, or name another disk with --local-save-path"
         )
-
-
-def megabytes(size: int) -> str:
-    """A size in bytes for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -24,9 +24,10 @@ from common import models
 from common.cli import say
 from common.errors import UserError
 from common.merging import certificate as certifying
-from common.merging.job import GPU_HEADROOM, Job, dtype_name, megabytes
+from common.merging.job import GPU_HEADROOM, Job, dtype_name
+from common.merging.unfinished import MODEL, REPLACED, workplace_prefix
 from common.runs.adapters import save_tokenizer
-from common.runs.files import share, write_json
+from common.runs.files import megabytes, share, write_json
 from common.runs.record import run_record
 
 
@@ -43,10 +44,14 @@ def merge(job: Job) -> dict[str, Any]:
         UserError: for memory or disk that runs out, and weights that come out as NaN.
     """
     started = time.perf_counter()
-    job.target.parent.mkdir(parents=True, exist_ok=True)
+    target = job.target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
     gpu = fits_gpu(job.size)
-    with _explained_failures(job), tempfile.TemporaryDirectory(dir=job.target.parent, prefix=".merging-") as temporary:
-        folder = Path(temporary) / "model"
+    with (
+        _explained_failures(job),
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=workplace_prefix(target)) as temporary,
+    ):
+        folder = Path(temporary) / MODEL
         asked = certifying.planner_prompts(job.tokenizer, job.planner_style)
         say(f"adapter on base, on the {'GPU' if gpu else 'CPU'}: {len(asked)} plans to compare with")
         model, reference, base_logits, quantised_on = measure_adapter(job, asked, gpu=gpu)
@@ -76,7 +81,7 @@ def merge(job: Job) -> dict[str, Any]:
             "files": certifying.file_hashes(folder),
         }
         write_json(folder / certifying.REPORT, report)
-        replace_folder(folder, job.target)
+        replace_folder(folder, target)
     return report
 
 
@@ -166,7 +171,7 @@ def save(plain: Any, job: Job, folder: Path) -> None:
 
 def replace_folder(folder: Path, target: Path) -> None:
     """Move a finished folder into place; what was there before goes once the new one stands."""
-    old = folder.with_name("replaced")
+    old = folder.with_name(REPLACED)
     if target.exists():
         target.rename(old)
     try:

@@ -240,7 +240,7 @@ def _evaluation(evaluation: dict[str, Any] | None) -> str:
         low, high = row["interval_95"]
         lines.append(
             f"| {name} | {100 * row['accuracy']:.1f} % | {100 * low:.1f} to {100 * high:.1f} % | "
-            f"{row['total_tokens']:.0f} |"
+            f"{'-' if row['total_tokens'] is None else format(row['total_tokens'], '.0f')} |"
         )
     return (
         f"## Evaluation\n\n{evaluation['questions']} held-out questions, greedy, measured with the adapter on the base "

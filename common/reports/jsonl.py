@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.runs.files import temporary_beside
+from common.runs.files import naming, temporary_beside
 
 
 class JsonLinesError(UserError, ValueError):
@@ -33,7 +33,7 @@ def append_jsonl(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
     text = json.dumps(_json_ready(record), ensure_ascii=False, allow_nan=False)
     # A lone surrogate can only sit inside a JSON string, where "\ud800" is exactly its JSON escape.
     line = text.encode("utf-8", "backslashreplace") + b"\n"
-    with path.open("a+b") as file:
+    with naming(path), path.open("a+b") as file:
         _mend_tail(file)
         file.write(line)
         file.flush()
@@ -62,7 +62,7 @@ def truncate_jsonl_after(path: str | os.PathLike[str], step: int) -> int:
     kept = [raw for raw, record in parsed if is_number(record.get("step")) and record["step"] <= step]
     temporary = temporary_beside(path)
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             file.writelines(raw + b"\n" for raw in kept)
             file.flush()
             os.fsync(file.fileno())

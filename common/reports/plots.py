@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.reports.jsonl import is_number, read_jsonl
-from common.runs.files import temporary_beside
+from common.runs.files import naming, temporary_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -282,7 +282,8 @@ def plot_scoreboard(summary: dict[str, Any], path: Path, highlight: str) -> None
     for place, (value, name) in enumerate(zip(values, names, strict=True)):
         tokens = summary["rows"][name]["total_tokens"]
         axes.text(place + 0.06, value + 0.8, f"{value:.0f}%", ha="left", va="bottom", fontweight="bold")
-        axes.text(place, 1.5, f"{tokens:.0f} tokens", ha="center", va="bottom", color="white", fontsize=8)
+        shown = "" if tokens is None else f"{tokens:.0f} tokens"  # None: every question failed
+        axes.text(place, 1.5, shown, ha="center", va="bottom", color="white", fontsize=8)
     axes.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
     axes.set_ylim(0, min(100.0, max(100 * high for _, high in bounds) * 1.12 + 4))
     axes.set_ylabel("correct answers (%)")
@@ -296,7 +297,8 @@ def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(path)
+        with naming(path):
+            figure.savefig(temporary, format="png")
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

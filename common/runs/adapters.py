@@ -10,14 +10,14 @@ from typing import Any
 
 from common.errors import UserError
 from common.models import check_base_model
-from common.runs.files import publish_folder, read_json, write_json
+from common.runs.files import SAVING, publish_folder, read_json, write_json
 from common.runs.record import TRAINING_CONFIG
 
 
 def save_adapter(model: Any, tokenizer: Any, output_dir: Path) -> None:
     """Save adapter and tokenizer so that either the old files or the new ones are there, never a mix of halves."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as temporary:
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=SAVING) as temporary:
         folder = Path(temporary)
         # Not the reference policy of a KL penalty, which is an adapter too.
         model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +56,32 @@ def check_file_writable(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path} cannot be written ({error.strerror}): name another place") from error
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file's name into errors of writing it: those of an open file carry none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a whole file or leave the old one: a crash never leaves half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        # Half a surrogate pair, which models do emit, becomes its \uXXXX: in JSON that means the same.
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        share(Path(temporary))
-        Path(temporary).replace(path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with naming(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            # Half a surrogate pair, which models do emit, becomes its \uXXXX: in JSON that means the same.
+            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            share(Path(temporary))
+            Path(temporary).replace(path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -104,6 +120,39 @@ def share(path: Path) -> None:
     os.umask(umask)
     if path.is_file():
         path.chmod(0o666 & ~umask)
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+SAVING = ".saving-"  # folders in which an adapter is put together
+# Names that this project gives to unfinished files and folders, those of its earlier versions too.
+_UNFINISHED = re.compile(
+    rf"{re.escape(SAVING)}[a-z0-9_]{{8}}|\..+\.(?:json|jsonl|png|md)\.(?:\d+\.tmp|[a-z0-9_]{{8}}(?:\.tmp)?)"
+)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run was writing; only while the folder is locked, or it may be another run's work."""
+    for path in folder.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that it holds."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def temporary_beside(path: Path) -> Path:

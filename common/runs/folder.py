@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UserError
 from common.runs.checkpoints import complete_checkpoints
-from common.runs.files import check_writable
-from common.runs.record import TRAINING_CONFIG
+from common.runs.files import check_writable, remove_unfinished
+from common.runs.lock import LOCK_FILE, only_run
+from common.runs.record import TRAINING_CONFIG, WANDB_RUN
 
 _RUN_FILES = (
     TRAINING_CONFIG,
@@ -17,11 +21,27 @@ _RUN_FILES = (
     "adapter_model.safetensors",
     "adapter_config.json",
 )
+_REPORTS = ("training_curves.png", "evaluation.json", "evaluation.jsonl", "evaluation.png", WANDB_RUN)
 
 
 def holds_run(output_dir: Path) -> bool:
     """Whether a folder holds something a run made."""
     return any((output_dir / name).exists() for name in _RUN_FILES) or any(output_dir.glob("checkpoint-*"))
+
+
+@contextmanager
+def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
+    """Hold the output folder: no other run writes into it, and unfinished files of a killed one are gone.
+
+    Raises:
+        UserError: while another run holds it; and as `check_output_dir`.
+    """
+    check_writable(output_dir, "--output-dir")
+    with only_run(output_dir / LOCK_FILE, f"--output-dir {output_dir}"):
+        check_output_dir(output_dir, overwrite=overwrite, resume=resume)
+        if os.environ.get("RANK", "0") == "0":
+            remove_unfinished(output_dir)
+        yield
 
 
 def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None:
@@ -41,7 +61,7 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
 
 def clear_run(output_dir: Path) -> None:
     """Remove what an earlier run made, and nothing else."""
-    for name in (*_RUN_FILES, "training_curves.png", "evaluation.json", "evaluation.png"):
+    for name in (*_RUN_FILES, *_REPORTS):
         (output_dir / name).unlink(missing_ok=True)
     for checkpoint in output_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

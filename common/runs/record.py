@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.settings.fields import flag_of
 
 TRAINING_CONFIG = "training_config.json"
+WANDB_RUN = "wandb_run.json"  # which W&B run a resumed run goes on with
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -26,6 +27,9 @@ def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str]
             f"{output_dir} holds a run of {record.get('script')}, not of {script}: name another --output-dir"
         )
     stored = record["settings"]
+    if isinstance(record.get("four_bit"), bool):
+        # Left open, it was decided by the machine; the run goes on with that wherever it is continued.
+        stored = {**stored, "use_4bit": record["four_bit"]}
     for name, value in given.items():
         if name not in resumable and stored.get(name) != value:
             raise UserError(

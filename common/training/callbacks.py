@@ -14,7 +14,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -28,6 +27,7 @@ from common.cli import say
 from common.reports.jsonl import append_jsonl, truncate_jsonl_after
 from common.reports.metrics import step_metrics
 from common.reports.plots import plot_training_curves
+from common.runs.storage import resume_command
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def stopped_early(script: str, received: int, state: TrainerState, output_dir: P
     """Say how to go on after a signal; returns the exit code."""
     say(
         f"stopped after step {state.global_step} of {state.max_steps}; continue with\n"
-        f"  {sys.executable} {script} --output-dir {output_dir} --resume"
+        f"  {resume_command(script, output_dir)}"
     )
     return 128 + received
 

@@ -23,6 +23,7 @@ from common.reports.plots import plot_training_curves
 from common.reports.step_clock import StepClock, breakdown_rows
 from common.reports.tables import format_table
 from common.rewards import PipelineRewardFunction, RewardWeights
+from common.runs import storage
 from common.runs.adapters import save_adapter
 from common.runs.checkpoints import checkpoint_step
 from common.servers.vllm import server_command, shown_command
@@ -59,6 +60,34 @@ def train(
     dated = prompts.fix_date(tokenizer, day)
     samples = SampleLog(output_dir / "samples.jsonl")
     trainer, executor = build_trainer(args, questions, tokenizer, samples)
+    facts = {
+        "data_fingerprint": fingerprint(questions),
+        "data_source": kind_of_source(args.dataset),
+        "questions": len(questions),
+        "prompt_date": day.isoformat() if dated else None,
+    }
+    script = "grpo_training.py"
+    with storage.explained(
+        output_dir, lambda: storage.how_to_resume(script, output_dir), lambda: records.checkpoint_bytes(trainer)
+    ):
+        return _run(args, held_out, checkpoint, trainer, executor, tokenizer, samples, facts)
+
+
+def _run(
+    args: TrainingArgs,
+    held_out: list[Question],
+    checkpoint: Path | None,
+    trainer: PlannerTrainer,
+    executor: PipelineExecutor,
+    tokenizer: Any,
+    samples: SampleLog,
+    facts: dict[str, Any],
+) -> int:
+    """The scoreboard before training, training, what is saved, and the scoreboard after it; as `train`.
+
+    `facts` are what else `training_config.json` holds.
+    """
+    output_dir = Path(args.output_dir)
     main_process = trainer.accelerator.is_main_process
     model = trainer.accelerator.unwrap_model(trainer.model)
     if main_process:
@@ -66,15 +95,16 @@ def train(
             args,
             checkpoint,
             script="grpo_training.py",
-            data_fingerprint=fingerprint(questions),
-            data_source=kind_of_source(args.dataset),
-            questions=len(questions),
+            **facts,
             four_bit=models.use_4bit(args),
             quantised_on=models.quantised_on(model) if models.use_4bit(args) else None,
-            prompt_date=day.isoformat() if dated else None,
+            dtype=str(model.get_base_model().dtype),
             frozen_worker=trainer.frozen.record(),
         )
-    wandb_callback = records.add_wandb(args, trainer, samples) if main_process and args.wandb else None
+    resumes = checkpoint is not None
+    wandb_callback = (
+        records.add_wandb(args, trainer, samples, resumes=resumes) if main_process and args.wandb else None
+    )
     scoring = Scoring(args, model, tokenizer, executor)
     if held_out and main_process:
         scoring.before(held_out)
@@ -101,7 +131,7 @@ def train(
     trainer.frozen.measure(model, step=args.max_steps, adapter_path=args.adapter_path)
     if main_process:
         records.add_to_record(output_dir, frozen_worker=trainer.frozen.record())
-        finish(args, trainer, tokenizer, output_dir, dated=dated)
+        finish(args, trainer, tokenizer, output_dir, dated=facts["prompt_date"] is not None)
         if held_out:
             scoring.after(held_out)
     return 0

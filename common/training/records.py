@@ -72,14 +72,34 @@ def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, 
         truncate_jsonl_after(output_dir / name, step)
 
 
-def add_wandb(args: TrainingArgs | SupervisedArgs, trainer: Any, samples: SampleLog | None = None) -> Any:
-    """Log to W&B as well; offline where it cannot be reached. None where W&B is switched off."""
-    from common.reports import wandb_log  # --no-wandb imports none of it
+def checkpoint_bytes(trainer: Any) -> int:
+    """About how large a checkpoint is: the adapter, two moments of Adam for each of its weights, the tokenizer."""
+    weights = sum(4 * parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    backend = getattr(trainer.processing_class, "backend_tokenizer", None)
+    return 3 * weights + (0 if backend is None else len(backend.to_str().encode()))
 
-    started = wandb_log.start_wandb(args.wandb_project, args.wandb_run_name, args.to_dict(), Path(args.output_dir))
+
+def add_wandb(
+    args: TrainingArgs | SupervisedArgs, trainer: Any, samples: SampleLog | None = None, *, resumes: bool
+) -> Any:
+    """Log to W&B as well; offline where it cannot be reached. None where W&B is switched off.
+
+    Args:
+        args: settings of the run.
+        trainer: that logs.
+        samples: whose rows become a table.
+        resumes: whether to go on in the W&B run of the same output folder.
+    """
+    from common.reports import wandb_log, wandb_run  # --no-wandb imports none of it
+
+    output_dir = Path(args.output_dir)
+    progress = wandb_run.Progress(output_dir, args.wandb_project, resumes=resumes)
+    started = wandb_run.start_wandb(
+        args.wandb_project, args.wandb_run_name, args.to_dict(), output_dir, progress.run_id
+    )
     if started is None:
         return None
-    callback = wandb_log.WandbCallback()
+    callback = wandb_log.WandbCallback(progress=progress)
     trainer.add_callback(callback)
     if samples is not None:
         samples.listeners.append(callback.add_samples)

@@ -22,13 +22,14 @@ from common.problems.questions import Question, fingerprint, kind_of_source, loa
 from common.reports.jsonl import read_jsonl
 from common.reports.plots import plot_loss_curves
 from common.reports.tables import format_table
+from common.runs import storage
 from common.runs.adapters import save_adapter
 from common.runs.record import check_same_data
 from common.settings.grpo import PACKAGED_MODEL
 from common.settings.sft import SupervisedArgs
 from common.training import callbacks, progress
 from common.training.device import announce_device, device_options
-from common.training.records import add_to_record, add_wandb, prompt_date, start_records
+from common.training.records import add_to_record, add_wandb, checkpoint_bytes, prompt_date, start_records
 from common.workers.frozen import FrozenBase
 from common.workers.local import end_token_ids
 
@@ -79,22 +80,43 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
         models.load_adapter_weights(model, args.adapter_path)
     models.train_in_fp32(model)
     frozen.measure(model, step=0, adapter_path=args.adapter_path)
+    say(f"{len(training_rows)} rows to imitate, {len(validation_rows)} to validate on")
+    facts = {
+        "data_fingerprint": found,
+        "rows": len(training_rows),
+        "data_source": kind_of_source(args.dataset),
+        "prompt_date": day.isoformat() if dated else None,
+    }
+    with storage.explained(
+        output_dir, lambda: storage.how_to_resume("dummy_planner.py", output_dir), lambda: checkpoint_bytes(trainer)
+    ):
+        return _run(args, checkpoint, trainer, tokenizer, frozen, facts)
+
+
+def _run(
+    args: SupervisedArgs,
+    checkpoint: Path | None,
+    trainer: SFTTrainer,
+    tokenizer: Any,
+    frozen: FrozenBase,
+    facts: dict[str, Any],
+) -> int:
+    """Train, save, and say what came out; as `train`. `facts` are what else `training_config.json` holds."""
+    output_dir, four_bit = Path(args.output_dir), models.use_4bit(args)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.accelerator.is_main_process:
         start_records(
             args,
             checkpoint,
             script="dummy_planner.py",
-            data_fingerprint=found,
-            rows=len(training_rows),
-            data_source=kind_of_source(args.dataset),
+            **facts,
             four_bit=four_bit,
             quantised_on=models.quantised_on(model) if four_bit else None,
-            prompt_date=day.isoformat() if dated else None,
+            dtype=str(model.get_base_model().dtype),
             frozen_worker=frozen.record(),
         )
         if args.wandb:
-            add_wandb(args, trainer)
-    say(f"{len(training_rows)} rows to imitate, {len(validation_rows)} to validate on")
+            add_wandb(args, trainer, resumes=checkpoint is not None)
 
     with callbacks.StopOnSignal() as stopper:
         trainer.add_callback(stopper)

@@ -88,7 +88,7 @@ def start_in_every_way(out, refused_port):
     import wandb
 
     from common.errors import UserError
-    from common.reports.wandb_log import start_wandb
+    from common.reports.wandb_run import start_wandb
 
     key, closed = "a" * 40, f"http://127.0.0.1:{refused_port}"
     netrc = Path(out) / "netrc"
@@ -204,7 +204,8 @@ def log_a_training(out, max_steps):
     """A run of STEPS steps, driven as the Trainer drives callbacks."""
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from common.reports.wandb_log import WandbCallback, start_wandb
+    from common.reports.wandb_log import WandbCallback
+    from common.reports.wandb_run import start_wandb
 
     args = TrainingArguments(output_dir=out, use_cpu=True, report_to=[])
     control = TrainerControl()
@@ -232,7 +233,8 @@ def log_after_the_end(out):
     """Training with a run that is already finished: wandb raises at every call."""
     from transformers import TrainerControl, TrainerState
 
-    from common.reports.wandb_log import WandbCallback, start_wandb
+    from common.reports.wandb_log import WandbCallback
+    from common.reports.wandb_run import start_wandb
 
     run = start_wandb("project", None, {}, out)
     callback = WandbCallback(run)

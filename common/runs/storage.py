@@ -1,0 +1,132 @@
+"""A disk that is full (or fails): which file, how much is missing, and how the run goes on, in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import UserError
+from common.runs.checkpoints import checkpoint_step, complete_checkpoints
+from common.runs.files import megabytes
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FAILING = (*_FULL, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE)
+# Libraries that write outside Python tell the reason in words alone: safetensors and tokenizers with the number of
+# the error, torch with none (its writer finds the file shorter than what it wrote).
+_OS_ERROR = re.compile(r"os error (\d+)")
+_TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|inline_container\.cc.*write")
+
+
+@contextmanager
+def explained(
+    folder: Path, go_on: Callable[[], str], checkpoint_bytes: Callable[[], int] | None = None
+) -> Iterator[None]:
+    """Turn a failed write into one line with exit code 1; other errors pass.
+
+    Args:
+        folder: that the run writes to.
+        go_on: says what to do once there is room.
+        checkpoint_bytes: about how large a checkpoint is, where none is there to be measured.
+
+    Raises:
+        UserError: with the file, what is missing and free, and how to go on.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = _write_error(error)
+        if number is None:
+            raise
+        raise UserError(
+            f"{_failed_file(error, folder)} could not be written: {_reason(number)}"
+            f"{_room(number, folder, checkpoint_bytes)}: {go_on()}",
+            exit_code=1,
+        ) from error
+
+
+def resume_command(script: str, output_dir: Path) -> str:
+    """The command that continues a run."""
+    return f"{shlex.quote(sys.executable)} {script} --output-dir {shlex.quote(str(output_dir))} --resume"
+
+
+def how_to_resume(script: str, output_dir: Path) -> str:
+    """What to do once there is room again: continue from the last whole checkpoint, or start anew without one."""
+    whole = complete_checkpoints(output_dir)
+    if not whole:
+        return "make room, then start anew: there is no checkpoint yet"
+    return f"make room, then go on after step {checkpoint_step(whole[-1])} with {resume_command(script, output_dir)}"
+
+
+def _write_error(error: BaseException) -> int | None:
+    """The number of the error with which a write failed, None for an error of another kind."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _FAILING:
+            return seen.errno
+        text = str(seen)
+        named = _OS_ERROR.search(text)
+        if named is not None and int(named[1]) in _FAILING:
+            return int(named[1])
+        if isinstance(seen, RuntimeError) and _TORCH.search(text):
+            return errno.ENOSPC
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _failed_file(error: BaseException, folder: Path) -> str:
+    """The file that could not be written: as the error says, else the one that was written last."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.filename is not None:
+            return os.fsdecode(seen.filename)
+        seen = seen.__cause__ or seen.__context__
+    unfinished = _unfinished_checkpoint(folder)
+    if type(error).__module__.startswith("safetensors"):  # leaves nothing of the file behind
+        return str((unfinished or folder) / "adapter_model.safetensors")
+    if type(error) is Exception:  # the tokenizers library's
+        return str((unfinished or folder) / "tokenizer.json")
+    if unfinished is None:
+        return f"a file in {folder}"
+    written = [path for path in unfinished.rglob("*") if path.is_file()]
+    return str(max(written, key=lambda path: path.stat().st_mtime_ns, default=unfinished))
+
+
+def _unfinished_checkpoint(folder: Path) -> Path | None:
+    whole = complete_checkpoints(folder)
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit() and path not in whole]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _reason(number: int) -> str:
+    return os.strerror(number)[0].lower() + os.strerror(number)[1:]
+
+
+def _room(number: int, folder: Path, checkpoint_bytes: Callable[[], int] | None) -> str:
+    """How much is free and how much is missing for the next checkpoint, as far as it can be known."""
+    if number not in _FULL:
+        return ""
+    free = shutil.disk_usage(folder).free
+    whole = complete_checkpoints(folder)
+    needed = size_of(whole[-1]) if whole else checkpoint_bytes() if checkpoint_bytes is not None else None
+    shown = f" ({megabytes(free)} free"
+    if needed is None or number == errno.EDQUOT:  # what a quota leaves cannot be asked for
+        return f"{shown})"
+    # The next attempt writes over what is there of the one that failed.
+    unfinished = _unfinished_checkpoint(folder)
+    missing = needed - free - (0 if unfinished is None else size_of(unfinished))
+    told = f", about {megabytes(missing)} missing" if missing > 0 else ""
+    return f"{shown}{told}; a checkpoint takes {megabytes(needed)})"
+
+
+def size_of(folder: Path) -> int:
+    """Bytes in a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

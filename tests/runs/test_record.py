@@ -1,0 +1,65 @@
+"""What a run goes on with: the record of how it began, not the machine it is continued on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import flags, run_script
+
+from common.errors import UserError
+from common.runs.files import write_json
+from common.runs.folder import clear_run
+from common.runs.record import TRAINING_CONFIG, stored_settings
+
+
+def stored(folder: Path, given: dict[str, object], **facts: object) -> object:
+    settings = {"output_dir": "x", "use_4bit": None}
+    write_json(folder / TRAINING_CONFIG, {"script": "s.py", "settings": settings, **facts})
+    return stored_settings(folder, given, set(), "s.py")["use_4bit"]
+
+
+def test_4bit_is_as_the_run_was_started_where_it_was_left_to_the_machine(tmp_path):
+    assert stored(tmp_path, {}, four_bit=True) is True
+    assert stored(tmp_path, {}, four_bit=False) is False
+    assert stored(tmp_path, {"use_4bit": True}, four_bit=True) is True, "the same, said once more"
+    assert stored(tmp_path, {}) is None, "of an earlier version, which did not record it"
+    with pytest.raises(UserError, match="--4bit False differs from the run"):
+        stored(tmp_path, {"use_4bit": False}, four_bit=True)
+
+
+def test_the_scoreboard_alone_is_kept_in_the_precision_of_the_run(tiny_args, tmp_path):
+    tiny_args.dataset, tiny_args.max_samples, tiny_args.max_steps = "generated:shares?people=3", 20, 1
+    given = [flag for flag in flags(tiny_args) if flag != "--no-4bit"]
+    done = run_script("grpo_training.py", *given)
+    assert done.returncode == 0, done.stderr
+    folder = Path(tiny_args.output_dir)
+    record = json.loads((folder / TRAINING_CONFIG).read_text())
+    assert record["four_bit"] is False and record["dtype"] == "torch.float32"
+    assert record["settings"]["use_4bit"] is None
+    seen = {}
+    for change in ({}, {"dtype": "torch.bfloat16"}, {"four_bit": True}):
+        write_json(folder / TRAINING_CONFIG, {**record, **change})
+        done = run_script("grpo_training.py", "--output-dir", str(folder), "--eval-only", "--eval-samples", "2")
+        assert done.returncode == 0, done.stderr
+        if change:
+            assert "direct: the earlier row is not used again, it was made with other worker" in done.stderr
+            assert "untrained planner: the earlier row is not used again, it was made with other worker, base" in (
+                done.stderr
+            )
+        line = json.loads((folder / "evaluation.jsonl").read_text().splitlines()[0])
+        seen[json.dumps(change)] = line["fingerprint"]["worker"]
+    assert len(set(seen.values())) == 3
+
+
+def test_a_new_run_clears_all_that_an_older_one_has_written_and_nothing_else(tmp_path):
+    made = [
+        TRAINING_CONFIG, "metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "evaluation.json", "evaluation.png",
+        "wandb_run.json", "adapter_model.safetensors", "training_curves.png", "checkpoint-3/optimizer.pt",
+    ]  # fmt: skip
+    for name in [*made, "notes.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    clear_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
