@@ -28,7 +28,7 @@ from common.problems.questions import check_source, fingerprint, load_held_out, 
 from common.rewards import PipelineRewardFunction
 from common.runs.adapters import check_adapter_base, check_adds_to_base, read_adapter_config
 from common.runs.checkpoints import newest_checkpoint
-from common.runs.folder import check_output_dir
+from common.runs.folder import own_output_dir
 from common.runs.record import check_same_data, read_run_record, stored_settings
 from common.settings.grpo import DEMO, RESUMABLE, TrainingArgs
 from common.workers.local import FrozenWorker
@@ -60,8 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = settle(options)
     args.validate()
     output_dir = Path(args.output_dir)
-    continues = options.resume or options.eval_only
-    check_output_dir(output_dir, overwrite=options.overwrite, resume=continues)
+    with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume or options.eval_only):
+        return start(options, args)
+
+
+def start(options: argparse.Namespace, args: TrainingArgs) -> int:
+    """Check the rest, and train or only keep score, in an output folder that no other run holds."""
+    output_dir = Path(args.output_dir)
     checkpoint = newest_checkpoint(output_dir) if options.resume else None
     check_base_model(args.base_model)
     if args.adapter_path is not None:
@@ -77,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     questions = load_questions(
         args.dataset, limit=args.max_samples, config=args.dataset_config, split=args.dataset_split, seed=args.seed
     )
-    if continues:
+    if options.resume or options.eval_only:
         check_same_data(output_dir, fingerprint(questions))
     held_out = load_held_out(args, questions) if args.eval_samples else []
 
@@ -94,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device.quiet_libraries(options.debug)
     device.tune_for_cpu()
     if options.eval_only:
-        return during_training.evaluate_run(args, held_out)
+        return during_training.evaluate_run(args, held_out, anew=options.overwrite)
     return grpo.train(args, questions, held_out, checkpoint)
 
 

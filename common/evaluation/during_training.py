@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from common import models, prompts
 from common.cli import say
+from common.evaluation.fingerprint import Fingerprint, RunFingerprints
 from common.evaluation.scoreboard import (
     DIRECT,
+    RECORDS,
     SUPERVISED,
     TRAINED,
     UNTRAINED,
+    VOTE,
     VOTE_TEMPERATURE,
     Row,
-    load_rows,
     run_direct,
     run_planner,
     run_vote,
     save_scoreboard,
+    stored_rows,
+    votes_for,
+    why_not_again,
 )
 from common.evaluation.table import scoreboard_table
 from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question
+from common.runs import storage
 from common.runs.record import read_run_record
 from common.settings.grpo import TrainingArgs
 from common.similarity import SentenceEncoder
@@ -32,57 +39,77 @@ from common.workers.local import LocalModel
 from common.workers.remote import ServerWorker
 
 
-def evaluate_run(args: TrainingArgs, held_out: list[Question]) -> int:
-    """The scoreboard of a run that has ended; returns 0."""
+def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = False) -> int:
+    """The scoreboard of a run that has ended; returns 0.
+
+    Args:
+        args: settings of the run.
+        held_out: questions to ask.
+        anew: use no row that is there already.
+
+    Raises:
+        UserError: for a model that cannot be loaded, and a disk that is full.
+    """
+    import torch
     from peft import PeftModel
 
     tokenizer = models.load_tokenizer(args.base_model)
-    shown = read_run_record(Path(args.output_dir)).get("prompt_date")
-    if shown is not None:
-        prompts.fix_date(tokenizer, date.fromisoformat(shown))
-    base = models.load_base(args.base_model, four_bit=models.use_4bit(args))
+    record = read_run_record(Path(args.output_dir))
+    if record.get("prompt_date") is not None:
+        prompts.fix_date(tokenizer, date.fromisoformat(record["prompt_date"]))
+    # As in the run, not as this machine would have it.
+    dtype = getattr(torch, record["dtype"].removeprefix("torch.")) if "dtype" in record else None
+    base = models.load_base(args.base_model, four_bit=models.use_4bit(args), dtype=dtype)
     frozen = FrozenBase(base, tokenizer)
     model = PeftModel.from_pretrained(base, args.adapter_path or args.output_dir)
     frozen.measure(model, step=0, adapter_path=args.adapter_path)
     encoder = SentenceEncoder(args.embedding_model)
     encoder.load()
-    scoring = Scoring(args, model, tokenizer, run_executor(args, model, tokenizer, encoder))
-    scoring.before(held_out)
-    models.load_adapter_weights(model, args.output_dir)
-    scoring.after(held_out)
+    scoring = Scoring(args, model, tokenizer, run_executor(args, model, tokenizer, encoder), anew=anew)
+    with storage.explained(Path(args.output_dir), lambda: "make room, then start the same command again"):
+        scoring.before(held_out)
+        models.load_adapter_weights(model, args.output_dir)
+        scoring.after(held_out)
     return 0
 
 
 class Scoring:
-    """Keeps the scoreboard of a run: rows that need no training before it, the trained planner's after it."""
+    """Keeps the scoreboard of a run: rows that need no training before it, the trained planner's after it.
 
-    def __init__(self, args: TrainingArgs, model: Any, tokenizer: Any, executor: PipelineExecutor) -> None:
+    A row that is there already is used again where all that determines it is the same, and nothing in it failed.
+    """
+
+    def __init__(
+        self, args: TrainingArgs, model: Any, tokenizer: Any, executor: PipelineExecutor, *, anew: bool = False
+    ) -> None:
         self._args = args
         self._model = model
         self._tokenizer = tokenizer
         # What a user of the planner gets: a plan that cannot be used is solved directly.
         self._executor = executor.with_fallback()
+        self._anew = anew
+        self._earlier: dict[str, Row] = {}
         self._rows: dict[str, Row] = {}
         self._summary: dict[str, Any] = {}
 
     def before(self, held_out: list[Question]) -> None:
         """Direct solving, the base model as planner, and the planner that training starts from, if any."""
         args = self._args
-        self._rows = {row.name: row for row in load_rows(Path(args.output_dir), held_out)}
-        if DIRECT not in self._rows:
-            say(f"scoreboard: direct solving and the untrained planner on {len(held_out)} questions")
-            self._add(run_direct(held_out, self._executor))
-        if UNTRAINED not in self._rows:
-            self._plan(UNTRAINED, held_out, adapter=False)
-        if args.adapter_path is not None and SUPERVISED not in self._rows:
-            self._plan(SUPERVISED, held_out, adapter=True)
-        self._executor.worker.take_stats()  # the first training step counts its own calls only
+        self._earlier = {} if self._anew else stored_rows(Path(args.output_dir))
+        say(f"scoreboard: {len(held_out)} questions, before training")
+        fingerprints = self._fingerprints(held_out)
+        self._keep_or_make(DIRECT, fingerprints.direct(), held_out, lambda: run_direct(held_out, self._executor))
+        self._plan(UNTRAINED, fingerprints.planner(None), held_out, adapter=False)
+        if args.adapter_path is not None:
+            self._plan(SUPERVISED, fingerprints.planner(args.adapter_path), held_out, adapter=True)
+        self._forget_times()
 
     def after(self, held_out: list[Question]) -> None:
         """The trained planner, and direct solving at its token cost."""
         args = self._args
-        say(f"scoreboard: the trained planner on {len(held_out)} questions")
-        trained = self._plan(TRAINED, held_out, adapter=True)
+        say(f"scoreboard: {len(held_out)} questions, the trained planner")
+        fingerprints = self._fingerprints(held_out)
+        trained = self._plan(TRAINED, fingerprints.planner(args.output_dir), held_out, adapter=True)
         worker = self._executor.worker
         voters = (
             worker.sampler(VOTE_TEMPERATURE, args.seed)
@@ -91,15 +118,49 @@ class Scoring:
         )
         budget = trained.mean("total_tokens")
         direct = self._rows[DIRECT]
-        self._add(run_vote(held_out, direct, voters.generate, args.worker_style, budget))
+        self._keep_or_make(
+            VOTE,
+            fingerprints.vote(votes_for(budget, direct), VOTE_TEMPERATURE),
+            held_out,
+            lambda: run_vote(held_out, direct, voters.generate, args.worker_style, budget),
+        )
+        self._forget_times()
         print("\n" + scoreboard_table(self._summary))
         print(f"scoreboard: {Path(args.output_dir) / 'evaluation.json'} and evaluation.png beside it")
 
-    def _plan(self, name: str, held_out: list[Question], *, adapter: bool) -> Row:
+    def _plan(self, name: str, fingerprint: Fingerprint, held_out: list[Question], *, adapter: bool) -> Row:
         args = self._args
         planner = self._answerer(adapter=adapter, max_tokens=args.max_completion_length)
-        row = run_planner(name, held_out, self._executor, planner.generate, args.planner_style)
+        return self._keep_or_make(
+            name,
+            fingerprint,
+            held_out,
+            lambda: run_planner(name, held_out, self._executor, planner.generate, args.planner_style),
+        )
+
+    def _keep_or_make(
+        self, name: str, fingerprint: Fingerprint, held_out: list[Question], make: Callable[[], Row]
+    ) -> Row:
+        earlier = self._earlier.get(name)
+        if earlier is not None:
+            reason = why_not_again(earlier, fingerprint, held_out)
+            if reason is None:
+                say(f"  {name}: as in {RECORDS} (--overwrite: anew)")
+                return self._add(earlier)
+            say(f"  {name}: the earlier row is not used again, it was {reason}")
+        row = make()
+        row.fingerprint = fingerprint
+        say(f"  {name}: {row.mean('correct'):.1%} in {row.seconds:.0f} s")
         return self._add(row)
+
+    def _fingerprints(self, held_out: list[Question]) -> RunFingerprints:
+        return RunFingerprints(self._args, self._model, self._tokenizer, self._executor.worker, held_out)
+
+    def _forget_times(self) -> None:
+        """What the scoreboard asked and embedded is no part of a training step."""
+        self._executor.worker.take_stats()
+        if self._executor.embeddings is not None:
+            self._executor.embeddings.take_seconds()
 
     def _answerer(self, *, adapter: bool, max_tokens: int, temperature: float = 0.0) -> LocalModel:
         return LocalModel(
@@ -116,5 +177,4 @@ class Scoring:
         """Keep a row, on disk too: a row can take an hour, and a run that is stopped goes on from the next one."""
         self._rows[row.name] = row
         self._summary = save_scoreboard(list(self._rows.values()), Path(self._args.output_dir))
-        say(f"  {row.name}: {row.mean('correct'):.1%} in {row.seconds:.0f} s")
         return row

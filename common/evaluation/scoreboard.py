@@ -11,14 +11,15 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from common.evaluation.fingerprint import Fingerprint, difference
 from common.evaluation.statistics import mcnemar_exact, wilson_interval
 from common.generation import Generation
-from common.grading import GRADER_VERSION, extract_prediction, parse_gold
+from common.grading import extract_prediction, parse_gold
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import Plan
 from common.problems.questions import Question
@@ -44,11 +45,15 @@ MIN_VOTES = 3
 
 @dataclass(slots=True)
 class Row:
-    """One contestant: a record per question (in the order of the questions), and the seconds it took."""
+    """One contestant: a record per question (in the order of the questions), the seconds it took, what determines it.
+
+    A question that failed has an `error`, counts as wrong, and is left out of all averages but the accuracy.
+    """
 
     name: str
     records: list[dict[str, Any]]
     seconds: float
+    fingerprint: Fingerprint = field(default_factory=dict)
 
     def mean(self, key: str) -> float:
         """Average of a field over the questions that have it; nan without any."""
@@ -84,7 +89,7 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
         budget: tokens per question to be reached.
     """
     started = time.perf_counter()
-    count = max(MIN_VOTES, math.ceil(budget / max(1.0, direct.mean("total_tokens"))))
+    count = votes_for(budget, direct)
     requests = [direct_messages(item.question, style) for item in questions for _ in range(count - 1)]
     samples = iter(sampler(requests) if requests else [])
     records = []
@@ -93,9 +98,11 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
         votes = Counter([first["answer"], *(_number(answer) for answer in drawn)])
         votes.pop(None, None)
         winner = votes.most_common(1)[0][0] if votes else None  # ties go to the one counted first
+        answers = [answer for answer in drawn if answer.error is None]
+        error = next((found for found in (first["error"], *(answer.error for answer in drawn)) if found), None)
         counts = [first["total_tokens"], *(answer.tokens for answer in drawn)]
-        tokens = None if None in counts else sum(counts)
-        correct = winner is not None and Decimal(winner) == parse_gold(item.answer)
+        tokens = None if error or None in counts else sum(counts)
+        correct = error is None and winner is not None and Decimal(winner) == parse_gold(item.answer)
         records.append(
             {
                 **first,
@@ -103,13 +110,21 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
                 "answer": winner,
                 "correct": correct,
                 "votes": dict(votes),
-                "worker_answers": first["worker_answers"] + len(drawn),
-                "worker_cut_off": first["worker_cut_off"] + sum(not answer.finished for answer in drawn),
+                "worker_answers": first["worker_answers"] + len(answers),
+                "worker_cut_off": first["worker_cut_off"] + sum(not answer.finished for answer in answers),
                 "worker_tokens": tokens,
                 "total_tokens": tokens,
+                "error": error,
             }
         )
     return Row(VOTE, records, direct.seconds + time.perf_counter() - started)
+
+
+def votes_for(budget: float, direct: Row) -> int:
+    """How many answers a question takes to reach a token budget, of direct solving's length each."""
+    cost = direct.mean("total_tokens")
+    # Where every question of either row failed, there is nothing to be reached.
+    return max(MIN_VOTES, math.ceil(budget / max(1.0, cost))) if math.isfinite(budget + cost) else MIN_VOTES
 
 
 def _number(answer: Generation | None) -> str | None:
@@ -130,17 +145,28 @@ def _run(
         PipelineItem(plan.text, item.question, item.answer, plan.tokens, plan.finished)
         for item, plan in zip(questions, plans, strict=True)
     ]
-    results = executor.execute_batch(items)
-    return Row(name, [_record(name, result) for result in results], time.perf_counter() - started)
+    # A plan that was never written is no invalid plan, which would be solved directly.
+    written = iter(executor.execute_batch([i for i, plan in zip(items, plans, strict=True) if plan.error is None]))
+    records = [
+        _record(name, next(written))
+        if plan.error is None
+        else _unplanned(name, PipelineResult(item, None, error=f"planner: {plan.error}"))
+        for item, plan in zip(items, plans, strict=True)
+    ]
+    return Row(name, records, time.perf_counter() - started)
+
+
+def _unplanned(name: str, result: PipelineResult) -> dict[str, Any]:
+    """The record of a question for which the planner wrote nothing."""
+    return {**_record(name, result), "planner_output": None, "decomposed": None, "invalid_plan": None}
 
 
 def _record(name: str, result: PipelineResult) -> dict[str, Any]:
-    """One question in one row, ready for a line of JSON. A failed worker counts as a wrong answer, and is told."""
+    """One question in one row, ready for a line of JSON."""
     plan = result.plan
     written = [answer for answer in result.worker_answers if answer.error is None]
     return {
         "row": name,
-        "grader": GRADER_VERSION,
         "question": result.item.question,
         "gold": f"{result.item.gold:f}",
         "planner_output": result.item.planner_output,
@@ -155,33 +181,40 @@ def _record(name: str, result: PipelineResult) -> dict[str, Any]:
         "correct": result.correct,
         "worker_answers": len(written),
         "worker_cut_off": sum(not answer.finished for answer in written),
-        "planner_tokens": result.item.planner_tokens,
-        "worker_tokens": result.worker_tokens,
-        "total_tokens": result.total_tokens,
+        "planner_tokens": None if result.error else result.item.planner_tokens,
+        "worker_tokens": None if result.error else result.worker_tokens,
+        "total_tokens": None if result.error else result.total_tokens,
         "independence": result.independence if result.decomposed else None,
         "error": result.error,
     }
 
 
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Rows as the table has them."""
+    return sorted(rows, key=lambda row: ORDER.index(row.name) if row.name in ORDER else len(ORDER))
+
+
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """What `evaluation.json` holds: a summary per row and the paired tests of the last-named planner."""
+    """What `evaluation.json` holds: a summary per row, in the table's order, and the paired tests."""
+    rows = in_order(rows)
     summary: dict[str, Any] = {"questions": len(rows[0].records), "rows": {}, "paired": {}}
     for row in rows:
         correct = sum(record["correct"] for record in row.records)
         plans = [json.dumps(record["subproblems"]) for record in row.records if record["decomposed"]]
+        failed = [record for record in row.records if record["error"] is not None]
         answered = [record for record in row.records if record["error"] is None]
         answers = sum(record["worker_answers"] for record in row.records)
         summary["rows"][row.name] = {
             "correct": correct,
             "accuracy": correct / len(row.records),
             "interval_95": wilson_interval(correct, len(row.records)),
-            "invalid_plan_rate": row.mean("invalid_plan"),
-            "decomposition_rate": row.mean("decomposed"),
+            "invalid_plan_rate": _finite(row.mean("invalid_plan")),
+            "decomposition_rate": _finite(row.mean("decomposed")),
             "subproblems_per_plan": _finite(row.mean("subproblem_count")),
             "distinct_plans": len(set(plans)) / len(plans) if plans else None,
-            "planner_tokens": row.mean("planner_tokens"),
-            "worker_tokens": row.mean("worker_tokens"),
-            "total_tokens": row.mean("total_tokens"),
+            "planner_tokens": _finite(row.mean("planner_tokens")),
+            "worker_tokens": _finite(row.mean("worker_tokens")),
+            "total_tokens": _finite(row.mean("total_tokens")),
             "independence": _finite(row.mean("independence")),
             "worker_cut_off_rate": sum(record["worker_cut_off"] for record in row.records) / answers
             if answers
@@ -189,7 +222,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
             "no_answer_rate": sum(record["answer"] is None for record in answered) / len(answered)
             if answered
             else None,
-            "worker_failures": sum(record["error"] is not None for record in row.records),
+            "errors": len(failed),
+            "planner_failures": sum(record["invalid_plan"] is None for record in failed),
+            "worker_failures": sum(record["invalid_plan"] is not None for record in failed),
+            "first_error": failed[0]["error"] if failed else None,
             "seconds": row.seconds,
         }
     trained = next((row for row in rows if row.name == TRAINED), None)
@@ -212,24 +248,39 @@ def save_scoreboard(rows: Sequence[Row], output_dir: Path) -> dict[str, Any]:
     Returns:
         the summary.
     """
-    ordered = sorted(rows, key=lambda row: ORDER.index(row.name) if row.name in ORDER else len(ORDER))
-    summary = summarise(ordered)
-    lines = [json.dumps({**record, "seconds": row.seconds}) for row in ordered for record in row.records]
+    summary = summarise(rows)
+    lines = [
+        json.dumps({**record, "seconds": row.seconds, "fingerprint": row.fingerprint})
+        for row in in_order(rows)
+        for record in row.records
+    ]
     write_text_atomically(output_dir / RECORDS, "\n".join(lines) + "\n")
     write_json(output_dir / "evaluation.json", summary)
     plot_scoreboard(summary, output_dir / "evaluation.png", highlight=TRAINED)
     return summary
 
 
-def load_rows(output_dir: Path, questions: Sequence[Question]) -> list[Row]:
-    """Rows saved earlier for the very same questions and graded alike, so that a resumed run need not do them again."""
-    if not (output_dir / RECORDS).exists():
-        return []
+def stored_rows(output_dir: Path) -> dict[str, Row]:
+    """The rows of `evaluation.jsonl` by name; those that nothing is known of how they were made are left out.
+
+    Raises:
+        UserError: for a file that holds something else than JSON objects.
+    """
     rows: dict[str, Row] = {}
-    for record in read_jsonl(output_dir / RECORDS):
-        if record.get("grader") != GRADER_VERSION:
-            continue
-        seconds = record.pop("seconds")
-        rows.setdefault(record["row"], Row(record["row"], [], seconds)).records.append(record)
-    asked = [item.question for item in questions]
-    return [row for row in rows.values() if [record["question"] for record in row.records] == asked]
+    if (output_dir / RECORDS).exists():
+        for record in read_jsonl(output_dir / RECORDS):
+            seconds, fingerprint = record.pop("seconds", None), record.pop("fingerprint", None)
+            if fingerprint and seconds is not None:
+                row = rows.setdefault(record["row"], Row(record["row"], [], seconds, fingerprint))
+                row.records.append(record)
+    return rows
+
+
+def why_not_again(row: Row, now: Fingerprint, questions: Sequence[Question]) -> str | None:
+    """Why an earlier row cannot stand for one that would be made now, or None where it can."""
+    others = difference(row.fingerprint, now)
+    if others:
+        return f"made with other {', '.join(others)}"
+    if [record["question"] for record in row.records] != [item.question for item in questions]:
+        return "incomplete"
+    return "with errors" if any(record["error"] is not None for record in row.records) else None

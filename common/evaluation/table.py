@@ -34,12 +34,21 @@ def scoreboard_table(summary: dict[str, Any]) -> str:
         line("parts of a split", of_plans(lambda row: _number(row["subproblems_per_plan"]))),
         line("distinct splits", of_plans(lambda row: _percent(row["distinct_plans"]))),
         line("independence", of_plans(lambda row: _number(row["independence"]))),
-        line("tokens of the plan", of_plans(lambda row: f"{row['planner_tokens']:.0f}")),
-        line("tokens of the worker", lambda _, row: f"{row['worker_tokens']:.0f}"),
-        line("tokens in all", lambda _, row: f"{row['total_tokens']:.0f}"),
+        line("tokens of the plan", of_plans(lambda row: _number(row["planner_tokens"], 0))),
+        line("tokens of the worker", lambda _, row: _number(row["worker_tokens"], 0)),
+        line("tokens in all", lambda _, row: _number(row["total_tokens"], 0)),
         line("seconds", lambda _, row: f"{row['seconds']:.0f}"),
     ]
     text = ""
+    if any(row["errors"] for row in rows.values()):
+        lines.insert(2, line("failed, so wrong", lambda _, row: str(row["errors"])))
+        for name, row in rows.items():
+            if row["errors"]:
+                text += (
+                    f"\n{name}: {row['planner_failures']} of {summary['questions']} questions failed without a plan, "
+                    f"{row['worker_failures']} in the work"
+                    f"\n  the first: {_shortened(row['first_error'])}"
+                )
     if paired := summary["paired"]:
 
         def test(key: str, style: str) -> Callable[[str, dict[str, Any]], str | None]:
@@ -50,7 +59,7 @@ def scoreboard_table(summary: dict[str, Any]) -> str:
             line("only this is right", test("only_other", "d")),
             line("p (exact McNemar)", test("p", ".1e")),
         ]
-        text = "\ntrained is compared with each of the others on the same questions"
+        text += "\ntrained is compared with each of the others on the same questions"
     if VOTE in rows:
         text += "\nvotes: direct, a majority of samples that costs at least as many tokens as trained"
     return format_table(lines) + text
@@ -60,5 +69,11 @@ def _percent(value: float | None) -> str | None:
     return None if value is None else f"{100 * value:.1f}%"
 
 
-def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2f}"
+def _number(value: float | None, digits: int = 2) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"
+
+
+def _shortened(text: str, limit: int = 100) -> str:
+    """The start of a message, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.cli import say
 from common.errors import UserError
+from common.evaluation.fingerprint import digest, direct_parts, planner_parts, vote_parts, worker_prompts
 from common.evaluation.scoreboard import (
     RECORDS,
     TRAINED,
     UNTRAINED,
     VOTE_TEMPERATURE,
+    Row,
     run_direct,
     run_planner,
     run_vote,
     save_scoreboard,
     summarise,
+    votes_for,
 )
 from common.evaluation.table import scoreboard_table
 from common.generation import Generation
 from common.inference.session import Session, plan_shares
+from common.pipeline import PipelineExecutor
 from common.problems.questions import Question, check_source, is_generated, load_held_out, load_questions
-from common.prompts import Message
+from common.prompts import Message, planner_messages
+from common.runs import storage
 from common.runs.files import check_file_writable
 from common.runs.record import TRAINING_CONFIG
 from common.settings.grpo import TrainingArgs
@@ -67,11 +71,13 @@ def held_out_questions(session: Session) -> list[Question]:
 
 
 def benchmark(session: Session, temperature: float, output: Path | None) -> int:
-    """The scoreboard of training, with a server's models as planners and worker; returns 0.
+    """The scoreboard of training, with a server's models as planners and worker.
+
+    Returns:
+        0, or 1 when some requests failed.
 
     Raises:
-        UserError: when a planner's request fails, because a plan that was never written is no invalid plan; for a
-            server that tells no token counts.
+        UserError: when all requests to a model failed, for a server that tells no token counts, for a full disk.
     """
     from transformers.utils import logging
 
@@ -80,52 +86,86 @@ def benchmark(session: Session, temperature: float, output: Path | None) -> int:
     encoder = SentenceEncoder(TrainingArgs.embedding_model)
     encoder.load()
     executor = session.pipeline(Embeddings(encoder))
-    style = session.args.planner_style
     how = "greedily" if temperature == 0 else f"at temperature {temperature:g}"
     say(f"{len(questions)} questions to {session.base.name} and {session.adapter}, plans {how}")
 
-    rows = [run_direct(questions, executor)]
-    if math.isnan(rows[0].mean("total_tokens")):
+    rows = _rows(session, questions, executor, temperature)
+    summary = summarise([row for row, _ in rows])
+    print(scoreboard_table(summary))
+    schema = session.args.structured and session.server.takes_schema
+    for row, written in rows:
+        if written:
+            shares = plan_shares([{"plan_state": session.plan_state(plan)} for plan in written])
+            print(f"plans of the {row.name}: {shares}{', asked for by JSON schema' if schema else ''}")
+    if output is not None:
+        with storage.explained(output, lambda: "the table above is all there is of this benchmark"):
+            save_scoreboard([row for row, _ in rows], output)
+    return 1 if any(row["errors"] for row in summary["rows"].values()) else 0
+
+
+def _rows(
+    session: Session, questions: Sequence[Question], executor: PipelineExecutor, temperature: float
+) -> list[tuple[Row, list[Generation]]]:
+    """The rows, each with the plans that were written for it.
+
+    Raises:
+        UserError: when all requests to a model failed, and for a server that tells no token counts.
+    """
+    args, seed = session.args, 0
+    worker = digest([session.worker.server.endpoint.url, session.worker.model])
+    always = direct_parts(questions, worker, worker_prompts(args.worker_style), args.worker_max_tokens)
+    direct = run_direct(questions, executor)
+    _check_direct(direct, session.worker)
+    direct.fingerprint = always
+    rows: list[tuple[Row, list[Generation]]] = [(direct, [])]
+    for name, model in ((UNTRAINED, session.base.name), (TRAINED, session.adapter)):
+        planner = session.planner_model(model, temperature, seed=seed if temperature else None)
+        written: list[Generation] = []
+        row = run_planner(name, questions, executor, _recorded(planner, written), args.planner_style)
+        row.fingerprint = {
+            **always,
+            "planner": digest([session.server.endpoint.url, model, temperature, seed, args.structured]),
+            **planner_parts(
+                planner_messages("{question}", args.planner_style),
+                [args.max_tokens, args.max_subproblems, args.max_subproblem_chars],
+                TrainingArgs.embedding_model,
+            ),
+        }
+        rows.append((row, written))
+    budget = rows[-1][0].mean("total_tokens")
+    sampler = session.worker.sampler(VOTE_TEMPERATURE, seed=seed)
+    vote = run_vote(questions, direct, sampler.generate, args.worker_style, budget)
+    vote.fingerprint = {**always, **vote_parts(votes_for(budget, direct), VOTE_TEMPERATURE, seed)}
+    return [*rows, (vote, [])]
+
+
+def _check_direct(direct: Row, worker: ServerModel) -> None:
+    """Stop where direct solving gave nothing to compare with."""
+    answered = [record for record in direct.records if record["error"] is None]
+    if not answered:
+        raise UserError(_all_failed(worker.model, direct.records[0]["error"]), exit_code=1)
+    if all(record["total_tokens"] is None for record in answered):
         raise UserError(
-            f"{session.worker.server.endpoint.url} tells no token counts, so there is no fair scoreboard: direct "
+            f"{worker.server.endpoint.url} tells no token counts, so there is no fair scoreboard: direct "
             "solving would have to get the tokens that the planner costs: benchmark on another server, such as vLLM",
             exit_code=1,
         )
-    states: dict[str, str] = {}
-    for name, model in ((UNTRAINED, session.base.name), (TRAINED, session.adapter)):
-        planner = session.planner_model(model, temperature, seed=0 if temperature else None)
-        written: list[Generation] = []
-        rows.append(run_planner(name, questions, executor, _strict(planner, written), style))
-        states[name] = plan_shares([{"plan_state": session.plan_state(plan)} for plan in written])
-    sampler = session.worker.sampler(VOTE_TEMPERATURE, seed=0)
-    budget = rows[-1].mean("total_tokens")
-    rows.append(run_vote(questions, rows[0], _strict(sampler, []), session.args.worker_style, budget))
-
-    summary = summarise(rows) if output is None else save_scoreboard(rows, output)
-    print(scoreboard_table(summary))
-    schema = session.args.structured and session.server.takes_schema
-    for name, shares in states.items():
-        print(f"plans of the {name}: {shares}{', asked for by JSON schema' if schema else ''}")
-    failures = sum(row["worker_failures"] for row in summary["rows"].values())
-    if failures:
-        first = next(record["error"] for row in rows for record in row.records if record["error"] is not None)
-        say(f"warning: {failures} answers failed and count as wrong; the first: {first}")
-    return 0
 
 
-def _strict(model: ServerModel, written: list[Generation]) -> Callable[[Sequence[Sequence[Message]]], list[Generation]]:
-    """A model's `generate` that stops at failures, and keeps what was written."""
+def _all_failed(model: str, first: str) -> str:
+    return f"every request to {model} failed, so there is no scoreboard; the first: {first}"
+
+
+def _recorded(
+    model: ServerModel, written: list[Generation]
+) -> Callable[[Sequence[Sequence[Message]]], list[Generation]]:
+    """A model's `generate` that keeps what was written, and stops where nothing was."""
 
     def generate(requests: Sequence[Sequence[Message]]) -> list[Generation]:
         answers = model.generate(requests)
-        failed = [answer.error for answer in answers if answer.error is not None]
-        if failed:
-            raise UserError(
-                f"{len(failed)} of {len(answers)} requests to {model.model} failed, so there is no fair scoreboard; "
-                f"the first: {failed[0]}",
-                exit_code=1,
-            )
-        written.extend(answers)
+        written.extend(answer for answer in answers if answer.error is None)
+        if not written:
+            raise UserError(_all_failed(model.model, str(answers[0].error)), exit_code=1)
         return answers
 
     return generate

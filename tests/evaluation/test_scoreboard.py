@@ -14,15 +14,17 @@ from common.evaluation.scoreboard import (
     UNTRAINED,
     VOTE,
     Row,
-    load_rows,
     run_vote,
     save_scoreboard,
+    stored_rows,
+    summarise,
+    why_not_again,
 )
 from common.evaluation.statistics import mcnemar_exact, wilson_interval
 from common.evaluation.table import TITLES, scoreboard_table
 from common.generation import Generation
-from common.grading import GRADER_VERSION
-from common.problems.questions import Question
+from common.models import load_tokenizer
+from common.problems.questions import Question, load_questions
 from common.reports.jsonl import append_jsonl, read_jsonl
 
 
@@ -48,14 +50,14 @@ def test_mcnemar_by_hand():
 def row(name: str, correct: list[bool], tokens: int = 10) -> Row:
     records = [
         {
-            "row": name, "grader": GRADER_VERSION, "question": f"q{n}", "gold": "1", "planner_output": "", "decomposed": n % 2 == 0,
+            "row": name, "question": f"q{n}", "gold": "1", "planner_output": "", "decomposed": n % 2 == 0,
             "invalid_plan": False, "subproblems": [str(n)], "subproblem_count": 1, "solutions": [], "final": "1",
             "answer": "1" if ok else "2", "correct": ok, "planner_tokens": 0, "worker_tokens": tokens,
             "finished": True, "worker_answers": 1, "worker_cut_off": n % 2, "total_tokens": tokens, "independence": 0.5, "error": None,
         }
         for n, ok in enumerate(correct)
     ]  # fmt: skip
-    return Row(name, records, 1.0)
+    return Row(name, records, 1.0, {"worker": "w1", "grader": "g1"})
 
 
 def test_files_hold_what_the_table_says(tmp_path):
@@ -69,12 +71,72 @@ def test_files_hold_what_the_table_says(tmp_path):
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     table = scoreboard_table(summary)
     assert "75.0%" in table and "5.0e-01" in table and max(map(len, table.splitlines())) <= 90
+    assert "failed" not in table
+
+
+def test_an_earlier_row_is_used_again_only_where_everything_agrees_and_nothing_failed(tmp_path):
     questions = [Question(f"q{n}", "#### 1") for n in range(4)]
-    assert [r.name for r in load_rows(tmp_path, questions)] == [DIRECT, TRAINED]
-    assert load_rows(tmp_path, questions[:3]) == []  # another set of questions: nothing may be reused
-    stored = (tmp_path / "evaluation.jsonl").read_text()
-    (tmp_path / "evaluation.jsonl").write_text(stored.replace(f'"grader": {GRADER_VERSION}', '"grader": 1'))
-    assert load_rows(tmp_path, questions) == []  # graded by other rules
+    failed = row(TRAINED, [True, True, False, False])
+    failed.records[3]["error"] = "planner: out of memory"
+    save_scoreboard([row(DIRECT, [True, True, True, False]), failed], tmp_path)
+    rows = stored_rows(tmp_path)
+    same = {"grader": "g1", "worker": "w1"}
+    assert list(rows) == [DIRECT, TRAINED] and why_not_again(rows[DIRECT], same, questions) is None
+    assert why_not_again(rows[TRAINED], same, questions) == "with errors"
+    assert why_not_again(rows[DIRECT], {**same, "grader": "g2"}, questions) == "made with other grader"
+    assert why_not_again(rows[DIRECT], {**same, "adapter": "a"}, questions) == "made with other adapter"
+    # Of what is not known nothing is the same, as with a model whose content cannot be told.
+    assert why_not_again(rows[DIRECT], {**same, "worker": None}, questions) == "made with other worker"
+    assert why_not_again(rows[DIRECT], same, questions[:3]) == "incomplete"
+    lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
+    before = [{key: value for key, value in line.items() if key != "fingerprint"} for line in lines]
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
+    assert stored_rows(tmp_path) == {}, "of an earlier version, which did not say what a row depends on"
+
+
+def test_failures_are_told_and_left_out_of_the_averages():
+    direct, trained = row(DIRECT, [True, True, True, False]), row(TRAINED, [True, True, True, False])
+    for record, invalid in zip(trained.records, (None, None, False), strict=False):
+        record |= {"correct": False, "error": "planner: no connection\nat all", "total_tokens": None}
+        record["invalid_plan"] = invalid
+    summary = summarise([direct, trained])
+    found = summary["rows"][TRAINED]
+    assert (found["errors"], found["planner_failures"], found["worker_failures"]) == (3, 2, 1)
+    assert found["correct"] == 0 and found["total_tokens"] == 10 and found["invalid_plan_rate"] == 0
+    table = scoreboard_table(summary)
+    assert f"\n{TRAINED}: 2 of 4 questions failed without a plan, 1 in the work\n" in table
+    assert "\n  the first: planner: no connection at all\n" in table
+    (line,) = [line for line in table.splitlines() if line.startswith("failed, so wrong")]
+    assert line.split()[-2:] == ["0", "3"] and max(map(len, table.splitlines())) <= 120
+    for record in trained.records:
+        record |= {"error": "x", "total_tokens": None, "planner_tokens": None, "worker_tokens": None}
+    assert scoreboard_table(summarise([direct, trained])), "not one question that did not fail"
+
+
+def test_a_vote_whose_samples_fail_is_an_error():
+    questions = [Question("q0", "#### 1")]
+
+    def sampler(requests):
+        return [Generation("1", 10, True), *(Generation("", 0, False, "refused") for _ in requests[1:])]
+
+    vote = run_vote(questions, row(DIRECT, [True]), sampler, "few-shot", budget=math.nan)
+    (record,) = vote.records
+    assert record["error"] == "refused" and not record["correct"] and record["total_tokens"] is None
+
+
+def test_times_of_the_scoreboard_are_not_those_of_a_step(tiny_args):
+    from common.evaluation.during_training import Scoring
+    from common.training.grpo import build_trainer
+
+    questions = load_questions(tiny_args.dataset, limit=10)
+    tokenizer = load_tokenizer(tiny_args.base_model)
+    trainer, executor = build_trainer(tiny_args, questions, tokenizer)
+    scoring = Scoring(tiny_args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, executor)
+    scoring.before(questions)
+    assert executor.embeddings.vectors(["something new"]), "there is an encoder, and it takes time"
+    assert executor.embeddings.take_seconds() > 0
+    scoring.before(questions)
+    assert executor.embeddings.take_seconds() == 0 and executor.worker.take_stats().requests == 0
 
 
 def test_the_vote_reaches_the_budget_and_the_greedy_answer_wins_ties():
@@ -143,9 +205,17 @@ def test_ten_questions_on_a_real_model_before_after_and_again(tiny_args, tmp_pat
             append_jsonl(folder / "evaluation.jsonl", {**record, "seconds": 12345})
     done = run_script("grpo_training.py", "--output-dir", str(folder), "--eval-only", "--eval-samples", "10")
     assert done.returncode == 0, done.stderr
+    assert "direct: as in evaluation.jsonl" in done.stderr
     again = json.loads((folder / "evaluation.json").read_text())
     assert again["rows"][DIRECT]["seconds"] == 12345 > again["rows"][UNTRAINED]["seconds"]
     for name, values in first["rows"].items():
         assert {k: v for k, v in values.items() if k != "seconds"} == {
             k: v for k, v in again["rows"][name].items() if k != "seconds"
         }, name
+    # A new run into the folder takes over nothing of it.
+    tiny_args.worker_max_tokens = 4
+    tiny_args.eval_samples = 3
+    done = run_script("grpo_training.py", *flags(tiny_args), "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert "evaluation.jsonl" not in done.stderr and "earlier row" not in done.stderr
+    assert len(read_jsonl(folder / "evaluation.jsonl")) == 4 * 3

@@ -1,0 +1,171 @@
+"""What determines a row of the scoreboard, as short digests: an earlier row is used again where all of them agree.
+
+Names and paths are no part of it, contents are: a model that was trained on in its folder is another one, a run that
+was moved is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import models, prompts
+from common.grading import GRADER_VERSION
+from common.problems.questions import Question, fingerprint
+from common.prompts import Message
+from common.runs.files import sha256
+from common.settings.grpo import TrainingArgs
+from common.workers.remote import ServerWorker
+
+Fingerprint = dict[str, str | None]  # what: digest of it, None where it cannot be known
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+_BLOCK = 1 << 16
+_BLOCKS = 1024  # of each weights file: 64 MB, a whole small file, and a block every 5 MB of a 5 GB one
+
+
+class RunFingerprints:
+    """Fingerprints of a run's rows on a local model.
+
+    Args:
+        args: settings of the run.
+        model: the planner, PEFT-wrapped; the worker too, unless that is a server's.
+        tokenizer: of the model.
+        worker: that solves.
+        questions: that are asked.
+    """
+
+    def __init__(
+        self, args: TrainingArgs, model: Any, tokenizer: Any, worker: Any, questions: Sequence[Question]
+    ) -> None:
+        self._args = args
+        self._tokenizer = tokenizer
+        base = model.get_base_model()
+        weights = base_content(args.base_model, getattr(base.config, "_commit_hash", None))
+        self._base = None if weights is None else [weights, models.use_4bit(args), str(base.dtype)]
+        self._questions = questions
+        asked = worker_prompts(args.worker_style)
+        self._worker: Any = self._base
+        self._worker_prompts: list[Any] = [self._rendered(messages) for messages in asked]
+        if isinstance(worker, ServerWorker):  # which renders them itself
+            self._worker, self._worker_prompts = [worker.server.endpoint.url, worker.model], asked
+
+    def direct(self) -> Fingerprint:
+        """Of the worker's own row."""
+        worker = digest(self._worker) if self._worker is not None else None
+        return direct_parts(self._questions, worker, self._worker_prompts, self._args.worker_max_tokens)
+
+    def planner(self, adapter: str | None) -> Fingerprint:
+        """Of a planner's row; `adapter` is the folder of its adapter, None for the base model."""
+        args = self._args
+        return {
+            **self.direct(),
+            "base": None if self._base is None else digest(self._base),
+            "adapter": digest(None if adapter is None else adapter_content(Path(adapter))),
+            **planner_parts(
+                self._rendered(prompts.planner_messages("{question}", args.planner_style)),
+                [args.max_completion_length, args.max_subproblems, args.max_subproblem_chars],
+                args.embedding_model,
+            ),
+        }
+
+    def vote(self, count: int, temperature: float) -> Fingerprint:
+        """Of a vote among so many answers, the greedy one included."""
+        return {**self.direct(), **vote_parts(count, temperature, self._args.seed)}
+
+    def _rendered(self, messages: list[Message]) -> str:
+        shaped = messages if prompts.accepts_system(self._tokenizer) else prompts.fold_system(messages)
+        return prompts.render(self._tokenizer, shaped)
+
+
+def direct_parts(
+    questions: Sequence[Question], worker: str | None, asked: Sequence[Any], max_tokens: int
+) -> Fingerprint:
+    """What a row of the worker alone depends on, and every other row too.
+
+    Args:
+        questions: with their answers.
+        worker: digest of who solves.
+        asked: its prompts, as it gets them.
+        max_tokens: its longest answer.
+    """
+    return {
+        "questions": fingerprint(questions),
+        "grader": digest(GRADER_VERSION),
+        "worker": worker,
+        "worker prompts": digest(asked),
+        "worker's limit": digest(max_tokens),
+    }
+
+
+def planner_parts(asked: Any, limits: Sequence[int], embedding_model: str) -> Fingerprint:
+    """What a planner's row depends on besides who plans: its prompt, limits of plans, what compares subproblems."""
+    return {
+        "planner prompts": digest(asked),
+        "planner's limits": digest(limits),
+        "embedding model": digest(embedding_model),
+    }
+
+
+def vote_parts(count: int, temperature: float, seed: int) -> Fingerprint:
+    """What a vote depends on besides the worker."""
+    return {"votes": digest([count, temperature, seed])}
+
+
+def worker_prompts(style: str) -> list[list[Message]]:
+    """One prompt of each kind that a worker is asked."""
+    return [
+        prompts.direct_messages("{question}", style),
+        prompts.subproblem_messages("{subproblem}", "{question}", style),
+        prompts.combine_messages("{question}", ["{first}", "{second}"], ["{one}", "{two}"], style),
+    ]
+
+
+def digest(value: Any) -> str:
+    """16 hex digits that stand for a JSON-ready value (SHA-256)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def adapter_content(folder: Path) -> list[str]:
+    """Hashes of an adapter's weights and config."""
+    return [sha256(folder / "adapter_model.safetensors"), sha256(folder / "adapter_config.json")]
+
+
+def base_content(name: str, commit: str | None) -> str | None:
+    """What identifies a base model's content: the commit of one from the Hub, else a digest of its files.
+
+    Of weights sizes and blocks all over each file are taken: reading every byte would take as long as loading them.
+
+    Returns:
+        None where it cannot be known.
+    """
+    folder = Path(models.resolve_model(name)).expanduser()
+    if not folder.is_dir():
+        return commit
+    content = []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        if path.suffix in _WEIGHTS:
+            content.append([path.name, path.stat().st_size, _sampled(path)])
+        elif path.suffix in (".json", ".jinja", ".model", ".txt"):
+            content.append([path.name, sha256(path)])
+    return digest(content)
+
+
+def _sampled(path: Path) -> str:
+    """A digest of blocks at equal distances, the first and the last of the file among them."""
+    size = path.stat().st_size
+    found = hashlib.sha256()
+    with path.open("rb") as stream:
+        for number in range(_BLOCKS):
+            place = max(size - _BLOCK, 0) * number // (_BLOCKS - 1) if size > _BLOCK * _BLOCKS else number * _BLOCK
+            stream.seek(place)
+            found.update(stream.read(_BLOCK))
+    return found.hexdigest()
+
+
+def difference(earlier: Fingerprint, now: Fingerprint) -> list[str]:
+    """What an earlier row was made with another one of; what is not known counts as another one."""
+    return [name for name, value in now.items() if value is None or earlier.get(name) != value]

@@ -1,0 +1,51 @@
+"""The benchmark against a server on real HTTP: a request that fails is an error of its question, not a bad plan."""
+
+from __future__ import annotations
+
+import json
+
+from conftest import ask, failure
+from misbehaving import asks
+
+from common.inference.benchmark import held_out_questions
+from common.inference.session import Session
+from common.reports.jsonl import read_jsonl
+
+SOURCE = "generated:shares?people=3"
+FLAGS = ("--benchmark", "--samples", "4", "--dataset", SOURCE, "--no-probe", "--worker-style", "instruct")
+
+
+def test_a_plan_that_was_never_written_is_an_error_and_not_an_invalid_plan(server, tmp_path, capsys):
+    with Session({"base_url": server.url, "dataset": SOURCE, "samples": 4, "probe": False}) as session:
+        asked = [item.question for item in held_out_questions(session)]
+
+    def fault(handler, request):
+        if request and request["model"] == "recursive_reasoner" and asks(request, asked[1]):
+            return handler.error(400, "too long")
+        return False
+
+    server.fault = fault
+    board = tmp_path / "board"
+    assert ask(server, *FLAGS, "--output", str(board)) == 1
+    shown = capsys.readouterr().out
+    assert "trained planner: 1 of 4 questions failed without a plan, 0 in the work\n  the first: planner: " in shown
+    assert "plans of the trained planner: 3 valid (100%)" in shown
+    row = json.loads((board / "evaluation.json").read_text())["rows"]["trained planner"]
+    assert (row["errors"], row["planner_failures"], row["invalid_plan_rate"]) == (1, 1, 0)
+    records = read_jsonl(board / "evaluation.jsonl")
+    failed = [record for record in records if record["error"] is not None]
+    assert [(record["row"], record["question"]) for record in failed] == [("trained planner", asked[1])]
+    assert failed[0]["error"].startswith("planner: ") and failed[0]["final"] is None, "it was not solved directly"
+    fingerprints = {record["row"]: record["fingerprint"] for record in records}
+    assert fingerprints["untrained planner"].keys() == fingerprints["trained planner"].keys()
+    assert fingerprints["untrained planner"]["planner"] != fingerprints["trained planner"]["planner"]
+    assert fingerprints["direct"]["worker"] == fingerprints["trained planner"]["worker"]
+
+
+def test_a_planner_that_never_answers_has_no_scoreboard(server):
+    def fault(handler, request):
+        return bool(request) and request["model"] == "recursive_reasoner" and handler.error(500, "broken")
+
+    server.fault = fault
+    code, line = failure(server, *FLAGS)
+    assert code == 1 and "every request to recursive_reasoner failed" in line and "broken" in line
