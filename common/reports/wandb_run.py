@@ -95,6 +95,9 @@ def start_wandb(
     os.environ.setdefault("WANDB_DATA_DIR", str((output_dir / "wandb" / "data").resolve()))
 
     offline_because = _why_offline(known)
+    if offline_because is None and run_id is not None and _not_uploaded(output_dir, run_id):
+        # Uploaded after this part, it would replace it: W&B puts parts together only in the order of time.
+        offline_because = "the run's earlier part is not uploaded yet"
     if offline_because is None:
         try:
             run = _init(wandb, "online", project, run_name, config, output_dir, run_id)
@@ -109,11 +112,16 @@ def start_wandb(
     except Exception as error:  # noqa: BLE001
         print(f"wandb: off ({_one_line(error)})", file=sys.stderr)
         return None
-    folder = Path(run.settings.sync_dir).resolve()
-    parts = sorted(folder.parent.glob(f"offline-run-*-{glob.escape(run.id)}"))  # by time
-    upload = shlex.join(["wandb", "sync", *map(str, parts or [folder])])
+    parts = _not_uploaded(output_dir, run.id) or [Path(run.settings.sync_dir)]
+    upload = shlex.join(["wandb", "sync", *(str(part.resolve()) for part in parts)])
     print(f"wandb: offline ({offline_because}); upload later with: {upload}", file=sys.stderr)
     return run
+
+
+def _not_uploaded(output_dir: Path, run_id: str) -> list[Path]:
+    """Folders of a run's offline parts that `wandb sync` has not marked as uploaded, in the order of time."""
+    parts = sorted((output_dir / "wandb").glob(f"offline-run-*-{glob.escape(run_id)}"))
+    return [part for part in parts if not any(part.glob("*.wandb.synced"))]
 
 
 def _init(
