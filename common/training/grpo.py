@@ -102,9 +102,7 @@ def _run(
             frozen_worker=trainer.frozen.record(),
         )
     resumes = checkpoint is not None
-    wandb_callback = (
-        records.add_wandb(args, trainer, samples, resumes=resumes) if main_process and args.wandb else None
-    )
+    wandb_callback = records.add_wandb(args, trainer, samples, resumes=resumes) if main_process and args.wandb else None
     scoring = Scoring(args, model, tokenizer, executor)
     if held_out and main_process:
         scoring.before(held_out)
