@@ -77,8 +77,7 @@ class RunFingerprints:
         return {**self.direct(), **vote_parts(count, temperature, self._args.seed)}
 
     def _rendered(self, messages: list[Message]) -> str:
-        shaped = messages if prompts.accepts_system(self._tokenizer) else prompts.fold_system(messages)
-        return prompts.render(self._tokenizer, shaped)
+        return prompts.render_all(self._tokenizer, [messages])[0]
 
 
 def direct_parts(
