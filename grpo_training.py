@@ -30,6 +30,7 @@ from common.runs.adapters import check_adapter_base, check_adds_to_base, read_ad
 from common.runs.checkpoints import newest_checkpoint
 from common.runs.folder import own_output_dir
 from common.runs.record import check_same_data, read_run_record, stored_settings
+from common.servers.vllm import serve_base
 from common.settings.grpo import DEMO, RESUMABLE, TrainingArgs
 from common.workers.local import FrozenWorker
 
@@ -86,21 +87,22 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
         check_same_data(output_dir, fingerprint(questions))
     held_out = load_held_out(args, questions) if args.eval_samples else []
 
-    if args.worker_url is not None:
-        from common.workers.remote import check_worker
-
-        check_worker(args)
     if not args.wandb:
         forbid_import("wandb")
-    # torch, transformers and trl are imported here, and take seconds
-    from common.evaluation import during_training
-    from common.training import device, grpo
+    with serve_base(args) as args:
+        if args.worker_url is not None or args.vllm_url is not None:
+            from common.workers.remote import check_worker
 
-    device.quiet_libraries(options.debug)
-    device.tune_for_cpu()
-    if options.eval_only:
-        return during_training.evaluate_run(args, held_out, anew=options.overwrite)
-    return grpo.train(args, questions, held_out, checkpoint)
+            check_worker(args)
+        # torch, transformers and trl are imported here, and take seconds
+        from common.evaluation import during_training
+        from common.training import device, grpo
+
+        device.quiet_libraries(options.debug)
+        device.tune_for_cpu()
+        if options.eval_only:
+            return during_training.evaluate_run(args, held_out, anew=options.overwrite)
+        return grpo.train(args, questions, held_out, checkpoint)
 
 
 def settle(options: argparse.Namespace) -> TrainingArgs:
@@ -115,8 +117,19 @@ def settle(options: argparse.Namespace) -> TrainingArgs:
     default_dir = DEMO["output_dir"] if options.demo else TrainingArgs.output_dir
     output_dir = Path(given.get("output_dir", default_dir))
     args = TrainingArgs.from_dict(stored_settings(output_dir, given, RESUMABLE, "grpo_training.py"))
+    if options.eval_only:
+        args.vllm_url = args.vllm_python = None  # the worker is the same model, and it is here
+        if "vllm_url" in given or "vllm_python" in given:
+            raise UserError("--eval-only needs no vLLM server: leave --vllm-url and --vllm-python out")
+    elif "vllm_url" in given:
+        args.vllm_python = None
+    elif args.vllm_python is not None:
+        args.vllm_url = None  # the address of the server that the run started is of no use any more
+    stored = read_run_record(output_dir)["settings"]
+    if (args.vllm_url or args.vllm_python) and not (stored.get("vllm_url") or stored.get("vllm_python")):
+        raise UserError(f"--vllm-url: the run in {output_dir} samples its plans itself: leave the flag out")
     # The server may have moved, but whether there is one decides who the worker is.
-    if args.worker_url is not None and read_run_record(output_dir)["settings"].get("worker_url") is None:
+    if args.worker_url is not None and stored.get("worker_url") is None:
         raise UserError(f"--worker-url: the worker of the run in {output_dir} is no server's: leave the flag out")
     if options.eval_only and not args.eval_samples:
         raise UserError("--eval-only needs to know how many questions: add --eval-samples 200, say")

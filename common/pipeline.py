@@ -130,7 +130,7 @@ class PipelineExecutor:
 
         encoder = SentenceEncoder(args.embedding_model)
         encoder.load()
-        if args.worker_url is not None:
+        if args.worker_url is not None or args.vllm_url is not None:
             return run_executor(args, None, None, encoder)
         base = models.load_base(args.base_model, four_bit=models.use_4bit(args))
         return run_executor(args, base, models.load_tokenizer(args.base_model), encoder)
@@ -277,7 +277,7 @@ def run_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: Senten
     """The pipeline of a run, as the settings say: the worker is a local model (or a function that gives it), or
     a server's where they name one."""
     worker: Worker
-    if args.worker_url is not None:
+    if args.worker_url is not None or args.vllm_url is not None:
         worker = ServerWorker.from_settings(args, tokenizer)
     else:
         worker = FrozenWorker(

@@ -104,6 +104,8 @@ class PipelineRewardFunction:
         self._eos_ids = eos_ids
         self._sink = sink
         self._failed_batches = 0
+        # Of the batch's completions, why there is none, where they come from a server; set by whoever asks it.
+        self.rollout_errors: Callable[[], Sequence[str | None]] = tuple
 
     def __call__(
         self,
@@ -132,6 +134,8 @@ class PipelineRewardFunction:
             for completion, ids, text, gold in zip(completions, completion_ids, question, answer, strict=True)
         ]
         results = self.executor.execute_batch(items)
+        for result, error in zip(results, self.rollout_errors(), strict=False):
+            result.error = result.error or error
         rewards = [reward_of(result, self._weights) for result in results]
         self._stop_if_nothing_works(results)
         stats = self.executor.worker.take_stats()
@@ -155,10 +159,10 @@ class PipelineRewardFunction:
         return rewards
 
     def _stop_if_nothing_works(self, results: Sequence[PipelineResult]) -> None:
-        failed = [result for result in results if result.error is not None]
+        # Invalid plans never reach the worker, and neither does a completion that a server failed to give.
+        failed = [result for result in results if result.error is not None and result.plan is not None]
         if failed:
             logger.warning("%d of %d samples masked, the worker failed: %s", len(failed), len(results), failed[0].error)
-        # Invalid plans never reach the worker, so they say nothing about whether it works.
         asked = [result for result in results if result.plan is not None]
         if asked:
             self._failed_batches = self._failed_batches + 1 if len(failed) == len(asked) else 0

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from misbehaving import MisbehavingServer
+from misbehaving import LoraServer, MisbehavingServer
 
 import inference_vllm
 from common.errors import UserError
@@ -30,6 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 VLLM_INSTALL_SECONDS = 900
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "sentence_transformers", "bitsandbytes", "wandb", "numpy"}
 QUESTIONS = [f"What is {a} + {b} + {c}?" for a, b, c in [(2, 3, 4), (5, 6, 7), (8, 2, 5), (9, 4, 3)]]
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
 
 
 def run_script(script: str, *flags: str, timeout: float = 600, env: dict[str, str] | None = None):
@@ -51,6 +58,15 @@ def server() -> Iterator[MisbehavingServer]:
     running = MisbehavingServer()
     yield running
     running.close()
+
+
+@pytest.fixture
+def two() -> Iterator[list[LoraServer]]:
+    """Two servers that take adapters."""
+    running = [LoraServer(), LoraServer()]
+    yield running
+    for each in running:
+        each.close()
 
 
 def ask(server: MisbehavingServer, *flags: str) -> int:
@@ -300,13 +316,13 @@ def vllm_server(vllm_python, tmp_path_factory):
         pytest.skip(f"a vLLM server needs about 4 GB of memory, {memory:.1f} GB are free")
 
     @contextmanager
-    def serve(command: Sequence[str]) -> Iterator[str]:
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            port = unused.getsockname()[1]
+    def serve(
+        command: Sequence[str], environment: dict[str, str] | None = None, port: int | None = None
+    ) -> Iterator[str]:
+        port = port or free_port()
         log = tmp_path_factory.mktemp("vllm") / "log"
         with log.open("wb") as stream:
-            server = vllm.start(vllm_python, [*command, "--port", str(port)], log=stream.fileno())
+            server = vllm.start(vllm_python, [*command, "--port", str(port)], stream.fileno(), environment or {})
         try:
             try:
                 vllm.wait_until_ready(server, port)

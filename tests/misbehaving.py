@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -183,3 +184,44 @@ def hang(seconds: float) -> Callable[[Any, dict[str, Any]], bool]:
         return False
 
     return fault
+
+
+class LoraServer(MisbehavingServer):
+    """Speaks vLLM's requests for adapters and for token ids; `refusal` is the reply to the next loads, None a broken connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: dict[str, str] = {}
+        self.refusal: tuple[int, dict] | bool | None = False
+        self.sampled: list[dict[str, Any]] = []  # for completions
+        self.too_long: list[list[int]] = []  # prompts that are refused
+        self.fault = self._adapters
+
+    def _adapters(self, handler, request) -> bool:
+        if not request:
+            entries = [{"id": name, "root": path, "parent": "base"} for name, path in self.loaded.items()]
+            handler.reply({"object": "list", "data": [{"id": "base", "root": "/m", "parent": None}, *entries]})
+        elif handler.path.endswith("/unload_lora_adapter"):
+            found = self.loaded.pop(request["lora_name"], None)
+            handler.reply("gone", 200 if found else 404, "text/plain")
+        elif handler.path.endswith("/completions"):
+            known = request["model"] in self.loaded
+            with self._lock:
+                self.sampled.append(request)
+            if not known:
+                handler.error(404, f"The model `{request['model']}` does not exist.")
+            elif request["prompt"] in self.too_long:
+                handler.error(400, "This model's maximum context length is 4 tokens")
+            else:
+                choice = {"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5, None]}, "text": "x"}
+                handler.reply({"choices": [choice]})
+        elif self.refusal is None:
+            handler.close_connection = True
+        elif self.refusal:
+            handler.reply(self.refusal[1], self.refusal[0])
+        elif not (Path(request["lora_path"]) / "weights").is_file():
+            handler.error(404, f"Loading lora failed: No adapter found for {request['lora_path']}")
+        else:
+            self.loaded[request["lora_name"]] = request["lora_path"]
+            handler.reply("Success", 200, "text/plain")
+        return True

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "runs": "errors settings models",
     "reports": "errors settings runs",
     "similarity": "models",
-    "servers": "errors generation settings prompts runs",
+    "servers": "errors generation settings cli prompts models runs",
     "workers": "errors generation decoding settings cli prompts servers",
     "pipeline": "plans generation grading settings prompts models decoding similarity workers",
     "rewards": "errors plans grading settings reports pipeline",

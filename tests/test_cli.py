@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import HEAVY, ROOT, run_script
 
-from common.errors import UserErrors
+from common.errors import UserError, UserErrors
 from common.settings.grpo import DEMO, RESUMABLE, TrainingArgs
 
 
@@ -104,6 +104,12 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "empty output": (["--output-dir", ""], "--output-dir is empty"),
         "no adapter": (["--adapter-path", str(tmp_path / "none")], "not a folder"),
         "resume nothing": (["--resume", "--output-dir", str(tmp_path / "none")], "must name the folder of a run"),
+        "no server's address": (["--vllm-url", "localhost:8000"], "--vllm-url 'localhost:8000' is no address"),
+        "a server twice": (["--vllm-url", "http://a/v1,http://a/v1"], "--vllm-url names a server twice"),
+        "two workers": (["--vllm-url", "http://a/v1", "--worker-url", "http://b/v1"], "leave out --worker-url"),
+        "two planners": (["--vllm-url", "http://a/v1", "--vllm-python", "python"], "leave one of them out"),
+        "nucleus of a server": (["--vllm-url", "http://a/v1", "--top-p", "0.9"], "use --temperature"),
+        "dropout on a server": (["--vllm-python", "python", "--lora-dropout", "0.1"], "without dropout"),
         "all weights 0": (
             ["--correctness-weight", "0", "--token-weight", "0", "--independence-weight", "0"],
             "weights",
@@ -203,3 +209,30 @@ def test_what_a_terminal_cannot_show_ends_no_script(server, encoding):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         assert b"answer     5" in done.stdout and b"cost" in done.stdout, "what comes after it is shown too"
+
+
+def test_a_resumed_run_keeps_its_servers_and_a_run_without_does_not_get_any(tmp_path):
+    import grpo_training
+    from common.runs.files import write_json
+    from common.runs.record import TRAINING_CONFIG, run_record
+
+    def settled(stored: TrainingArgs, *flags: str) -> TrainingArgs:
+        write_json(tmp_path / TRAINING_CONFIG, run_record(stored.to_dict(), script="grpo_training.py"))
+        options = grpo_training.build_parser().parse_args(["--output-dir", str(tmp_path), *flags])
+        found = grpo_training.settle(options)
+        found.validate()
+        return found
+
+    served = TrainingArgs(vllm_url="http://a/v1", output_dir=str(tmp_path))
+    assert settled(served, "--resume").vllm_url == "http://a/v1"
+    assert settled(served, "--resume", "--vllm-url", "http://b/v1").vllm_url == "http://b/v1", "a server may move"
+    # A run stores the address of the server that it started, which is gone.
+    own = TrainingArgs(vllm_url="http://127.0.0.1:8100/v1", vllm_python="python", output_dir=str(tmp_path))
+    again = settled(own, "--resume")
+    assert (again.vllm_url, again.vllm_python) == (None, "python")
+    moved = settled(own, "--resume", "--vllm-url", "http://b/v1")
+    assert (moved.vllm_url, moved.vllm_python) == ("http://b/v1", None)
+    scored = settled(own, "--eval-only", "--eval-samples", "5")
+    assert (scored.vllm_url, scored.vllm_python) == (None, None), "the scoreboard's worker is the model that is here"
+    with pytest.raises(UserError, match="samples its plans itself"):
+        settled(TrainingArgs(output_dir=str(tmp_path)), "--resume", "--vllm-url", "http://a/v1")

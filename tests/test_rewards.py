@@ -183,6 +183,19 @@ def test_a_failed_worker_masks_only_its_samples_and_is_counted():
     assert records[1]["solutions"] == [] and records[1]["final"] == "The answer is 7"
 
 
+def test_a_completion_that_its_server_failed_to_give_is_masked_and_does_not_blame_the_worker():
+    run, _ = executor()
+    reward = PipelineRewardFunction(run, RewardWeights(), eos_ids=frozenset({EOS}))
+    reward.rollout_errors = lambda: [None, "no answer"]
+    logged: dict[str, float] = {}
+    for _ in range(5):  # more batches than a worker may fail in
+        scored = reward_call(reward, [SPLIT, ""], logged)
+        assert scored[0] is not None and scored[1] is None
+    assert logged["worker_failures"] == 1
+    reward.rollout_errors = tuple
+    assert reward_call(reward, [SPLIT, ""], logged)[1] == 0, "an empty plan that was written is an invalid one"
+
+
 def test_a_run_in_which_everything_fails_stops_with_a_clear_message():
     run, _ = executor({})
     reward = PipelineRewardFunction(run, RewardWeights(), eos_ids=frozenset({EOS}))

@@ -136,6 +136,18 @@ class Server:
 
         return await self._attempts(ask)
 
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """What the server answers to a request of vLLM's own: parsed JSON, or text where the reply is none.
+
+        Raises:
+            ServerError: with what is wrong, after the retries; its cause has the `status_code`, where there was one.
+        """
+
+        async def ask() -> Any:
+            return await self._client.post(path, cast_to=object, body=body)
+
+        return await self._attempts(ask)
+
     async def chat(
         self,
         model: str,

@@ -70,6 +70,15 @@ class TrainingArgs:
     worker_model: str | None = setting(None, "worker", "its name there (default: the entry of /v1/models without a parent)", metavar="NAME")
     worker_timeout: float = setting(300.0, "worker", "seconds one attempt at one request to --worker-url may take", positive=True)
 
+    vllm_url: str | None = setting(None, "vllm", "plans are sampled from the adapter on these vLLM servers, and the worker is their base model (docs/training.md has the server's command); several addresses with commas between them share the prompts", metavar="URL[,URL…]")
+    vllm_python: str | None = setting(None, "vllm", "start such a server on this machine, with this Python of an environment that has vLLM, for as long as the run lasts", metavar="FILE")
+    vllm_port: int = setting(8100, "vllm", "port of the server that --vllm-python starts", positive=True)
+    vllm_gpu_memory: float = setting(0.4, "vllm", "share of the GPU's memory that it takes", positive=True, fraction=True)
+    vllm_adapter_dir: str | None = setting(None, "vllm", "where adapter versions are written for the servers, which must see it under the same path (default: vllm_adapters in --output-dir)", metavar="DIR")
+    vllm_timeout: float = setting(600.0, "vllm", "seconds one attempt at one request to --vllm-url may take", positive=True)
+    vllm_patience: float = setting(300.0, "vllm", "seconds a server may be away before its samples are masked", minimum=0)
+    vllm_max_gap: float | None = setting(None, "vllm", "largest difference between a server's log-probabilities and the trainer's, else the run stops (default: 0.001 for every token of an fp32 trainer, 0.1 for the mean of another's)", positive=True)
+
     correctness_weight: float = setting(1.0, "reward", "weight of a correct final answer", minimum=0)
     token_weight: float = setting(0.2, "reward", "weight of token efficiency, 1 − tokens / max-tokens", minimum=0)
     independence_weight: float = setting(0.3, "reward", "weight of the independence of the subproblems", minimum=0)
@@ -108,12 +117,18 @@ class TrainingArgs:
                 )
             if self.worker_url is not None and (problem := url_problem(self.worker_url)) is not None:
                 problems.append(f"--worker-url {problem}")
-            if self.worker_url is not None and (problem := api_key_problem()) is not None:
+            asks_server = (self.worker_url or self.vllm_url or self.vllm_python) is not None
+            if asks_server and (problem := api_key_problem()) is not None:
                 problems.append(problem)
-            if self.worker_model is not None and self.worker_url is None:
+            if self.worker_model is not None and not asks_server:
                 problems.append("--worker-model names a model of a server: add its --worker-url")
+            problems += _vllm_problems(self)
         if problems:
             raise UserErrors(problems)
+
+    def vllm_urls(self) -> list[str]:
+        """The servers of `--vllm-url`, one address each."""
+        return [url.strip() for url in (self.vllm_url or "").split(",") if url.strip()]
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON-ready values."""
@@ -124,6 +139,34 @@ class TrainingArgs:
         """Settings as stored by `to_dict`; names this version does not know are dropped."""
         known = {spec.name for spec in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def _vllm_problems(args: TrainingArgs) -> list[str]:
+    """What does not go together with planner and worker on vLLM servers."""
+    if args.vllm_url is None and args.vllm_python is None:
+        return []
+    problems = [f"--vllm-url {problem}" for url in args.vllm_urls() if (problem := url_problem(url)) is not None]
+    if args.vllm_url is not None and not args.vllm_urls():
+        problems.append("--vllm-url is empty: use http://HOST:PORT/v1")
+    if len(set(args.vllm_urls())) < len(args.vllm_urls()):
+        problems.append("--vllm-url names a server twice")
+    if args.vllm_url is not None and args.vllm_python is not None:
+        problems.append("--vllm-python starts a server, --vllm-url names one that runs: leave one of them out")
+    if args.worker_url is not None:
+        problems.append("--vllm-url and --vllm-python serve the worker too: leave out --worker-url")
+    if args.top_p < 1:
+        problems.append(
+            f"--top-p {args.top_p:g} does not go with vLLM: its log-probabilities would be those of the nucleus, the "
+            "trainer's of the whole vocabulary: use --temperature"
+        )
+    if args.temperature > 2:
+        problems.append(f"--temperature {args.temperature:g} does not go with vLLM, which samples at up to 2")
+    if args.lora_dropout > 0:
+        problems.append(
+            f"--lora-dropout {args.lora_dropout:g} does not go with vLLM: it serves the adapter without dropout, the "
+            "trainer scores with it"
+        )
+    return problems
 
 
 def _divisibility_problem(args: TrainingArgs, processes: int) -> list[str]:
@@ -170,5 +213,7 @@ DEMO: dict[str, Any] = {
 # What may differ when a run is continued: nothing that changes its data, its model or its reward.
 RESUMABLE = {
     "max_steps", "save_steps", "save_total_limit", "output_dir", "wandb", "wandb_project", "wandb_run_name",
-    "worker_batch_tokens", "worker_cache_size", "worker_url", "worker_timeout", "gradient_checkpointing", "eval_samples", "eval_dataset",
+    "worker_batch_tokens", "worker_cache_size", "worker_url", "worker_timeout", "gradient_checkpointing",
+    "vllm_url", "vllm_python", "vllm_port", "vllm_gpu_memory", "vllm_adapter_dir", "vllm_timeout", "vllm_patience", "vllm_max_gap",
+    "eval_samples", "eval_dataset",
 }  # fmt: skip

@@ -35,6 +35,8 @@ from common.training.records import SampleLog
 from common.training.trainer import PlannerTrainer
 from common.workers.frozen import FrozenBase
 from common.workers.local import end_token_ids
+from common.workers.remote import ServerWorker
+from common.workers.rollouts import PolicyCheck, ServedPlanner
 
 # A rank whose worker has long answers to write holds the others at the gather; two hours, not ten minutes.
 GATHER_TIMEOUT_SECONDS = 7200
@@ -173,6 +175,18 @@ def build_trainer(
         ],
     )
     holder.append(trainer)
+    if args.vllm_url is not None:
+        planner = ServedPlanner.from_settings(
+            args,
+            save=trainer.save_for_server,
+            end_ids=sorted(end_token_ids(base, tokenizer)),
+            step=lambda: trainer.state.global_step,
+        )
+        reward.rollout_errors = lambda: planner.errors
+        full_precision = not (four_bit or trainer.args.bf16 or trainer.args.fp16)
+        check = PolicyCheck.of(args.vllm_max_gap, full_precision=full_precision)
+        assert isinstance(executor.worker, ServerWorker)
+        trainer.sample_from(planner, check, executor.worker.model)
     trainer.remove_callback(transformers.PrinterCallback)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if args.adapter_path is not None:

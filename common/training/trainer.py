@@ -6,6 +6,8 @@ in `PRIVATE_NAMES`, and a test says which of them another version of TRL has mov
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from common.decoding.packing import packed_linears
 from common.reports.step_clock import StepClock
 from common.workers.frozen import FrozenBase
 from common.workers.local import inference
+from common.workers.rollouts import PolicyCheck, RunStoppedError, ServedPlanner
 
 # Of `GRPOTrainer`: methods that are overridden here, each with the parameters that this module counts on.
 PRIVATE_NAMES = {
@@ -92,11 +95,62 @@ class PlannerTrainer(GRPOTrainer):
         super().__init__(*args, **options)
         self._clock = clock
         self.frozen = frozen
+        self._planner: ServedPlanner | None = None
+        self._policy_check: PolicyCheck | None = None
+        self._served_base = ""
+        self._gap: dict[str, float] = {}
+
+    def sample_from(self, planner: ServedPlanner, check: PolicyCheck, base: str) -> None:
+        """Take rollouts from servers, and stop when they are another policy's.
+
+        Set after construction, where TRL would start or look for a vLLM of its own. It corrects for the difference
+        between the servers' log-probabilities and the trainer's (importance sampling) as for its own.
+
+        Args:
+            planner: on the servers.
+            check: of their log-probabilities.
+            base: name of the base model there.
+        """
+        self._planner, self._policy_check, self._served_base = planner, check, base
+        self.use_vllm, self.vllm_mode = True, "server"
+        self.vllm_generation: Any = planner
+        self._last_loaded_step = -1
+
+    def save_for_server(self, folder: Path) -> None:
+        """Write the adapter as it is now, and nothing else."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        # "auto" would ask the Hub whether the base's vocabulary was resized.
+        model.save_pretrained(
+            folder, safe_serialization=True, save_embedding_layers=False, selected_adapters=["default"]
+        )
 
     def train(self, *args: Any, **options: Any) -> Any:
-        """Train; the clock starts with the first step."""
+        """Train; the clock starts with the first step.
+
+        Raises:
+            RunStoppedError: when the servers give no completions, or another policy's; a checkpoint is saved.
+        """
         self._clock.restart()
-        return super().train(*args, **options)
+        try:
+            if self._planner is not None and self._policy_check is not None and self.accelerator.is_main_process:
+                self._check_base(self._planner, self._policy_check, self._served_base)
+            return super().train(*args, **options)
+        except RunStoppedError as error:
+            raise RunStoppedError(f"{error}; {self._save_and_say_how_to_go_on()}", exit_code=error.exit_code) from error
+        finally:
+            if self._planner is not None and self.accelerator.is_main_process:
+                self._planner.close()
+
+    def _save_and_say_how_to_go_on(self) -> str:
+        """A checkpoint of the finished steps; every process must call it, between two steps' updates."""
+        output_dir, step = str(self.args.output_dir), self.state.global_step
+        if step == 0:
+            return "there is no step to save"
+        if not (Path(output_dir) / f"checkpoint-{step}").is_dir():
+            self._save_checkpoint(self.model, trial=None)
+        return (
+            f"step {step} is saved, continue with {sys.executable} grpo_training.py --output-dir {output_dir} --resume"
+        )
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch; the first of a generation batch generates it too."""
@@ -114,9 +168,48 @@ class PlannerTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         model, args = self.accelerator.unwrap_model(self.model), self.args
         assert isinstance(args, GRPOConfig)
+        rows = 0 if self.use_vllm else len(inputs)  # with servers, nothing is generated here
         # Once for rollouts and reward together, and gone before gradients need the memory.
-        with packed_linears(model, rows=len(inputs), steps=args.max_completion_length or 0):
-            return super()._generate_and_score_completions(inputs)
+        with packed_linears(model, rows=rows, steps=args.max_completion_length or 0):
+            scored = super()._generate_and_score_completions(inputs)
+        if self._policy_check is not None:
+            self._check_policy(scored, self._policy_check)
+        return scored
+
+    def _check_policy(self, scored: dict[str, Any], check: PolicyCheck) -> None:
+        """Compare the servers' log-probabilities of B completions of T tokens with ours, over all processes."""
+        sampled = scored["sampling_per_token_logps"]  # (B, T), nan where the server told none
+        gap = (scored["old_per_token_logps"] - sampled).abs().float()
+        gap = gap[scored["completion_mask"].bool() & ~torch.isnan(sampled)]
+        largest = gap.max() if len(gap) else gap.sum()
+        failed = sum(error is not None for error in self._planner.errors) if self._planner is not None else 0
+        here = torch.stack([gap.sum(), torch.full_like(largest, len(gap)), largest, torch.full_like(largest, failed)])
+        every: Any = self.accelerator.gather(here)  # (4 × processes)
+        total, count, most, masked = every.view(-1, 4).unbind(dim=1)
+        mean = float(total.sum() / count.sum().clamp(min=1))  # no token counts where all were cut off and are masked
+        self._gap = {
+            "served_policy_gap/mean": mean,
+            "served_policy_gap/max": float(most.max()),
+            "rollout_failures": float(masked.sum()),
+        }
+        step = self.state.global_step + 1
+        check.check(mean, float(most.max()), f"the completions of step {step} are not the trained adapter's")
+
+    def _check_base(self, planner: ServedPlanner, check: PolicyCheck, base: str) -> None:
+        """Compare the servers' base model, which is the worker, with our own, on one prompt."""
+        args, rows = self.args, self.train_dataset
+        assert isinstance(args, GRPOConfig) and isinstance(rows, Dataset)
+        prompt = self._tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=False)
+        for rollout in planner.sample_base(base, prompt):
+            ids = torch.tensor([[*prompt, *rollout.ids]], device=self.accelerator.device)
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            with inference(unwrapped, adapter=False) as model, self.accelerator.autocast():
+                logits = model(input_ids=ids, logits_to_keep=len(rollout.ids) + 1).logits[0, :-1]  # (T, V)
+            scores = torch.log_softmax(logits.float() / args.temperature, dim=-1)
+            own = scores.gather(1, ids[0, len(prompt) :, None])[:, 0]
+            told = torch.tensor([float("nan") if value is None else value for value in rollout.logprobs])
+            gap = (own.cpu() - told).abs()
+            check.check(float(gap.mean()), float(gap.max()), f"the worker {base} on the server is not --base-model")
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -193,6 +286,7 @@ class PlannerTrainer(GRPOTrainer):
         """Log a step with the seconds that its parts took."""
         if "loss" in logs:
             logs.update(self._clock.take())
+            logs.update(self._gap)
         super().log(logs, start_time)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
@@ -215,7 +309,7 @@ class PlannerTrainer(GRPOTrainer):
 
     def _timed_single_turn(self, prompt_ids: list[list[int]], *others: Any, **options: Any) -> Any:
         args: Any = self.args
-        if torch.cuda.is_available() or args.top_p < 1:
+        if self.use_vllm or torch.cuda.is_available() or args.top_p < 1:
             return super()._generate_single_turn(prompt_ids, *others, **options)
         with inference(self.accelerator.unwrap_model(self.model), adapter=True) as model:
             completions = decode(

@@ -7,6 +7,7 @@ a server is asked is in `common.servers.client`.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from common.cli import say
+from common.errors import UserError
 from common.generation import Generation, WorkerStats
 from common.prompts import Message
 from common.servers.client import TRAINING_CONCURRENCY, TRAINING_RETRIES, Endpoint, Server, ServerError
@@ -23,6 +25,7 @@ from common.servers.model_list import adapter_of, base_model
 from common.servers.probe import probe
 from common.settings.grpo import TrainingArgs
 from common.workers.base import T, WorkerCalls
+from common.workers.rollouts import check_rollout_server, vllm_servers
 
 
 class ServerModel:
@@ -36,6 +39,7 @@ class ServerModel:
         seed: of the first sample, the next one's is one higher; None leaves it to the server.
         schema: JSON schema of the answers, where the server supports it.
         cache_size: greedy answers remembered, least recently used dropped first.
+        others: servers that serve the same and share the requests.
     """
 
     def __init__(
@@ -48,8 +52,11 @@ class ServerModel:
         seed: int | None = None,
         schema: dict[str, Any] | None = None,
         cache_size: int = 0,
+        others: Sequence[Server] = (),
     ) -> None:
         self.server = server
+        self._others = others
+        self._next = itertools.cycle([server, *others])
         self.model = model
         self._max_tokens = max_tokens
         self._temperature = temperature
@@ -94,7 +101,7 @@ class ServerModel:
         if seed is not None:
             self._seed = seed + 1
         try:
-            reply = await self.server.chat(
+            reply = await next(self._next).chat(
                 self.model,
                 request,
                 max_tokens=self._max_tokens,
@@ -138,46 +145,77 @@ class ServerWorker(ServerModel, WorkerCalls):
         style: str = "instruct",
         max_tokens: int = 256,
         cache_size: int = 20000,
+        others: Sequence[Server] = (),
     ) -> None:
-        super().__init__(server, model, max_tokens=max_tokens, cache_size=cache_size)
+        super().__init__(server, model, max_tokens=max_tokens, cache_size=cache_size, others=others)
         self.style = style
 
     @classmethod
     def from_settings(cls, args: TrainingArgs, tokenizer: Any = None) -> ServerWorker:
-        """The worker that `--worker-url` and its companions name.
+        """The worker that `--worker-url` or `--vllm-url` and their companions name.
 
         Args:
             args: settings of the run.
             tokenizer: of the run's base model, to count answers where the server does not.
 
         Raises:
-            UserError: where the server cannot be reached, or serves no such base model.
+            UserError: where a server cannot be reached, or serves no such base model, or two serve different ones.
         """
-        assert args.worker_url is not None
-        patience = (args.worker_timeout, TRAINING_RETRIES, TRAINING_CONCURRENCY)
-        endpoint = Endpoint(args.worker_url, None, *patience, "--worker-url")
         count = None if tokenizer is None else lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
-        server = Server(endpoint, count_tokens=count)
-        name = base_model(server.run(server.models()), args.worker_model, flag="--worker-model").name
-        server.run(fold_if_dropped(server, name))
+        if args.worker_url is not None:
+            patience = (args.worker_timeout, TRAINING_RETRIES, TRAINING_CONCURRENCY)
+            servers = [Server(Endpoint(args.worker_url, None, *patience, "--worker-url"), count_tokens=count)]
+        else:
+            servers = vllm_servers(args, retries=TRAINING_RETRIES)
+        names = [base_model(s.run(s.models()), args.worker_model, flag="--worker-model").name for s in servers]
+        if len(set(names)) > 1:
+            raise UserError(f"the servers of --vllm-url serve different base models: {', '.join(names)}")
+        for server in servers:
+            server.run(fold_if_dropped(server, names[0]))
         return cls(
-            server, name, style=args.worker_style, max_tokens=args.worker_max_tokens, cache_size=args.worker_cache_size
+            servers[0],
+            names[0],
+            style=args.worker_style,
+            max_tokens=args.worker_max_tokens,
+            cache_size=args.worker_cache_size,
+            others=servers[1:],
         )
 
     def sampler(self, temperature: float, seed: int) -> ServerModel:
         """The same model, sampled instead of greedy."""
-        return ServerModel(self.server, self.model, max_tokens=self._max_tokens, temperature=temperature, seed=seed)
+        return ServerModel(
+            self.server,
+            self.model,
+            max_tokens=self._max_tokens,
+            temperature=temperature,
+            seed=seed,
+            others=self._others,
+        )
 
 
 def check_worker(args: TrainingArgs) -> None:
     """Make sure that the server which `--worker-url` names answers, and with its base model.
 
+    Of the servers of `--vllm-url`, that they can take adapters. There planner and worker are never asked at the same
+    time, so their base need not answer as itself beside an adapter.
+
     Raises:
         UserError: where it does not; with exit code 3 where an adapter answers in the base's place.
     """
-    assert args.worker_url is not None
     if os.environ.get("RANK", "0") != "0":
         return  # once is enough; a process that stops ends the others
+    if args.worker_url is None:
+        servers = vllm_servers(args, retries=0)
+        try:
+            for server in servers:
+                server.run(server.models())
+        except ServerError as error:
+            raise UserError(str(error)) from error  # nothing has run yet: the address or the server is to be mended
+        worker = ServerWorker.from_settings(args)
+        for server in servers:
+            server.run(check_rollout_server(server, worker.model, args.temperature))
+        say(f"planner and worker ({worker.model}) on {', '.join(args.vllm_urls())}")
+        return
     worker = ServerWorker.from_settings(args)
     served = worker.server.run(worker.server.models())
     found = worker.server.run(probe(worker.server, worker.model, adapter_of(served, worker.model)))

@@ -1,0 +1,350 @@
+"""Rollouts of GRPO from vLLM servers, and the proof that the policy in training wrote them.
+
+`ServedPlanner` takes the place of TRL's own vLLM client: TRL asks it to `sync_weights()` before the first rollouts of
+a step, and to `generate()`. Prompts and completions travel as token ids, with the log-probability of each sampled
+token. These the trainer compares with its own (`PolicyCheck`), on every step: a server that answers with the base, or
+with an older version, cannot have them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.servers.adapters import AdapterServers, check_takes_adapters, status_of
+from common.servers.client import TRAINING_CONCURRENCY, TRAINING_RETRIES, Endpoint, Server, ServerError
+from common.servers.probe import EXIT_CODE
+from common.settings.grpo import TrainingArgs
+
+logger = logging.getLogger(__name__)
+
+# The largest gap of one token, where server and trainer compute in fp32; and the mean of all tokens of a step, where
+# one of them does not. Measured in docs/training.md.
+FP32_LIMIT = 1e-3
+HALF_LIMIT = 0.1
+
+
+class RunStoppedError(UserError):
+    """Training cannot go on, in all processes alike: a checkpoint of the steps before is worth having."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are sampled. `end_ids` are the tokens that end one."""
+
+    temperature: float
+    max_tokens: int
+    end_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion: T token ids, T log-probabilities, and why there is none."""
+
+    ids: list[int]
+    logprobs: list[float | None]
+    error: str | None = None
+
+
+class ServedPlanner:
+    """The planner in training, on vLLM servers.
+
+    Every process asks for its own prompts. A group's completions come from one server, also where its prompts are
+    spread over processes.
+
+    Args:
+        adapters: where the versions are published; its servers also answer when asked for nothing else.
+        servers: the same servers, with the patience of a request for a completion.
+        save: writes the adapter in training into a folder.
+        sampling: of the completions.
+        step: the number of optimiser steps done.
+    """
+
+    def __init__(
+        self,
+        adapters: AdapterServers,
+        servers: Sequence[Server],
+        save: Callable[[Path], None],
+        sampling: Sampling,
+        step: Callable[[], int],
+    ) -> None:
+        self.errors: list[str | None] = []  # of the latest rollouts, one each
+        self._adapters = adapters
+        self._servers = list(servers)
+        self._save = save
+        self._sampling = sampling
+        self._step = step
+        self._name = ""
+        self._asked: tuple[int, int] = (-1, 0)  # step, and how often rollouts were asked for in it
+
+    @classmethod
+    def from_settings(
+        cls, args: TrainingArgs, *, save: Callable[[Path], None], end_ids: Sequence[int], step: Callable[[], int]
+    ) -> ServedPlanner:
+        """The planner on the servers of `--vllm-url`; what an earlier run left there is unloaded.
+
+        Raises:
+            UserError: where a server does not answer.
+        """
+        admin = vllm_servers(args, retries=0)
+        servers = vllm_servers(args, retries=TRAINING_RETRIES, runner=admin[0].runner)
+        folder = Path(args.vllm_adapter_dir or Path(args.output_dir) / "vllm_adapters")
+        adapters = AdapterServers(admin, folder, patience=args.vllm_patience)
+        if os.environ.get("RANK", "0") == "0":
+            adapters.clear()
+        return cls(
+            adapters,
+            servers,
+            save,
+            Sampling(args.temperature, args.max_completion_length, tuple(end_ids), args.seed),
+            step,
+        )
+
+    def close(self) -> None:
+        """Unload the current version and delete what was written for the servers."""
+        self._adapters.close()
+
+    def sync_weights(self) -> None:
+        """Publish the adapter as it is now; every process must call it.
+
+        Raises:
+            RunStoppedError: in all processes, where a server does not take it.
+        """
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        told: list[Any] = [None, None, 1]
+        if PartialState().is_main_process:
+            try:
+                told[0] = self._adapters.publish(self._save)
+            except UserError as error:
+                told[1], told[2] = str(error), error.exit_code
+        broadcast_object_list(told)
+        if told[1] is not None:
+            raise RunStoppedError(told[1], exit_code=told[2])
+        self._name = self._adapters.current = told[0]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        images: Any = None,
+        num_generations: int = 1,
+        profiler: Any = None,
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float | None]]], None]:
+        """Completions of this process's B prompts, after the retries; every process must call it.
+
+        Args:
+            prompts: token ids; equal ones of a group follow each other.
+            images: must be None.
+            num_generations: size of a group.
+            profiler: context in which the servers work.
+
+        Returns:
+            prompts, completions (B lists of T token ids), their log-probabilities (B × T × 1), and None. A prompt
+            without completion has one end token of unknown log-probability, and says why in `errors`.
+
+        Raises:
+            RunStoppedError: in all processes, when one of them got no completion at all.
+        """
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
+        if images is not None:
+            raise UserError("--vllm-url: prompts with images are not supported")
+        step, calls = self._step(), self._asked[1] + 1 if self._asked[0] == self._step() else 0
+        self._asked = (step, calls)
+        first = PartialState().process_index * len(prompts)
+
+        async def wave() -> list[Rollout]:
+            waits: dict[int, asyncio.Task[None]] = {}
+            return await asyncio.gather(
+                *(
+                    self._rollout(list(prompt), place, place // num_generations % len(self._servers), calls, waits)
+                    for place, prompt in enumerate(prompts, start=first)
+                )
+            )
+
+        with profiler or nullcontext():
+            rollouts = self._servers[0].run(wave())
+        self.errors = [rollout.error for rollout in rollouts]
+        failed = [error for error in self.errors if error is not None]
+        # Also a barrier: the worker is asked on the same servers next, and on vLLM's CPU backend its answers are
+        # wrong while any process has planner requests in flight (docs/training.md).
+        lost = gather_object([failed[0] if len(failed) == len(rollouts) else None])
+        if any(lost):
+            raise RunStoppedError(f"no completion from the servers: {next(filter(None, lost))}", exit_code=1)
+        if failed:
+            logger.warning("%d of %d samples masked, no completion: %s", len(failed), len(rollouts), failed[0])
+        completions = [rollout.ids for rollout in rollouts]
+        return (
+            [list(prompt) for prompt in prompts],
+            completions,
+            [[[value] for value in rollout.logprobs] for rollout in rollouts],
+            None,
+        )
+
+    async def _rollout(
+        self, prompt: list[int], place: int, number: int, calls: int, waits: dict[int, asyncio.Task[None]]
+    ) -> Rollout:
+        """One completion; from a server that has to be waited for, at the second attempt.
+
+        Args:
+            place: among the prompts of all processes.
+            number: of the server.
+            calls: how often rollouts were asked for in this step before.
+            waits: for servers that failed, one for all the prompts of a server.
+        """
+        server = self._servers[number]
+        try:
+            try:
+                return await self._ask(server, self._name, prompt, place, calls)
+            except ServerError as error:
+                if not (error.retryable or status_of(error) == 404):
+                    raise
+                if number not in waits:
+                    logger.warning("%s; waiting for the server", error)
+                    waits[number] = asyncio.ensure_future(self._adapters.restore(self._adapters.servers[number]))
+            await waits[number]
+            return await self._ask(server, self._name, prompt, place, calls)
+        except UserError as error:
+            return Rollout([self._sampling.end_ids[0]], [None], str(error))
+
+    def sample_base(self, base: str, prompt: Sequence[int]) -> list[Rollout]:
+        """A completion of a prompt by the base model of each server.
+
+        Raises:
+            ServerError: where a server gives none.
+        """
+
+        async def together() -> list[Rollout]:
+            return await asyncio.gather(*(self._ask(server, base, prompt, 0, 0) for server in self._servers))
+
+        return self._servers[0].run(together())
+
+    async def _ask(self, server: Server, model: str, prompt: Sequence[int], place: int, calls: int) -> Rollout:
+        sampling = self._sampling
+        reply = await server.post(
+            "/completions",
+            {
+                "model": model,
+                "prompt": list(prompt),
+                "max_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "stop_token_ids": list(sampling.end_ids),
+                "seed": request_seed(sampling.seed, self._step(), calls, place),
+                "logprobs": 0,  # of the sampled token alone
+                "return_token_ids": True,
+                # Said, because a server's own defaults are the model's, which training does not use.
+                "top_p": 1.0,
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+            },
+        )
+        ids, logprobs = read_completion(server, reply)
+        return Rollout(ids, logprobs)
+
+
+def vllm_servers(args: TrainingArgs, *, retries: int, runner: asyncio.Runner | None = None) -> list[Server]:
+    """The servers of `--vllm-url`, all with one runner."""
+    servers: list[Server] = []
+    for url in args.vllm_urls():
+        endpoint = Endpoint(url, None, args.vllm_timeout, retries, TRAINING_CONCURRENCY, "--vllm-url")
+        servers.append(Server(endpoint, runner or (servers[0].runner if servers else None)))
+    return servers
+
+
+async def check_rollout_server(server: Server, base: str, temperature: float) -> None:
+    """Make sure that a server can do what rollouts need, before a model is loaded.
+
+    Raises:
+        UserError: with the flag that its start lacks.
+    """
+    await check_takes_adapters(server)
+    if temperature == 1:
+        return  # log-probabilities before and after the temperature are the same
+    request = {"model": base, "prompt": "The sum of 2 and 3 is", "max_tokens": 1, "logprobs": 1, "seed": 0}
+    request |= {"top_p": 1.0, "top_k": 0, "return_token_ids": True}
+    told = []
+    for heat in (1.0, 2.0):  # the highest that vLLM takes
+        reply = await server.post("/completions", {**request, "temperature": heat})
+        read_completion(server, reply)
+        told.append(max(reply["choices"][0]["logprobs"]["top_logprobs"][0].values()))
+    if abs(told[0] - told[1]) < 1e-3:
+        raise UserError(
+            f"--vllm-url {server.endpoint.url} tells log-probabilities before the temperature is applied: restart it "
+            "with --logprobs-mode processed_logprobs"
+        )
+
+
+def read_completion(server: Server, reply: Any) -> tuple[list[int], list[float | None]]:
+    """Token ids of a completion and their log-probabilities.
+
+    Raises:
+        ServerError: when the reply has none.
+    """
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    ids = choice.get("token_ids")
+    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+    if not ids or not logprobs or len(ids) != len(logprobs):
+        raise ServerError(
+            f"--vllm-url {server.endpoint.url} sent a completion without token ids or their log-probabilities: is it "
+            "vLLM, and not older than the one in requirements-vllm.txt?"
+        )
+    return ids, logprobs
+
+
+def request_seed(seed: int, step: int, calls: int, place: int) -> int:
+    """A seed of its own for each completion of a run, the same when the run is repeated or resumed."""
+    digest = hashlib.blake2b(f"{seed} {step} {calls} {place}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 2  # vLLM takes 63 bits
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyCheck:
+    """The limit of the gap between a server's log-probabilities of the sampled tokens and the trainer's.
+
+    Args:
+        limit: largest gap that is taken for rounding.
+        of_mean: whether it holds for the mean of a step's tokens, instead of for every token.
+    """
+
+    limit: float
+    of_mean: bool
+
+    @classmethod
+    def of(cls, asked: float | None, *, full_precision: bool) -> PolicyCheck:
+        """The limit asked for, else the one of the trainer's precision."""
+        return cls(asked or (FP32_LIMIT if full_precision else HALF_LIMIT), not full_precision)
+
+    def check(self, mean: float, largest: float, accused: str) -> None:
+        """Stop a run whose server answers with another policy.
+
+        Args:
+            mean, largest: gap of some tokens (nats).
+            accused: what the server got wrong, if it did.
+
+        Raises:
+            RunStoppedError: with exit code 3.
+        """
+        if (mean if self.of_mean else largest) <= self.limit:  # which nan is not
+            return
+        kind = "mean" if self.of_mean else "largest"
+        raise RunStoppedError(
+            f"{accused}: log-probabilities of server and trainer differ by {mean:.2g} in the mean and {largest:.2g} "
+            f"at most (limit {self.limit:g} for the {kind}): the server answers with another adapter or base, or "
+            "computes in another precision (its --dtype and --quantization; --vllm-max-gap)",
+            exit_code=EXIT_CODE,
+        )
