@@ -11,6 +11,8 @@ from common.errors import UserError
 from common.settings.fields import flag_of
 
 TRAINING_CONFIG = "training_config.json"
+# What runs did whose settings were stored before there was one for it.
+BEFORE = {"cpu_dtype": "float32"}
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -25,7 +27,7 @@ def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str]
         raise UserError(
             f"{output_dir} holds a run of {record.get('script')}, not of {script}: name another --output-dir"
         )
-    stored = record["settings"]
+    stored = {**BEFORE, **record["settings"]}
     for name, value in given.items():
         if name not in resumable and stored.get(name) != value:
             raise UserError(
