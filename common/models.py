@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from common.errors import UserError
 from common.prompts import PLAIN_CHAT_TEMPLATE
@@ -22,6 +22,7 @@ class LoraSettings(Protocol):
 
     adapter_path: str | None
     use_4bit: bool | None
+    cpu_dtype: Literal["auto", "float32", "bfloat16"]
     lora_r: int
     lora_alpha: int
     lora_dropout: float
@@ -55,6 +56,41 @@ def use_4bit(args: LoraSettings) -> bool:
     return torch.cuda.is_available() if args.use_4bit is None else args.use_4bit
 
 
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bf16 numbers, and torch uses them."""
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    # Without them oneDNN can still do it, by converting every number: slower than fp32. `is_available` knows what
+    # torch was built with, the second question whether this processor and system are allowed to run it.
+    return (
+        bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def cpu_dtype(args: LoraSettings) -> Literal["auto", "float32", "bfloat16"]:
+    """What matrix products are computed in on this CPU; with a GPU the setting as it is, which nothing reads.
+
+    Raises:
+        UserError: where bfloat16 is asked for but cannot be had.
+    """
+    import torch
+
+    if torch.cuda.is_available() or args.cpu_dtype == "float32":
+        return args.cpu_dtype
+    four_bit, native = use_4bit(args), multiplies_bf16()
+    if args.cpu_dtype == "bfloat16" and four_bit:
+        raise UserError("--cpu-dtype bfloat16 is for weights that are not quantised: leave out --4bit")
+    if args.cpu_dtype == "bfloat16" and not native:
+        raise UserError(
+            "--cpu-dtype bfloat16: this processor has no instructions for it (AVX512-BF16 or AMX), which makes it "
+            "slower than fp32: use --cpu-dtype float32, or go on where the run began"
+        )
+    return "bfloat16" if native and not four_bit else "float32"
+
+
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a model, padding on the left, with a pad token and a chat template.
 
@@ -79,7 +115,7 @@ def load_base(
 ) -> Any:
     """The base model: NF4 with double quantisation (QLoRA, arXiv:2305.14314), else bf16 on a GPU, fp32 without.
 
-    fp32 on a CPU because bf16 runs at a third of its speed there (docs/architecture.md).
+    fp32 on a CPU, also where products are computed in bf16: only their copies of the weights are (`cpu_dtype`).
 
     Args:
         name: Hub id, folder, or the packaged model.

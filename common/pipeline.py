@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from common import prompts
+from common import models, prompts
 from common.generation import Generation
 from common.grading import extract_prediction, parse_gold
 from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS, Plan, parse_planner_output
@@ -126,8 +126,6 @@ class PipelineExecutor:
         Raises:
             UserError: where a model cannot be loaded, or the server that `worker_url` names cannot be used.
         """
-        from common import models
-
         encoder = SentenceEncoder(args.embedding_model)
         encoder.load()
         if args.worker_url is not None or args.vllm_url is not None:
@@ -287,6 +285,7 @@ def run_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: Senten
             max_tokens=args.worker_max_tokens,
             batch_tokens=args.worker_batch_tokens,
             cache_size=args.worker_cache_size,
+            cpu_dtype=models.cpu_dtype(args),
         )
     return PipelineExecutor(
         worker,

@@ -52,6 +52,14 @@ def run_script(script: str, *flags: str, timeout: float = 600, env: dict[str, st
     )
 
 
+def needs_bf16() -> None:
+    """Skip the test on a processor that does not multiply bf16 itself."""
+    from common.models import multiplies_bf16
+
+    if not multiplies_bf16():
+        pytest.skip("this processor has no instructions for bf16 (AVX512-BF16 or AMX)")
+
+
 @pytest.fixture
 def server() -> Iterator[MisbehavingServer]:
     """A server on real HTTP whose answers, faults and delays a test chooses."""

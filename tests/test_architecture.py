@@ -48,8 +48,10 @@ MAY_IMPORT = {
 # Everything else imports no torch, transformers and the like before it is used: `--help` and a wrong flag answer at
 # once.
 HEAVY_MODULES = {
+    "decoding.blocks",
     "decoding.branching",
     "decoding.decode",
+    "decoding.log_probs",
     "decoding.packing",
     "merging.job",
     "merging.merge",

@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from common.decoding.blocks import Block, Heads, Part, tokens_in
+from common.decoding.packing import product_dtype
 from common.decoding.sharing import (
+    MIN_KEPT_APART,
     MIN_SHARED_PREFIX,
     PIECE_TOKENS,
     block_ends,
@@ -31,53 +34,14 @@ from common.decoding.sharing import (
 # Queries of one product of attention: of a long piece, what comes first is not compared with what comes after it.
 PIECE_QUERIES = 128
 
-Part = tuple[torch.Tensor, torch.Tensor]  # keys and values in one layer, each (Hkv, S, D)
 # What prompts of each kind have begun with so far: tokens, and a part a layer.
 Prefixes = dict[Hashable, tuple[list[int], list[Part]]]
-
-
-class _Block:
-    """Rows that begin with one prefix: its keys and values once, and each row's own ones, from the left."""
-
-    def __init__(self, prefix: list[Part], before: Sequence[list[Part]], room: int) -> None:
-        """`before`: what each row begins with after the prefix, a part a layer, or nothing; `room`: in tokens."""
-        self.prefix, self.room = prefix, room
-        self.shared = prefix[0][0].shape[1] if prefix else 0
-        self.lengths = [parts[0][0].shape[1] if parts else 0 for parts in before]
-        self.clean = max(self.lengths)  # columns up to here hold numbers in every row: memory may hold NaN before
-        self._layers: list[Part] = []  # each (R, Hkv, room, D)
-        like = next((parts for parts in before if parts), [])
-        for number, (key, _) in enumerate(like):
-            for store, side in zip(self.layer(number, key), (0, 1), strict=True):
-                for row, (parts, length) in enumerate(zip(before, self.lengths, strict=True)):
-                    store[row, :, length : self.clean] = 0
-                    if parts:
-                        store[row, :, :length] = parts[number][side]
-
-    def layer(self, number: int, like: torch.Tensor) -> Part:
-        """Room for a layer's keys and values, each (R, Hkv, room, D), of the dtype of `like` (Hkv, …, D)."""
-        if number == len(self._layers):
-            shape = (len(self.lengths), like.shape[0], self.room, like.shape[-1])
-            self._layers.append((like.new_empty(shape), like.new_empty(shape)))
-        return self._layers[number]
-
-    def row(self, row: int) -> list[Part]:
-        """One row's own keys and values, a part a layer."""
-        length = self.lengths[row]
-        return [(keys[row, :, :length], values[row, :, :length]) for keys, values in self._layers]
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows only."""
-        if len(rows) < len(self.lengths):
-            kept = torch.tensor(rows, dtype=torch.long)
-            self._layers = [(keys[kept], values[kept]) for keys, values in self._layers]
-            self.lengths = [self.lengths[row] for row in rows]
 
 
 class _Pass:
     """The tokens of a block's rows in one forward pass: where they stand, and what each of them sees."""
 
-    def __init__(self, block: _Block, counts: Sequence[int], start: int, dtype: torch.dtype) -> None:
+    def __init__(self, block: Block, counts: Sequence[int], start: int, dtype: torch.dtype) -> None:
         """`counts`: of each row's tokens, which begin at `start` in the line of all tokens of the pass."""
         lengths = block.lengths
         self._block, self._counts = block, counts
@@ -85,7 +49,9 @@ class _Pass:
         self._queries = most = max(counts)
         self._end = max(length + count for length, count in zip(lengths, counts, strict=True))
         places = [length + turn for length, count in zip(lengths, counts, strict=True) for turn in range(count)]
-        self.positions = [block.shared + place for place in places]
+        heads = block.heads.lengths if block.heads is not None else [0] * len(counts)
+        start_at = [block.shared + head for head, count in zip(heads, counts, strict=True) for _ in range(count)]
+        self.positions = [first + place for first, place in zip(start_at, places, strict=True)]
         even = min(counts) == most
         aligned = even and min(lengths) == max(lengths)
         self._place: tuple[torch.Tensor, torch.Tensor] | None = None  # of each token: its row, and where in it
@@ -129,15 +95,16 @@ class _Pass:
         self._write(values, value)
         if self._spread is not None:
             query = query[:, self._spread]
-        rows, heads, size = len(keys), len(key), key.shape[-1]
-        grouped = query.reshape(heads, -1, rows, self._queries, size).permute(2, 0, 1, 3, 4)  # (R, Hkv, G, Q, D)
+        rows, size = len(keys), key.shape[-1]
+        grouped = query.reshape(len(key), -1, rows, self._queries, size).permute(2, 0, 1, 3, 4)  # (R, Hkv, G, Q, D)
         prefix = self._block.prefix[layer] if self._block.prefix else None
+        heads = None if self._block.heads is None else (self._block.heads, layer)
         found, first = [], max(self._block.lengths)
         for start in range(0, self._queries, PIECE_QUERIES):
             now = slice(start, start + PIECE_QUERIES)
             end = min(self._end, first + now.stop)
             bias = None if self._bias is None else self._bias[:, :, now, :end]
-            found.append(_attend(grouped[..., now, :], keys[:, :, :end], values[:, :, :end], prefix, bias))
+            found.append(_attend(grouped[..., now, :], keys[:, :, :end], values[:, :, :end], prefix, heads, bias))
         mixed = (found[0] if len(found) == 1 else torch.cat(found, dim=1)).flatten(0, 1)  # (R · Q, Hq, D)
         return mixed if self._gather is None else mixed[self._gather]
 
@@ -155,9 +122,14 @@ class _Pass:
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix: Part | None, bias: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix: Part | None,
+    shared_by_some: tuple[Heads, int] | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention over a prefix that all rows share and over each row's own keys.
+    """Attention over a prefix that all rows share, over what some of them share, and over each row's own keys.
 
     The queries of all rows meet the prefix in one matrix product per key-value head, so that it is read once and
     not once a row; query heads that share a key-value head (GQA) share the product too, instead of repeating keys
@@ -165,6 +137,7 @@ def _attend(
 
     Args:
         query: (R, Hkv, G, Q, D), scaled. key, value: (R, Hkv, S, D). bias: (R, 1, Q, S).
+        shared_by_some: the rows' heads, and the layer.
 
     Returns:
         (R, Q, Hkv · G, D).
@@ -175,17 +148,24 @@ def _attend(
     scores = grouped @ key.transpose(2, 3)  # (R, Hkv, GQ, S)
     if bias is not None:
         scores.view(rows, heads, group, queries, -1).add_(bias.unsqueeze(1))
-    if prefix is None:
-        mixed = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
-    else:
+    parts = [scores]
+    if shared_by_some is not None:
+        of_some, layer = shared_by_some
+        parts.insert(0, of_some.scores(layer, grouped))
+    if prefix is not None:
         prefix_key, prefix_value = prefix  # each (Hkv, P, D)
-        length = prefix_key.shape[1]
         flat = grouped.transpose(0, 1).reshape(heads, rows * together, size)
-        shared = (flat @ prefix_key.transpose(1, 2)).view(heads, rows, together, length).transpose(0, 1)
-        odds = torch.softmax(torch.cat([shared, scores], dim=-1), dim=-1, dtype=torch.float32).to(query.dtype)
-        shared_odds = odds[..., :length].transpose(0, 1).reshape(heads, rows * together, length)
-        from_prefix = (shared_odds @ prefix_value).view(heads, rows, together, size).transpose(0, 1)
-        mixed = odds[..., length:] @ value + from_prefix
+        shared = (flat @ prefix_key.transpose(1, 2)).view(heads, rows, together, -1).transpose(0, 1)
+        parts.insert(0, shared)
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    odds = torch.softmax(joined, dim=-1, dtype=torch.float32).to(value.dtype)
+    *before, own = odds.split([part.shape[-1] for part in parts], dim=-1)
+    mixed = (own @ value).to(query.dtype)
+    if shared_by_some is not None:
+        mixed += of_some.mixed(layer, before.pop())
+    if prefix is not None:
+        shared_odds = before.pop().transpose(0, 1).reshape(heads, rows * together, -1)
+        mixed += (shared_odds @ prefix_value).view(heads, rows, together, size).transpose(0, 1)
     return mixed.view(rows, heads * group, queries, size).transpose(1, 2)
 
 
@@ -202,7 +182,9 @@ class Branched:
         self._model = model
         self._prefixes: Prefixes = {} if prefixes is None else prefixes
         self._dtype = next(model.parameters()).dtype
-        self._blocks: list[_Block] = []  # of consecutive rows
+        # Where products are in bf16 anyway, so is attention's with the values; scores need more digits.
+        self._values = torch.bfloat16 if product_dtype() == torch.bfloat16 else self._dtype
+        self._blocks: list[Block] = []  # of consecutive rows
 
     def __enter__(self) -> Branched:
         self._before = _attention_of(self._model)
@@ -222,13 +204,14 @@ class Branched:
         for kind, group in groupby(zip(kinds, prompts, strict=True), key=lambda pair: pair[0]):
             rows = [row for _, row in group]
             prefix = self._prefix(kind, rows)
-            shared = prefix[0][0].shape[1] if prefix else 0
-            own = [row[shared:] for row in rows]
-            parts, found = self._read_shared(prefix, own)
+            shared = tokens_in(prefix)
+            parts, found, heads = self._read_shared(prefix, [row[shared:] for row in rows])
             logits += found
-            lengths = [len(row) for row in own]
+            lengths = [tokens_in(part) for part in parts]
             for start, end in pairwise([0, *block_ends(lengths)]):
-                self._blocks.append(_Block(prefix, parts[start:end], max(lengths[start:end]) + room))
+                mine = None if heads is None else heads.select(range(start, end))
+                longest = max(lengths[start:end]) + room
+                self._blocks.append(Block(prefix, parts[start:end], longest, mine, self._values))
         return torch.stack(logits)
 
     def run(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -248,7 +231,7 @@ class Branched:
             block.select([place for place, row in enumerate(mine) if row in chosen])
         self._blocks = [block for block in self._blocks if block.lengths]
 
-    def _by_block(self, of_rows: Sequence[Any]) -> Iterator[tuple[_Block, Sequence[Any]]]:
+    def _by_block(self, of_rows: Sequence[Any]) -> Iterator[tuple[Block, Sequence[Any]]]:
         """Every block with its rows' share of a sequence."""
         start = 0
         for block in self._blocks:
@@ -270,7 +253,7 @@ class Branched:
             parts = [(keys[:, :both].clone(), values[:, :both].clone()) for keys, values in parts]
         found = parts
         if both < len(wanted):
-            ((new,), _) = self._read(parts, [wanted[both:]], [[]])
+            ((new,), _) = self._read(parts, [wanted[both:]], [[]], None)
             found = [
                 (torch.cat([keys, more], dim=1), torch.cat([values, others], dim=1))
                 for (keys, values), (more, others) in zip(parts, new, strict=True)
@@ -281,19 +264,28 @@ class Branched:
 
     def _read_shared(
         self, prefix: list[Part], rows: Sequence[list[int]]
-    ) -> tuple[list[list[Part]], list[torch.Tensor]]:
-        """`_read` after the prefix, where what only some rows share is run once."""
+    ) -> tuple[list[list[Part]], list[torch.Tensor], Heads | None]:
+        """`_read` after the prefix, where what only some rows share is run once; and that, where it is kept apart."""
         heads = [tuple(row[:length]) for row, length in zip(rows, shared_heads(rows), strict=True)]
         distinct = list(dict.fromkeys(head for head in heads if head))
-        found, _ = self._read(prefix, distinct, [[]] * len(distinct))
-        by_head: dict[tuple[int, ...], list[Part]] = {(): [], **dict(zip(distinct, found, strict=True))}
+        found, _ = self._read(prefix, distinct, [[]] * len(distinct), None)
         tails = [row[len(head) :] for row, head in zip(rows, heads, strict=True)]
-        return self._read(prefix, tails, [by_head[head] for head in heads])
+        if sum(map(len, heads)) - sum(map(len, distinct)) < MIN_KEPT_APART:
+            by_head: dict[tuple[int, ...], list[Part]] = {(): [], **dict(zip(distinct, found, strict=True))}
+            return *self._read(prefix, tails, [by_head[head] for head in heads], None), None
+        if not all(heads):
+            distinct, found = [*distinct, ()], [*found, []]
+        apart = Heads.padded(found, [distinct.index(head) for head in heads])
+        return *self._read(prefix, tails, [[]] * len(rows), apart), apart
 
     def _read(
-        self, prefix: list[Part], rows: Sequence[Sequence[int]], before: Sequence[list[Part]]
+        self,
+        prefix: list[Part],
+        rows: Sequence[Sequence[int]],
+        before: Sequence[list[Part]],
+        heads: Heads | None,
     ) -> tuple[list[list[Part]], list[torch.Tensor]]:
-        """Run token lists, each after the prefix and what else was cached before it, in pieces.
+        """Run token lists, each after the prefix, its head and what else was cached before it, in pieces.
 
         Returns:
             For every row, a part a layer: what was before and what was read; and its logits (V,).
@@ -303,7 +295,8 @@ class Branched:
         for piece in pieces([len(row) for row in rows]):
             longest = max(len(rows[index]) for index in piece)
             given = [before[index] for index in piece]
-            block = _Block(prefix, given, longest + max(known[0][0].shape[1] if known else 0 for known in given))
+            room = longest + max(map(tokens_in, given))
+            block = Block(prefix, given, room, None if heads is None else heads.select(piece), self._values)
             step = math.ceil(longest / max(1, round(sum(len(rows[index]) for index in piece) / PIECE_TOKENS)))
             for start in range(0, longest, step):
                 now = [rows[index][start : start + step] for index in piece]
@@ -317,7 +310,7 @@ class Branched:
         return parts, logits
 
     def _run(
-        self, blocks: Sequence[_Block], tokens: Sequence[Sequence[int]], wanted: int | torch.Tensor
+        self, blocks: Sequence[Block], tokens: Sequence[Sequence[int]], wanted: int | torch.Tensor
     ) -> torch.Tensor:
         """Run tokens on top of these blocks; returns logits (T, V), or those wanted in transformers' terms."""
         passes: list[_Pass] = []

@@ -35,6 +35,7 @@ def decode(
     generator: torch.Generator | None = None,
     kinds: Sequence[Hashable] | None = None,
     prefixes: Prefixes | None = None,
+    log_probs: list[list[float]] | None = None,
 ) -> list[list[int]]:
     """A continuation of each prompt: token by token the most likely one, or sampled.
 
@@ -48,6 +49,8 @@ def decode(
         generator: of the samples, on the model's device.
         kinds: equal for prompts that begin alike; all of them without it.
         prefixes: remembers on a CPU what prompts of a kind began with, for a model whose weights do not change.
+        log_probs: an empty list, which is filled with B lists of the sampled tokens' log-probabilities at this
+            temperature. Only for sampled continuations.
 
     Returns:
         B token lists; each ends with the end-of-sequence token unless it was cut off.
@@ -61,14 +64,17 @@ def decode(
     else:
         batches = [[(kind, index) for index in mine] for kind, mine in by_kind.items()]
     outputs: list[list[int]] = [[] for _ in prompts]
+    if log_probs is not None:
+        log_probs += [[] for _ in prompts]
     for batch in batches:
         rows = [list(prompts[index]) for _, index in batch]
         cache = Branched(model, prefixes) if branches else _Repeated(model, pad_id)
         drafts = Drafts(rows) if isinstance(cache, Branched) and temperature == 0 else None
         found = [outputs[index] for _, index in batch]
+        odds = None if log_probs is None else [log_probs[index] for _, index in batch]
         with cache:
             logits = cache.read(rows, [kind for kind, _ in batch], max_new_tokens)
-            _continue(cache, logits, found, max_new_tokens, eos_ids, drafts, temperature, generator)
+            _continue(cache, logits, found, odds, max_new_tokens, eos_ids, drafts, temperature, generator)
     return outputs
 
 
@@ -76,19 +82,25 @@ def _continue(
     cache: Branched | _Repeated,
     logits: torch.Tensor,
     outputs: Sequence[list[int]],
+    log_probs: Sequence[list[float]] | None,
     most: int,
     eos_ids: frozenset[int],
     drafts: Drafts | None,
     temperature: float,
     generator: torch.Generator | None,
 ) -> None:
-    """Fill the empty outputs of all rows, from their first token's logits (B, V) on."""
+    """Fill the empty outputs of all rows, and their log-probabilities, from their first token's logits (B, V) on."""
     rows = list(range(len(outputs)))  # row of the cache → output
     guesses: list[list[int]] = [[] for _ in rows]  # what was run after the last token of each row
     done = [False] * len(rows)
     while True:
         open_rows = [place for place, row in enumerate(rows) if not done[row]]
-        chosen = _choose(logits, temperature, generator, len(rows), open_rows).tolist()  # one a token that was run
+        picked = _choose(logits, temperature, generator, len(rows), open_rows)
+        if log_probs is not None:  # sampled, so one a row
+            odds = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, picked[:, None])
+            for place, value in zip(open_rows, odds[:, 0].tolist(), strict=True):
+                log_probs[rows[place]].append(value)
+        chosen = picked.tolist()  # one a token that was run
         wrong = [0] * len(rows)
         for place in open_rows:
             row = rows[place]

@@ -4,6 +4,10 @@ A decoding step multiplies a few rows by every weight of the model. oneDNN does 
 default library when a weight has been reordered into its blocked layout beforehand (`docs/performance.md`), with
 the same result but for rounding. The reordered copy costs the memory of the weights again, so it exists only
 while a batch is generated and is gone when gradients need memory.
+
+Where the processor multiplies bf16 itself, the copy may be in bf16: twice as fast again, in half the memory. Only the
+products are, with sums in fp32; what goes in and comes out, and everything else, stays fp32. So does the
+language-model head, because the two likeliest tokens are often closer to each other than bf16 can tell.
 """
 
 from __future__ import annotations
@@ -23,6 +27,12 @@ MIN_ROWS = 4
 MIN_STEPS = 16
 
 _kept: ContextVar[ExitStack | None] = ContextVar("kept", default=None)
+_dtype: ContextVar[torch.dtype | None] = ContextVar("what products are computed in", default=None)
+
+
+def product_dtype() -> torch.dtype | None:
+    """What the packed layers multiply in, inside `packed_linears`; None where nothing is packed."""
+    return _dtype.get()
 
 
 @contextmanager
@@ -37,7 +47,7 @@ def packing_kept() -> Iterator[None]:
 
 
 @contextmanager
-def packed_linears(model: Any, *, rows: int, steps: int) -> Iterator[None]:
+def packed_linears(model: Any, *, rows: int, steps: int, cpu_dtype: str = "float32") -> Iterator[None]:
     """Inside, the plain fp32 linear layers of a model on a CPU run on reordered copies of their weights.
 
     Works below LoRA (its base layers are plain ones) and leaves alone what is no plain fp32 CPU layer: quantised
@@ -48,25 +58,32 @@ def packed_linears(model: Any, *, rows: int, steps: int) -> Iterator[None]:
     Args:
         rows, steps: at most so many sequences will be generated at once, of so many tokens: where that is too
             little to pay for the reordering, nothing is done.
+        cpu_dtype: "bfloat16" for copies in bf16, but for the language-model head; they are made whatever the number
+            of rows, so that a prompt has one answer. Anything else leaves the copies in fp32.
     """
-    pays = rows >= MIN_ROWS and steps >= MIN_STEPS
+    dtype = torch.bfloat16 if cpu_dtype == "bfloat16" else torch.float32
     with ExitStack() as own:
-        if pays:
-            (_kept.get() or own).enter_context(_packed(model))
+        if dtype == torch.bfloat16 or (rows >= MIN_ROWS and steps >= MIN_STEPS):
+            (_kept.get() or own).enter_context(_packed(model, dtype))
         yield
 
 
 @contextmanager
-def _packed(model: Any) -> Iterator[None]:
+def _packed(model: Any, dtype: torch.dtype) -> Iterator[None]:
     packed = []
+    head = model.get_output_embeddings()
+    outside = _dtype.set(_dtype.get() or dtype)
     try:
         for module in filter(_packable, model.modules()):
-            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS_HINT)
+            kept = torch.float32 if module is head else dtype
+            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(kept), ROWS_HINT)
+            bias = None if module.bias is None else module.bias.detach().to(kept)
             # On the instance, where `Module.__call__` looks first: the class and the parameters stay as they are.
-            module.forward = partial(_linear, weight, None if module.bias is None else module.bias.detach())
+            module.forward = partial(_linear if kept == torch.float32 else _linear_bf16, weight, bias)
             packed.append(module)
         yield
     finally:
+        _dtype.reset(outside)
         for module in packed:
             del module.forward
 
@@ -84,3 +101,8 @@ def _packable(module: Any) -> bool:
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
     """(…, I) → (…, O); `weight` is in oneDNN's own layout. The kernel is the one torch.compile uses for this."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def _linear_bf16(weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """As `_linear`, on a weight in bf16: fp32 goes in and comes out, and oneDNN sums in fp32."""
+    return torch.ops.mkldnn._linear_pointwise(rows.bfloat16(), weight, bias, "none", [], "").float()

@@ -11,6 +11,9 @@ PIECE_TOKENS = 256
 MIN_SHARED_PREFIX = 8
 # Sharing that saves fewer tokens than this costs more in bookkeeping.
 MIN_SAVED = 16
+# What only some rows share is read by attention once for each group, not once a row, where that saves so many tokens:
+# bringing the rows together costs more otherwise.
+MIN_KEPT_APART = 1000
 # Attention over another block of rows costs about as much as it does over this many padding tokens.
 MIN_UNPADDED = 1000
 

@@ -171,6 +171,7 @@ class Scoring:
             batch_tokens=self._args.worker_batch_tokens,
             temperature=temperature,
             seed=self._args.seed,
+            cpu_dtype=models.cpu_dtype(self._args),
         )
 
     def _add(self, row: Row) -> Row:

@@ -12,6 +12,8 @@ from common.settings.fields import flag_of
 
 TRAINING_CONFIG = "training_config.json"
 WANDB_RUN = "wandb_run.json"  # which W&B run a resumed run goes on with
+# What runs did whose settings were stored before there was one for it.
+BEFORE = {"cpu_dtype": "float32"}
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -26,7 +28,7 @@ def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str]
         raise UserError(
             f"{output_dir} holds a run of {record.get('script')}, not of {script}: name another --output-dir"
         )
-    stored = record["settings"]
+    stored = {**BEFORE, **record["settings"]}
     if isinstance(record.get("four_bit"), bool):
         # Left open, it was decided by the machine; the run goes on with that wherever it is continued.
         stored = {**stored, "use_4bit": record["four_bit"]}

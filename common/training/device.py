@@ -13,6 +13,8 @@ import torch
 
 from common import models
 from common.cli import say
+from common.settings.grpo import TrainingArgs
+from common.settings.sft import SupervisedArgs
 from common.training.trainer import compact_fused_head
 
 
@@ -43,19 +45,25 @@ def tune_for_cpu() -> None:
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what was freed
 
 
-def announce_device(four_bit: bool) -> None:
+def announce_device(args: models.LoraSettings) -> None:
     """One line where there is no GPU: what is used instead."""
-    if not torch.cuda.is_available():
-        kind = "NF4 on a CPU, which is slow (--no-4bit is about three times as fast)" if four_bit else "fp32"
-        say(f"no GPU found: running on {torch.get_num_threads()} CPU threads, {kind}")
+    if torch.cuda.is_available():
+        return
+    kind = "fp32"
+    if models.use_4bit(args):
+        kind = "NF4 on a CPU, which is slow (--no-4bit is about three times as fast)"
+    elif models.cpu_dtype(args) == "bfloat16":
+        kind = "matrix products in bf16, which this processor has (--cpu-dtype float32 for fp32)"
+    say(f"no GPU found: running on {torch.get_num_threads()} CPU threads, {kind}")
 
 
-def device_options(gradient_checkpointing: bool | None) -> dict[str, Any]:
+def device_options(args: TrainingArgs | SupervisedArgs) -> dict[str, Any]:
     """The trainer settings that depend on the device."""
     gpu = torch.cuda.is_available()
+    checkpointing = args.gradient_checkpointing
     return {
         "use_cpu": not gpu,
-        "bf16": models.has_native_bf16(),
+        "bf16": models.has_native_bf16() if gpu else models.cpu_dtype(args) == "bfloat16",
         "fp16": gpu and not models.has_native_bf16(),
-        "activation_checkpointing": gpu if gradient_checkpointing is None else gradient_checkpointing,
+        "activation_checkpointing": gpu if checkpointing is None else checkpointing,
     }

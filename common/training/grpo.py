@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def train(
     Raises:
         UserError: for a model that cannot be loaded, memory that runs out, a worker that always fails.
     """
+    args = replace(args, cpu_dtype=models.cpu_dtype(args))  # recorded is what was used: a resumed run keeps to it
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
     prompts.check_shown(
@@ -150,7 +152,7 @@ def build_trainer(
     encoder.load()
     four_bit = models.use_4bit(args)
     base = models.load_base(args.base_model, four_bit=four_bit)
-    announce_device(four_bit)
+    announce_device(args)
     frozen = FrozenBase(base, tokenizer)
     holder: list[GRPOTrainer] = []
     clock = StepClock()
@@ -162,6 +164,7 @@ def build_trainer(
     trainer = PlannerTrainer(
         clock=clock,
         frozen=frozen,
+        cpu_dtype=models.cpu_dtype(args),
         model=base,
         reward_funcs=[reward],
         args=grpo_config(args),
@@ -249,7 +252,7 @@ def grpo_config(args: TrainingArgs) -> GRPOConfig:
         report_to=[],
         disable_tqdm=True,
         ddp_timeout=GATHER_TIMEOUT_SECONDS,
-        **device_options(args.gradient_checkpointing),
+        **device_options(args),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     Raises:
         UserError: for data or a model that cannot be loaded.
     """
+    args = replace(args, cpu_dtype=models.cpu_dtype(args))  # recorded is what was used: a resumed run keeps to it
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
     training_rows, validation_rows = load_rows(args)
@@ -56,7 +57,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
         check_same_data(output_dir, found)
     four_bit = models.use_4bit(args)
     base = models.load_base(args.base_model, four_bit=four_bit)
-    announce_device(four_bit)
+    announce_device(args)
     frozen = FrozenBase(base, tokenizer)
     end_ids = end_token_ids(base, tokenizer)
     training, validation = (tokenised(tokenizer, rows, end_ids) for rows in (training_rows, validation_rows))
@@ -169,7 +170,7 @@ def sft_config(args: SupervisedArgs) -> SFTConfig:
         save_total_limit=args.save_total_limit,
         report_to=[],
         disable_tqdm=True,
-        **device_options(args.gradient_checkpointing),
+        **device_options(args),
     )
 
 

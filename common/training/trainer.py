@@ -19,7 +19,9 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from common.decoding.branching import can_branch
 from common.decoding.decode import decode
+from common.decoding.log_probs import token_log_probs
 from common.decoding.packing import packed_linears
 from common.reports.step_clock import StepClock
 from common.workers.frozen import FrozenBase
@@ -88,10 +90,13 @@ class PlannerTrainer(GRPOTrainer):
     Args:
         clock: takes the time of the step's parts, which every step's log then holds.
         frozen: what the base model said before the trainer wrapped it.
+        cpu_dtype: "bfloat16" for rollouts, rewards and log-probabilities with products in bf16, on a CPU.
         (the others): `GRPOTrainer`'s.
     """
 
-    def __init__(self, *args: Any, clock: StepClock, frozen: FrozenBase, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, clock: StepClock, frozen: FrozenBase, cpu_dtype: str = "float32", **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self._clock = clock
         self.frozen = frozen
@@ -99,6 +104,10 @@ class PlannerTrainer(GRPOTrainer):
         self._policy_check: PolicyCheck | None = None
         self._served_base = ""
         self._gap: dict[str, float] = {}
+        self._cpu_dtype = cpu_dtype
+        self._compares = True  # the first rollouts' log-probabilities with those of the training step
+        self._log_probs: torch.Tensor | None = None  # of the micro-batch that is trained on, (B, T)
+        self._agreement: dict[str, float] = {}
 
     def sample_from(self, planner: ServedPlanner, check: PolicyCheck, base: str) -> None:
         """Take rollouts from servers, and stop when they are another policy's.
@@ -114,6 +123,7 @@ class PlannerTrainer(GRPOTrainer):
         self._planner, self._policy_check, self._served_base = planner, check, base
         self.use_vllm, self.vllm_mode = True, "server"
         self.vllm_generation: Any = planner
+        self._compares = False  # TRL does, on every step
         self._last_loaded_step = -1
 
     def save_for_server(self, folder: Path) -> None:
@@ -170,7 +180,7 @@ class PlannerTrainer(GRPOTrainer):
         assert isinstance(args, GRPOConfig)
         rows = 0 if self.use_vllm else len(inputs)  # with servers, nothing is generated here
         # Once for rollouts and reward together, and gone before gradients need the memory.
-        with packed_linears(model, rows=rows, steps=args.max_completion_length or 0):
+        with packed_linears(model, rows=rows, steps=args.max_completion_length or 0, cpu_dtype=self._cpu_dtype):
             scored = super()._generate_and_score_completions(inputs)
         if self._policy_check is not None:
             self._check_policy(scored, self._policy_check)
@@ -211,6 +221,26 @@ class PlannerTrainer(GRPOTrainer):
             gap = (own.cpu() - told).abs()
             check.check(float(gap.mean()), float(gap.max()), f"the worker {base} on the server is not --base-model")
 
+    def compute_loss(self, model: Any, inputs: Any, *others: Any, **options: Any) -> Any:
+        """GRPO's loss; where the rollouts' log-probabilities are known, they are compared with those it rests on.
+
+        Without TRL's vLLM nothing corrects for a difference, so the ratio of the two, which is 1 on average where
+        rollouts and training step compute the same policy, is logged once a process under TRL's names.
+        """
+        loss = super().compute_loss(model, inputs, *others, **options)
+        sampled = inputs.get("sampling_per_token_logps")
+        if self._compares and sampled is not None and self._log_probs is not None and not self._agreement:
+            differences = (self._log_probs - sampled)[inputs["completion_mask"] == 1]
+            ratios = differences.exp()
+            self._agreement = {
+                "sampling/sampling_logp_difference/mean": differences.abs().mean().item(),
+                "sampling/sampling_logp_difference/max": differences.abs().max().item(),
+                "sampling/importance_sampling_ratio/mean": ratios.mean().item(),
+                "sampling/importance_sampling_ratio/min": ratios.min().item(),
+                "sampling/importance_sampling_ratio/max": ratios.max().item(),
+            }
+        return loss
+
     def _get_per_token_logps_and_entropies(
         self,
         model: Any,
@@ -238,9 +268,11 @@ class PlannerTrainer(GRPOTrainer):
         distinct, member = torch.unique(masked, dim=0, return_inverse=True)
         shared = head > 0 and len(distinct) < len(input_ids)
         if not (shared and whole and plain and self._shares_prompts()):
-            return super()._get_per_token_logps_and_entropies(
+            found = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
+            self._log_probs = found[0].detach()
+            return found
         cache = self._empty_cache()
         with self.accelerator.autocast():
             model(
@@ -251,19 +283,44 @@ class PlannerTrainer(GRPOTrainer):
                 logits_to_keep=1,
             )
             cache.batch_select_indices(member)
-            tail, real = input_ids[:, head:], attention_mask[:, head:]
-            scored = model(
-                input_ids=tail,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                labels=tail.masked_fill(real == 0, -100),
-                fused_lm_head=True,
-            )
+            tail, real = input_ids[:, head:], attention_mask[:, head:] == 1
+            own_head = self._own_head()
+            if own_head is None:
+                scored = model(
+                    input_ids=tail,
+                    attention_mask=attention_mask,
+                    past_key_values=cache,
+                    labels=tail.masked_fill(~real, -100),
+                    fused_lm_head=True,
+                )
+                log_probs, entropies = scored.log_probs, scored.entropy
+            else:
+                log_probs, entropies = self._in_bf16(own_head, tail, real, attention_mask, cache)
+        self._log_probs = log_probs[:, -logits_to_keep:].detach()
         return (
-            scored.log_probs[:, -logits_to_keep:],
-            scored.entropy[:, -logits_to_keep:] if compute_entropy else None,
+            log_probs[:, -logits_to_keep:],
+            entropies[:, -logits_to_keep:] if compute_entropy else None,
             None,
         )
+
+    def _own_head(self) -> torch.Tensor | None:
+        """The head's weights (V, H) where `token_log_probs` takes its place: a frozen plain one, in bf16 on a CPU."""
+        model = self.accelerator.unwrap_model(self.model).get_base_model()
+        head = model.get_output_embeddings()
+        plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+        return head.weight if self._cpu_dtype == "bfloat16" and plain and can_branch(model) else None
+
+    def _in_bf16(
+        self, head: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of all real tokens (B, T) but each row's first, and entropies, each (B, T − 1)."""
+        model = self.accelerator.unwrap_model(self.model).get_base_model()
+        hidden = model.base_model(input_ids=tokens, attention_mask=mask, past_key_values=cache).last_hidden_state
+        wanted = real[:, 1:]
+        temperature: float = self.temperature
+        found = token_log_probs(hidden[:, :-1][wanted], head, tokens[:, 1:][wanted], temperature)
+        log_probs, entropies = (part.new_zeros(wanted.shape).masked_scatter(wanted, part) for part in found)
+        return log_probs, entropies
 
     def _shares_prompts(self) -> bool:
         """Whether prompts can be run apart: in one process, with all activations kept and a plain cache.
@@ -283,10 +340,13 @@ class PlannerTrainer(GRPOTrainer):
         return DynamicCache(config=model.config)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a step with the seconds that its parts took."""
+        """Log a step with the seconds that its parts took, the first with how well rollouts and training agree."""
         if "loss" in logs:
             logs.update(self._clock.take())
             logs.update(self._gap)
+            if self._compares:
+                logs.update(self._agreement)
+                self._compares = False
         super().log(logs, start_time)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
@@ -311,6 +371,7 @@ class PlannerTrainer(GRPOTrainer):
         args: Any = self.args
         if self.use_vllm or torch.cuda.is_available() or args.top_p < 1:
             return super()._generate_single_turn(prompt_ids, *others, **options)
+        log_probs: list[list[float]] | None = [] if self._compares else None
         with inference(self.accelerator.unwrap_model(self.model), adapter=True) as model:
             completions = decode(
                 model,
@@ -319,5 +380,6 @@ class PlannerTrainer(GRPOTrainer):
                 eos_ids=frozenset(self.eos_token_ids),
                 pad_id=self._tokenizer.pad_token_id,
                 temperature=args.temperature,
+                log_probs=log_probs,
             )
-        return completions, None  # TRL needs no log-probabilities of a transformers model's own samples
+        return completions, log_probs

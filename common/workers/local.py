@@ -56,6 +56,7 @@ class LocalModel:
             for a model whose weights change.
         temperature: above 0 answers are sampled, each request on its own.
         seed: of the samples.
+        cpu_dtype: "bfloat16" for matrix products in bf16 where the model is on a CPU (`common.decoding.packing`).
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LocalModel:
         cache_size: int = 0,
         temperature: float = 0.0,
         seed: int = 0,
+        cpu_dtype: str = "float32",
     ) -> None:
         self._model: Callable[[], Any] = model if _is_getter(model) else lambda: model
         self._tokenizer = tokenizer
@@ -79,6 +81,7 @@ class LocalModel:
         self._cache_size = cache_size
         self._temperature = temperature
         self._seed = seed
+        self._cpu_dtype = cpu_dtype
         self._cache: OrderedDict[str, Generation] = OrderedDict()
         # Keys and values of what prompts of a kind begin with, kept for the same models as answers are.
         self._prefixes: dict[Hashable, Any] | None = {} if cache_size else None
@@ -132,7 +135,7 @@ class LocalModel:
         started = time.perf_counter()
         with (
             inference(self._model(), adapter=self._adapter) as model,
-            packed_linears(model, rows=len(texts), steps=self._max_tokens),
+            packed_linears(model, rows=len(texts), steps=self._max_tokens, cpu_dtype=self._cpu_dtype),
         ):
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             batches: list[list[int]] = []
@@ -229,9 +232,16 @@ class FrozenWorker(LocalModel, WorkerCalls):
         max_tokens: int = 256,
         batch_tokens: int = 32768,
         cache_size: int = 20000,
+        cpu_dtype: str = "float32",
     ) -> None:
         super().__init__(
-            model, tokenizer, adapter=False, max_tokens=max_tokens, batch_tokens=batch_tokens, cache_size=cache_size
+            model,
+            tokenizer,
+            adapter=False,
+            max_tokens=max_tokens,
+            batch_tokens=batch_tokens,
+            cache_size=cache_size,
+            cpu_dtype=cpu_dtype,
         )
         self.style = style
 

@@ -14,9 +14,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from tests.benchmarks import mix
+
+CpuDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,15 @@ class Job:
     """What to measure.
 
     Args:
-        task: "reward": one call of the reward function's pipeline; "train": a short GRPO run.
+        task: "reward": one call of the reward function's pipeline; "train": a short GRPO run; "demo": steps of the
+            demo's GRPO run.
         variant: "one-call", "ours", "padded" or "vllm"; for "train" "ours", "unpacked" (ours without the packed copy
             of the weights) or "two-copies" (unpacked too, as a plain implementation is).
         plans: "grpo" or "distinct".
         completions: how many of them.
         max_tokens: longest answer of the worker.
         style: of the worker's prompts.
+        cpu_dtype: of our matrix products, or of the server's.
         url, server: of the vLLM server, and its process id, whose CPU time and memory count where given.
     """
 
@@ -40,6 +45,7 @@ class Job:
     completions: int = 24
     max_tokens: int = 128
     style: Literal["instruct", "worked", "few-shot"] = "instruct"
+    cpu_dtype: CpuDtype = "float32"
     url: str = ""
     server: int = 0
 
@@ -68,7 +74,7 @@ def reward_step(job: Job) -> dict[str, Any]:
     if job.variant == "vllm":
         worker = mix.VllmWorker(job.url, tokenizer, style=job.style, max_tokens=job.max_tokens)
     elif job.variant == "ours":
-        worker = FrozenWorker(models[0], tokenizer, style=job.style, max_tokens=job.max_tokens)
+        worker = FrozenWorker(models[0], tokenizer, style=job.style, max_tokens=job.max_tokens, cpu_dtype=job.cpu_dtype)
     else:
         worker = mix.GenerateWorker(
             models[0], tokenizer, style=job.style, max_tokens=job.max_tokens, at_once=job.variant == "padded"
@@ -117,6 +123,7 @@ def training_steps(job: Job) -> dict[str, Any]:
             base_model=PACKAGED_MODEL,
             output_dir=folder,
             use_4bit=False,
+            cpu_dtype=job.cpu_dtype,
             planner_style="short",
             max_steps=2,
             save_steps=100,
@@ -143,6 +150,30 @@ def training_steps(job: Job) -> dict[str, Any]:
             "imports_mib": imports,
             "peak_mib": peak_mib(),
         }
+
+
+def demo_steps(job: Job) -> dict[str, Any]:
+    """Three GRPO steps of the demo's size: mean seconds of the parts of the second and third, and peak memory in MiB."""
+    from common import models
+    from common.problems.questions import load_questions
+    from common.reports.jsonl import read_jsonl
+    from common.reports.step_clock import PARTS
+    from common.settings.grpo import DEMO, TrainingArgs
+    from common.training import device, grpo
+
+    device.quiet_libraries(debug=False)
+    device.tune_for_cpu()
+    with tempfile.TemporaryDirectory() as folder:
+        changed = {"output_dir": folder, "max_steps": 3, "eval_samples": 0, "cpu_dtype": job.cpu_dtype}
+        args = TrainingArgs(**{**DEMO, **changed})
+        questions = load_questions(args.dataset, limit=args.max_samples, seed=args.seed)
+        trainer, executor = grpo.build_trainer(args, questions, models.load_tokenizer(args.base_model))
+        reward: Any = trainer.reward_funcs[0]
+        reward.executor = executor.with_fallback()  # an untrained planner writes no valid plan
+        trainer.train()
+        steps = read_jsonl(Path(folder) / "metrics.jsonl")[1:]
+    means = {part: sum(step.get(part) or 0.0 for step in steps) / len(steps) for part in PARTS}
+    return {"wall": sum(means.values()), "cpu": cpu_seconds(), "peak_mib": peak_mib(), **means}
 
 
 def cpu_seconds(server: int = 0) -> float:
@@ -175,7 +206,7 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    result = training_steps(job) if job.task == "train" else reward_step(job)
+    result = {"train": training_steps, "demo": demo_steps, "reward": reward_step}[job.task](job)
     if job.server:
         result["peak_mib"] = sum(process.memory_info().rss for process in server_processes(job.server)) / 2**20
     print(json.dumps(result))

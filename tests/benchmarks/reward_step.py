@@ -3,16 +3,16 @@
     python -m tests.benchmarks.reward_step --output docs/reward_step.md          # everything; more than an hour
     python -m tests.benchmarks.reward_step --quick                               # the same, small, in four or five minutes
 
-Compared, greedy, SmolLM2-135M in fp32:
+Compared, greedy, SmolLM2-135M in fp32, and ours with matrix products in bf16 too where the processor has it:
   one-call  plan after plan, one `generate` call per prompt, on a second copy of the model
   ours      PipelineExecutor and FrozenWorker, memory allocation tuned as in a run
   padded    `generate` on one padded batch of a wave's distinct prompts: the fair upper reference
   vllm      a vLLM server, where --vllm-url names one (http://HOST:PORT, started with VLLM_SERVER_DEV_MODE=1, so that
-            it can be told to forget an earlier repeat's prompts)
+            it can be told to forget an earlier repeat's prompts); one in bf16 with --vllm-bf16-url
 
 Every measurement is a process of its own; the variants take turns, so that a slower minute hits all of them; the
 tables show medians. The plans are `sample_plans.py`'s. Fails (exit code 1) where the texts or token counts of
-one-call, ours and padded differ.
+one-call, ours and padded, all in fp32, differ. The section `demo` takes the parts of a training step of the demo.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from typing import Any
 
 from common.cli import Parser, run, say
 from common.errors import UserError
-from tests.benchmarks.measure import Job
+from tests.benchmarks.measure import CpuDtype, Job
 
-SECTIONS = ("grpo", "distinct", "scale", "threads", "memory")
+SECTIONS = ("grpo", "distinct", "scale", "threads", "memory", "demo")
 STYLES = ("instruct", "worked", "few-shot")
 SAME_TEXTS = ("one-call", "ours", "padded")
 
@@ -53,6 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default: 1)")
     parser.add_argument("--vllm-url", default="", metavar="URL", help="compare with this server's base model too")
     parser.add_argument("--vllm-pid", type=int, default=0, metavar="PID", help="its process, for CPU time and memory")
+    parser.add_argument("--vllm-bf16-url", default="", metavar="URL", help="the same of a server with --dtype bfloat16")
+    parser.add_argument("--vllm-bf16-pid", type=int, default=0, metavar="PID", help="its process")
+    parser.add_argument(
+        "--no-plain", action="store_true", help="leave out one-call and padded, which take most of the time"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the tables here, as Markdown")
     return parser
 
@@ -66,15 +71,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     repeats, scale = options.repeats, [8, 32, 128]
     if options.quick:
         job, repeats, scale = replace(job, completions=4, max_tokens=16), 1, [4, 8]
-    variants = [job, *(replace(job, variant=name) for name in ("one-call", "padded"))]
-    if options.vllm_url:
-        variants.append(replace(job, variant="vllm", url=options.vllm_url, server=options.vllm_pid))
+    dtypes = cpu_dtypes()
+    ours = [replace(job, cpu_dtype=dtype) for dtype in dtypes]
+    plain = () if options.no_plain else ("one-call", "padded")
+    variants = [*ours, *(replace(job, variant=name) for name in plain)]
+    servers: list[tuple[CpuDtype, str, int]] = [
+        ("float32", options.vllm_url, options.vllm_pid),
+        ("bfloat16", options.vllm_bf16_url, options.vllm_bf16_pid),
+    ]
+    for dtype, url, server in servers:
+        if url:
+            variants.append(replace(job, variant="vllm", cpu_dtype=dtype, url=url, server=server))
     makers: dict[str, Callable[[], str]] = {
         "grpo": lambda: compared("GRPO mix", "grpo", variants, repeats, options.threads),
         "distinct": lambda: compared("All prompts distinct", "distinct", variants, repeats, options.threads),
         "scale": lambda: scaled([replace(job, completions=count) for count in scale], repeats, options.threads),
         "threads": lambda: threaded(job, repeats),
-        "memory": lambda: memory(job, repeats, options.threads),
+        "memory": lambda: memory(job, dtypes, repeats, options.threads),
+        "demo": lambda: demo(dtypes, repeats, options.threads),
     }
     sections = [heading(options, job, repeats), *(makers[name]() for name in options.sections)]
     text = "\n\n".join(sections) + "\n"
@@ -105,9 +119,33 @@ def threaded(job: Job, repeats: int) -> str:
     return f"## Threads\n\n{threads_table(by_threads)}"
 
 
-def memory(job: Job, repeats: int, threads: int) -> str:
+def cpu_dtypes() -> Sequence[CpuDtype]:
+    """What our matrix products can be computed in here."""
+    from common.models import multiplies_bf16
+
+    return ("float32", "bfloat16") if multiplies_bf16() else ("float32",)
+
+
+def demo(dtypes: Sequence[CpuDtype], repeats: int, threads: int) -> str:
+    """The parts of a step of the demo's training run."""
+    from common.reports.step_clock import PARTS
+
+    jobs = [Job(task="demo", cpu_dtype=dtype) for dtype in dtypes]
+    results = interleaved(jobs, repeats, threads)
+    first = results[jobs[0]]
+    rows = [
+        {"": title, **{job.cpu_dtype: f"{middle(results[job], part):.2f}" for job in jobs}}
+        for part, title in {**PARTS, "wall": "the whole step", "peak_mib": "peak MiB"}.items()
+    ]
+    for row, part in zip(rows, [*PARTS, "wall", "peak_mib"], strict=True):
+        row["×"] = f"{middle(results[jobs[-1]], part) / max(middle(first, part), 1e-9):.2f}"
+    return f"## A training step of the demo, seconds\n\n{markdown(rows)}"
+
+
+def memory(job: Job, dtypes: Sequence[CpuDtype], repeats: int, threads: int) -> str:
     """GRPO steps with one copy of the model, with and without packed weights, and with two copies, unpacked."""
-    steps = [replace(job, task="train", variant=name) for name in ("ours", "unpacked", "two-copies")]
+    steps = [replace(job, task="train", cpu_dtype=dtype) for dtype in dtypes]
+    steps += [replace(job, task="train", variant=name) for name in ("unpacked", "two-copies")]
     return f"## Memory of a training step\n\n{memory_table(interleaved(steps, repeats, threads))}"
 
 
@@ -119,7 +157,7 @@ def interleaved(jobs: Sequence[Job], repeats: int, threads: int) -> Results:
             found = measured(job, threads)
             results[job].append(found)
             say(
-                f"{job.task} {job.plans} {job.completions} {job.variant} x{threads}, {repeat + 1} of {repeats}: "
+                f"{job.task} {job.plans} {job.completions} {named(job)} x{threads}, {repeat + 1} of {repeats}: "
                 f"{found['wall']:.1f} s, {found['cpu']:.1f} CPU-s"
             )
     return results
@@ -146,12 +184,21 @@ def measured(job: Job, threads: int) -> dict[str, Any]:
 
 def check_same_texts(results: Results) -> None:
     """Raise a `UserError` where two ways gave different texts or token counts."""
-    texts = {job.variant: runs[0]["texts"] for job, runs in results.items() if job.variant in SAME_TEXTS}
+    texts = {
+        job.variant: runs[0]["texts"]
+        for job, runs in results.items()
+        if job.variant in SAME_TEXTS and job.cpu_dtype == "float32"
+    }
     for variant, found in texts.items():
         pairs = zip(texts["ours"], found, strict=True)
         different = sum(ours != other for ours, other in pairs)
         if different:
             raise UserError(f"{variant} and ours differ in {different} answers", exit_code=1)
+
+
+def named(job: Job) -> str:
+    """A variant's name in the tables."""
+    return job.variant + (" bf16" if job.cpu_dtype == "bfloat16" else "")
 
 
 def middle(runs: Sequence[dict[str, Any]], name: str) -> float:
@@ -169,7 +216,7 @@ def comparison(results: Results) -> str:
         has_cpu = job.variant != "vllm" or job.server
         rows.append(
             {
-                "": job.variant,
+                "": named(job),
                 "wall s": f"{wall:.1f}",
                 "CPU s": f"{cpu:.1f}" if has_cpu else "-",
                 "ours is × faster (wall)": f"{wall / middle(ours, 'wall'):.2f}",
@@ -227,7 +274,7 @@ def memory_table(results: Results) -> str:
     return markdown(
         [
             {
-                "": job.variant,
+                "": named(job),
                 "peak MiB": f"{middle(runs, 'peak_mib'):.0f}",
                 "× two copies": f"{middle(runs, 'peak_mib') / middle(two, 'peak_mib'):.2f}",
                 "beyond the libraries, MiB": f"{middle(runs, 'peak_mib') - base:.0f}",

@@ -71,6 +71,30 @@ def passes_of(model, run) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize("apart", [0, 10**9], ids=["kept apart", "copied"])
+def test_what_some_prompts_share_is_read_once_and_changes_no_answer(smollm2, monkeypatch, apart):
+    """Two questions with parts of unlike number and length, and one with nothing in common; rows leave one by one."""
+    model, tokenizer = smollm2
+    monkeypatch.setattr("common.decoding.branching.MIN_KEPT_APART", apart)
+    stories = ["Ada has 3 boxes of 12 pens and gives 5 pens to Ben. How many are left?", "A train runs 60 km an hour."]
+    parts = [
+        "What is 3 * 12?",
+        "How many pens are in all the boxes together?",
+        "What is 36 - 5?",
+        "How far in 2 hours?",
+    ]
+    requests = [prompts.subproblem_messages(part, stories[0]) for part in parts[:3]]
+    requests += [prompts.subproblem_messages(part, stories[1]) for part in parts[2:]]
+    requests += [[{"role": "user", "content": "Say hello."}]]
+    texts = [prompts.render(tokenizer, request) for request in requests]
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    eos = end_token_ids(model, tokenizer)
+    expected = plain_generate(model, tokenizer, texts, 20)
+    found = decode(model, ids, max_new_tokens=20, eos_ids=eos, pad_id=tokenizer.pad_token_id)
+    assert found == expected
+    assert len(set(map(len, found))) > 1, "rows must leave at different times"
+
+
 def test_guessed_tokens_save_passes_and_change_no_answer(smollm2):
     model, tokenizer = smollm2
     asked = ["Write the word apple twenty times.", "Repeat this three times: the quick brown fox jumps.", "Say hello."]

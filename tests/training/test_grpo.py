@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUESTIONS, ROOT, flags, run_script
+from conftest import QUESTIONS, ROOT, flags, needs_bf16, run_script
 
 from common import models, prompts
 from common.problems.questions import load_questions
@@ -29,19 +29,26 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
-def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, four_bit):
+@pytest.mark.parametrize(
+    ("four_bit", "cpu_dtype"),
+    [(False, "float32"), (False, "bfloat16"), (True, "auto")],
+    ids=["fp32", "bf16", "nf4"],
+)
+def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, four_bit, cpu_dtype):
     """The worker trap (docs/architecture.md): inside reward calls, with checkpointing on and dropout."""
     from common.models import load_base, load_tokenizer
     from common.training.grpo import build_trainer
 
-    tiny_args.use_4bit = four_bit
+    if cpu_dtype == "bfloat16":
+        needs_bf16()
+    tiny_args.use_4bit, tiny_args.cpu_dtype = four_bit, cpu_dtype
     tiny_args.gradient_checkpointing = True
     tiny_args.lora_dropout = 0.2
     tokenizer = load_tokenizer(tiny_args.base_model)
     questions = load_questions(tiny_args.dataset, limit=10)
     trainer, executor = build_trainer(tiny_args, questions, tokenizer)
-    separate = FrozenWorker(load_base(tiny_args.base_model, four_bit=four_bit).eval(), tokenizer, max_tokens=24)
+    base = load_base(tiny_args.base_model, four_bit=four_bit).eval()
+    separate = FrozenWorker(base, tokenizer, max_tokens=24, cpu_dtype=cpu_dtype)
     asked = [prompts.planner_messages(question, "short") for question in QUESTIONS]  # what it can answer
     expected = separate.generate(asked)
     assert all(answer.tokens > 10 for answer in expected)
@@ -55,7 +62,8 @@ def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, 
     def probing(**kwargs):
         assert model.training and torch.is_grad_enabled(), "the trap is only set in train mode with gradients on"
         scored = reward(**kwargs)
-        fresh = FrozenWorker(getter, tokenizer, max_tokens=24)  # without the memory of earlier calls
+        # without the memory of earlier calls
+        fresh = FrozenWorker(getter, tokenizer, max_tokens=24, cpu_dtype=cpu_dtype)
         assert fresh.generate(asked) == expected
         assert model.training and torch.is_grad_enabled(), "the guard must put everything back"
         adapters.append(torch.cat([p.detach().flatten().float() for p in model.parameters() if p.requires_grad]))
@@ -278,7 +286,7 @@ def test_a_shared_prompt_gives_the_gradient_that_separate_prompts_give(tiny_args
 
     from common.training.grpo import build_trainer
 
-    tiny_args.gradient_checkpointing = False
+    tiny_args.gradient_checkpointing, tiny_args.cpu_dtype = False, "float32"
     tokenizer = models.load_tokenizer(tiny_args.base_model)
     trainer, _ = build_trainer(tiny_args, load_questions(tiny_args.dataset, limit=10), tokenizer)
     model = trainer.accelerator.unwrap_model(trainer.model)

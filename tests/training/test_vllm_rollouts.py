@@ -62,7 +62,8 @@ def command(url: str, adapter: str, questions: Path, folder: Path, *flags: str) 
         "--base-model", PACKAGED_MODEL, "--adapter-path", adapter, "--dataset", str(questions), "--output-dir", str(folder),
         "--planner-style", "short", "--worker-style", "few-shot", "--worker-max-tokens", "8", "--max-completion-length", "48",
         "--batch-size", "4", "--grad-accum", "1", "--num-generations", "4", "--temperature", "1.8", "--max-steps", str(STEPS),
-        "--lr", "1e-3", "--lr-schedule", "constant", "--save-steps", "100", "--no-wandb", "--vllm-url", url, *flags,
+        "--lr", "1e-3", "--lr-schedule", "constant", "--save-steps", "100", "--no-wandb", "--cpu-dtype", "float32",
+        "--vllm-url", url, *flags,
     ]  # fmt: skip
 
 

@@ -1,0 +1,213 @@
+"""bf16 on a CPU: what must be equal to fp32 is, what may differ is close, and a run keeps to its dtype."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import flags, needs_bf16, run_script
+from peft import LoraConfig, get_peft_model
+
+from common import models, prompts
+from common.decoding.decode import decode
+from common.decoding.log_probs import TOKENS_AT_ONCE, token_log_probs
+from common.decoding.packing import packed_linears
+from common.errors import UserError
+from common.problems.questions import load_questions
+from common.reports.jsonl import read_jsonl
+from common.settings.grpo import TrainingArgs
+from common.workers.local import FrozenWorker
+from tests.benchmarks import mix
+
+RATIO = "sampling/importance_sampling_ratio/mean"
+
+
+@pytest.fixture
+def bf16():
+    needs_bf16()
+
+
+@pytest.mark.parametrize(
+    ("asked", "four_bit", "native", "expected"),
+    [
+        ("auto", False, True, "bfloat16"),
+        ("auto", False, False, "float32"),
+        ("auto", True, True, "float32"),
+        ("float32", False, True, "float32"),
+        ("bfloat16", False, True, "bfloat16"),
+        ("bfloat16", False, False, "this processor has no instructions"),
+        ("bfloat16", True, True, "leave out --4bit"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not read the setting")
+def test_auto_is_bf16_only_where_it_pays_and_what_cannot_be_had_is_refused(
+    monkeypatch, asked, four_bit, native, expected
+):
+    monkeypatch.setattr(models, "multiplies_bf16", lambda: native)
+    args = TrainingArgs(cpu_dtype=asked, use_4bit=four_bit)
+    if expected in ("float32", "bfloat16"):
+        assert models.cpu_dtype(args) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            models.cpu_dtype(args)
+
+
+def test_answers_are_counted_alike_and_mostly_the_same(bf16, smollm2):
+    model, tokenizer = smollm2
+    requests = [prompts.direct_messages(group[0].question, "few-shot") for group in mix.load_groups()]
+    single, half = (
+        FrozenWorker(model, tokenizer, style="few-shot", max_tokens=24, cpu_dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
+    expected, found = single.generate(requests), half.generate(requests)
+    assert sum(a == b for a, b in zip(expected, found, strict=True)) >= 0.7 * len(expected)
+    assert all(0 < answer.tokens <= 24 for answer in found)
+    assert all(answer.finished for answer in found if answer.tokens < 24)
+    assert half.take_stats().generated_tokens == sum(answer.tokens for answer in found), "no question comes twice"
+    # In another batch a sum may be rounded the other way, which bf16 makes larger: rarely, a tie falls otherwise.
+    alone = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=24, cpu_dtype="bfloat16", batch_tokens=1)
+    again = alone.generate(requests[:6])
+    assert sum(a == b for a, b in zip(again, found[:6], strict=True)) >= 5
+    weights = {name for name, parameter in model.named_parameters() if parameter.dtype != torch.float32}
+    assert not weights, "only copies are in bf16"
+
+
+def test_logits_are_close_and_the_head_stays_fp32(bf16, smollm2):
+    model, tokenizer = smollm2
+    ids = tokenizer([prompts.render(tokenizer, prompts.direct_messages("What is 3 + 9?"))], return_tensors="pt")
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        expected = model(**ids, output_hidden_states=True)
+        with packed_linears(model, rows=8, steps=64, cpu_dtype="bfloat16"):
+            found = model(**ids, output_hidden_states=True)
+            same_hidden = head(expected.hidden_states[-1])
+        again = model(**ids).logits
+    torch.testing.assert_close(same_hidden, expected.logits, rtol=1e-4, atol=1e-4)
+    assert found.logits.dtype == torch.float32 and found.logits.shape == expected.logits.shape
+    away = (found.logits - expected.logits).abs()
+    assert 0 < float(away.mean()) < 0.1 and float(away.max()) < 1.5
+    torch.testing.assert_close(again, expected.logits, msg="afterwards the layers are the plain ones again")
+
+
+def test_sampled_log_probabilities_are_those_of_the_policy(tiny_planner):
+    """With either dtype: what decoding says of its samples is what a forward pass gives for them."""
+    tokenizer = models.load_tokenizer(tiny_planner)
+    model = models.load_base(tiny_planner, four_bit=False).eval()
+    ids = [tokenizer.encode(text) for text in ("What is 2 + 3?", "Say hello to everyone here.", "What is 2 + 3?")]
+    said: list[list[float]] = []
+    outputs = decode(
+        model, ids, max_new_tokens=12, eos_ids=frozenset([tokenizer.eos_token_id]), pad_id=tokenizer.pad_token_id,
+        temperature=0.7, generator=torch.Generator().manual_seed(1), log_probs=said,
+    )  # fmt: skip
+    assert [len(row) for row in said] == [len(row) for row in outputs]
+    for prompt, answer, found in zip(ids, outputs, said, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits / 0.7, dim=-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [0, 5, 2 * TOKENS_AT_ONCE + 1])
+def test_log_probabilities_entropies_and_gradient_of_the_bf16_head_are_close(count):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(count, 64, generator=generator, requires_grad=True)
+    head, targets = torch.randn(1000, 64, generator=generator), torch.randint(1000, (count,), generator=generator)
+    weights = torch.randn(count, generator=generator)
+    exact = torch.log_softmax(hidden @ head.T / 0.8, dim=-1)
+    expected = exact.gather(1, targets[:, None]).squeeze(1)
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    found, entropies = token_log_probs(hidden, head, targets, 0.8)
+    (ours,) = torch.autograd.grad((found * weights).sum(), hidden)
+    assert not entropies.requires_grad
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.25)
+    torch.testing.assert_close(entropies, -(exact.exp() * exact).sum(1), rtol=0.05, atol=0.05)
+    if count:
+        assert float(torch.cosine_similarity(ours.flatten(), gradient.flatten(), dim=0)) > 0.999
+
+
+def test_a_training_step_has_the_gradient_of_fp32(bf16, tiny_args):
+    """Through the trainer's own method, with shared prompts; masks and shapes equal, numbers close."""
+    from common.training.grpo import build_trainer
+
+    tokenizer = models.load_tokenizer(tiny_args.base_model)
+    questions = load_questions(tiny_args.dataset, limit=10)
+    ids = [
+        tokenizer.encode(prompts.render(tokenizer, prompts.planner_messages(q.question, "short")))
+        for q in questions[:2]
+    ]
+    width = max(map(len, ids))
+    answers = torch.randint(5, 200, (4, 7), generator=torch.Generator().manual_seed(2))
+    rows = [[0] * (width - len(p)) + p + a for p, a in zip([*ids, *ids], answers.tolist(), strict=True)]
+    real = torch.ones(4, width + 7, dtype=torch.long)
+    for row, prompt in enumerate([*ids, *ids]):
+        real[row, : width - len(prompt)] = 0
+    real[3, -2:] = 0  # a shorter answer
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        tiny_args.cpu_dtype = dtype
+        trainer, _ = build_trainer(tiny_args, questions, tokenizer)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        torch.manual_seed(4)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.02)
+        log_probs, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            model, torch.tensor(rows), real, 7, compute_entropy=True
+        )
+        (log_probs * torch.linspace(-1, 1, 28).view(4, 7)).sum().backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert {parameter.dtype for parameter in trained} == {torch.float32}
+        gradient = torch.cat([parameter.grad.flatten() for parameter in trained])
+        found[dtype] = log_probs.detach(), entropies.detach(), gradient
+    (expected, entropy, gradient), (ours, our_entropy, our_gradient) = found["float32"], found["bfloat16"]
+    assert ours.shape == expected.shape and ours.dtype == torch.float32
+    assert torch.equal(ours == 0, expected == 0), "what is padding is padding in both"
+    torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.2)
+    torch.testing.assert_close(our_entropy, entropy, rtol=0.05, atol=0.1)
+    assert float(torch.cosine_similarity(our_gradient, gradient, dim=0)) > 0.999
+
+
+def test_a_run_records_its_dtype_compares_rollouts_and_resumes_bit_for_bit(bf16, tiny_args, tmp_path):
+    tiny_args.max_steps, tiny_args.save_steps = 4, 2
+    done = run_script("grpo_training.py", *flags(tiny_args))
+    assert done.returncode == 0, done.stderr
+    assert "bf16" in next(line for line in done.stderr.splitlines() if "no GPU found" in line)
+    folder, copy = tmp_path / "run", tmp_path / "copy"
+    record = json.loads((folder / "training_config.json").read_text())
+    assert record["settings"]["cpu_dtype"] == "bfloat16", "auto is recorded as what it was"
+    lines = read_jsonl(folder / "metrics.jsonl")
+    assert [math.isclose(line[RATIO], 1, abs_tol=0.05) for line in lines if RATIO in line] == [True]
+
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "checkpoint-4")
+    refused = run_script("grpo_training.py", "--output-dir", str(copy), "--resume", "--cpu-dtype", "float32")
+    assert refused.returncode == 2 and "--cpu-dtype float32 differs" in refused.stderr
+    done = run_script("grpo_training.py", "--output-dir", str(copy), "--resume")
+    assert done.returncode == 0, done.stderr
+    adapter = "adapter_model.safetensors"
+    assert (copy / adapter).read_bytes() == (folder / adapter).read_bytes()
+
+
+def test_a_run_from_before_the_setting_goes_on_in_fp32(tmp_path):
+    from common.runs.record import run_record, stored_settings
+
+    settings = TrainingArgs(output_dir=str(tmp_path)).to_dict()
+    del settings["cpu_dtype"]
+    (tmp_path / "training_config.json").write_text(json.dumps(run_record(settings, script="grpo_training.py")))
+    assert stored_settings(tmp_path, {}, set(), "grpo_training.py")["cpu_dtype"] == "float32"
+
+
+def test_groups_with_an_adapter_decode_like_single_prompts(bf16, tiny_planner):
+    tokenizer = models.load_tokenizer(tiny_planner)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(models.load_base(tiny_planner, four_bit=False), config).eval()
+    texts = [f"What is {a} + {a + 3}?" for a in range(6)]
+    ids = [tokenizer.encode(text) for text in texts]
+    options = {"max_new_tokens": 16, "eos_ids": frozenset([tokenizer.eos_token_id]), "pad_id": tokenizer.pad_token_id}
+    with packed_linears(model, rows=6, steps=16, cpu_dtype="bfloat16"):
+        together = decode(model.get_base_model(), ids, **options)
+        assert [decode(model.get_base_model(), [row], **options)[0] for row in ids] == together
