@@ -24,7 +24,7 @@ from common.problems.questions import check_source
 from common.runs.adapters import check_adapter_base, check_adds_to_base
 from common.runs.checkpoints import newest_checkpoint
 from common.runs.folder import own_output_dir
-from common.runs.record import stored_settings
+from common.runs.record import check_same_processes, stored_settings
 from common.settings.sft import RESUMABLE, SFT_DEMO, SupervisedArgs
 
 BASE_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
     """Check the rest, and train, in an output folder that no other run holds."""
     checkpoint = newest_checkpoint(Path(args.output_dir)) if options.resume else None
+    if checkpoint is not None:
+        check_same_processes(Path(args.output_dir))
     check_base_model(args.base_model)
     if args.adapter_path is not None:
         check_adapter_base(args.adapter_path, args.base_model)

@@ -29,7 +29,7 @@ from common.rewards import PipelineRewardFunction
 from common.runs.adapters import check_adapter_base, check_adds_to_base, read_adapter_config
 from common.runs.checkpoints import newest_checkpoint
 from common.runs.folder import own_output_dir
-from common.runs.record import check_same_data, read_run_record, stored_settings
+from common.runs.record import check_same_data, check_same_processes, read_run_record, stored_settings
 from common.servers.vllm import serve_base
 from common.settings.grpo import DEMO, RESUMABLE, TrainingArgs
 from common.workers.local import FrozenWorker
@@ -69,6 +69,8 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
     """Check the rest, and train or only keep score, in an output folder that no other run holds."""
     output_dir = Path(args.output_dir)
     checkpoint = newest_checkpoint(output_dir) if options.resume else None
+    if checkpoint is not None:
+        check_same_processes(output_dir)
     check_base_model(args.base_model)
     if args.adapter_path is not None:
         check_adapter_base(args.adapter_path, args.base_model)

@@ -45,7 +45,9 @@ class RunFingerprints:
         self._tokenizer = tokenizer
         base = model.get_base_model()
         weights = base_content(args.base_model, getattr(base.config, "_commit_hash", None))
-        self._base = None if weights is None else [weights, models.use_4bit(args), str(base.dtype), models.cpu_dtype(args)]
+        self._base = (
+            None if weights is None else [weights, models.use_4bit(args), str(base.dtype), models.cpu_dtype(args)]
+        )
         self._questions = questions
         asked = worker_prompts(args.worker_style)
         self._worker: Any = self._base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,26 @@ def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str]
                 "leave the flag out to go on with it, or start anew in another --output-dir"
             )
     return {**stored, **given, "output_dir": str(output_dir)}
+
+
+def world_size() -> int:
+    """How many processes train together, as their launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_same_processes(output_dir: Path) -> None:
+    """Stop when a run would go on with another number of processes: its steps would hold other groups of questions.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    stored, found = read_run_record(output_dir).get("processes", 1), world_size()
+    if stored != found:
+        raise UserError(
+            f"--resume: the run in {output_dir} has {stored} processes, found {found}: go on with "
+            f"{'torchrun --nproc_per_node ' + str(stored) if stored > 1 else 'one process, without a launcher'}, or "
+            "start anew in another --output-dir"
+        )
 
 
 def check_same_data(output_dir: Path, found: str) -> None:

@@ -10,7 +10,7 @@ from common.reports.jsonl import append_jsonl, truncate_jsonl_after
 from common.runs.checkpoints import checkpoint_step
 from common.runs.files import read_json, write_json
 from common.runs.folder import clear_run
-from common.runs.record import TRAINING_CONFIG, run_record
+from common.runs.record import TRAINING_CONFIG, run_record, world_size
 from common.settings.grpo import TrainingArgs
 from common.settings.sft import SupervisedArgs
 
@@ -65,7 +65,7 @@ def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, 
     output_dir = Path(args.output_dir)
     if checkpoint is None:
         clear_run(output_dir)
-    record = run_record(args.to_dict(), script=script, seed=args.seed, **facts)
+    record = run_record(args.to_dict(), script=script, seed=args.seed, processes=world_size(), **facts)
     write_json(output_dir / TRAINING_CONFIG, record)
     step = 0 if checkpoint is None else checkpoint_step(checkpoint)
     for name in ("metrics.jsonl", "samples.jsonl"):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import torch
-from conftest import ROOT, flags
+from conftest import ROOT, flags, run_script
 from safetensors.torch import load_file
 
 from common.reports.jsonl import read_jsonl
@@ -37,6 +37,8 @@ def test_two_ranks_train_one_adapter_and_resume_in_a_later_epoch_bit_for_bit(tin
     assert [row["step"] for row in samples] == [step for step in range(1, 5) for _ in range(per_step)]
     shutil.copytree(whole, copy)
     shutil.rmtree(copy / "checkpoint-4")
+    alone = run_script("grpo_training.py", "--output-dir", str(copy), "--resume")
+    assert alone.returncode == 2 and "has 2 processes, found 1" in alone.stderr
     done = torchrun("--output-dir", str(copy), "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     keys = ("question", "completion", "reward", "step")
