@@ -57,7 +57,7 @@ def test_auto_is_bf16_only_where_it_pays_and_what_cannot_be_had_is_refused(
 
 def test_answers_are_counted_alike_and_mostly_the_same(bf16, smollm2):
     model, tokenizer = smollm2
-    requests = [prompts.direct_messages(group[0].question, "few-shot") for group in mix.load_groups()]
+    requests = [prompts.direct_messages(group[0].question, "few-shot") for group in mix.load_groups()[:10]]
     single, half = (
         FrozenWorker(model, tokenizer, style="few-shot", max_tokens=24, cpu_dtype=dtype)
         for dtype in ("float32", "bfloat16")
@@ -69,8 +69,8 @@ def test_answers_are_counted_alike_and_mostly_the_same(bf16, smollm2):
     assert half.take_stats().generated_tokens == sum(answer.tokens for answer in found), "no question comes twice"
     # In another batch a sum may be rounded the other way, which bf16 makes larger: rarely, a tie falls otherwise.
     alone = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=24, cpu_dtype="bfloat16", batch_tokens=1)
-    again = alone.generate(requests[:6])
-    assert sum(a == b for a, b in zip(again, found[:6], strict=True)) >= 5
+    again = alone.generate(requests[:4])
+    assert sum(a == b for a, b in zip(again, found[:4], strict=True)) >= 3
     weights = {name for name, parameter in model.named_parameters() if parameter.dtype != torch.float32}
     assert not weights, "only copies are in bf16"
 
