@@ -15,7 +15,7 @@ SCRIPTS = ("grpo_training.py", "dummy_planner.py", "inference_vllm.py", "merge_a
 # What a run makes, or what lies beside the project: named in the pages, not in the repository.
 MADE = re.compile(
     r"demo_adapter|training_config\.json|metrics\.jsonl|samples\.jsonl|evaluation\.|certification\.json|adapter_|README\.md"
-    r"|training_curves\.png|\.\./|questions\.jsonl|answers\.jsonl|planning\.jsonl|train\.jsonl|tokenizer|_step\.md|chat_template"
+    r"|training_curves\.png|\.\./|questions\.jsonl|answers\.jsonl|planning\.jsonl|train\.jsonl|train_socratic|tokenizer|_step\.md|chat_template"
 )
 
 
