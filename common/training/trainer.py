@@ -350,13 +350,16 @@ class PlannerTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        args: Any = self.args
+        args = self.args
+        assert isinstance(args, GRPOConfig)
+        # TRL fills these in when the config is made, though their types allow None.
+        assert args.generation_batch_size is not None and args.steps_per_generation is not None
         sampler = EpochSampler(
             data_source=dataset or self.train_dataset,  # type: ignore[arg-type]
             mini_repeat_count=args.num_generations,
             batch_size=args.generation_batch_size // self.num_generations,
             repeat_count=self.num_iterations * args.steps_per_generation,
-            shuffle=args.shuffle_dataset,
+            shuffle=bool(args.shuffle_dataset),
             seed=args.seed,
         )
         self.add_callback(SetEpoch(sampler))
@@ -368,7 +371,8 @@ class PlannerTrainer(GRPOTrainer):
             return self._timed_single_turn(prompt_ids, *others, **options)
 
     def _timed_single_turn(self, prompt_ids: list[list[int]], *others: Any, **options: Any) -> Any:
-        args: Any = self.args
+        args = self.args
+        assert isinstance(args, GRPOConfig)
         if self.use_vllm or torch.cuda.is_available() or args.top_p < 1:
             return super()._generate_single_turn(prompt_ids, *others, **options)
         log_probs: list[list[float]] | None = [] if self._compares else None
@@ -376,7 +380,7 @@ class PlannerTrainer(GRPOTrainer):
             completions = decode(
                 model,
                 prompt_ids,
-                max_new_tokens=args.max_completion_length,
+                max_new_tokens=args.max_completion_length or 0,
                 eos_ids=frozenset(self.eos_token_ids),
                 pad_id=self._tokenizer.pad_token_id,
                 temperature=args.temperature,
