@@ -353,11 +353,12 @@ class PlannerTrainer(GRPOTrainer):
         args = self.args
         assert isinstance(args, GRPOConfig)
         # TRL fills these in when the config is made, though their types allow None.
+        group: int = self.num_generations or 1
         assert args.generation_batch_size is not None and args.steps_per_generation is not None
         sampler = EpochSampler(
             data_source=dataset or self.train_dataset,  # type: ignore[arg-type]
-            mini_repeat_count=args.num_generations,
-            batch_size=args.generation_batch_size // self.num_generations,
+            mini_repeat_count=group,
+            batch_size=args.generation_batch_size // group,
             repeat_count=self.num_iterations * args.steps_per_generation,
             shuffle=bool(args.shuffle_dataset),
             seed=args.seed,
