@@ -46,9 +46,9 @@ class Heads:
         """From each group's keys and values, a part a layer, or nothing; at least one has something."""
         lengths = [tokens_in(part) for part in parts]
         layers = []
-        for number, (key, value) in enumerate(next(part for part in parts if part)):
+        for number, (key, _) in enumerate(next(part for part in parts if part)):
             shape = (len(parts), key.shape[0], max(lengths), key.shape[2])
-            keys, values = key.new_zeros(shape), value.new_zeros(shape)
+            keys, values = key.new_zeros(shape), key.new_zeros(shape)
             for group, (part, length) in enumerate(zip(parts, lengths, strict=True)):
                 if part:
                     keys[group, :, :length], values[group, :, :length] = part[number]
@@ -93,17 +93,9 @@ class Heads:
 class Block:
     """Rows that begin with one prefix: its keys and values once, and each row's own ones, from the left."""
 
-    def __init__(
-        self,
-        prefix: list[Part],
-        before: Sequence[list[Part]],
-        room: int,
-        heads: Heads | None,
-        values: torch.dtype,
-    ) -> None:
-        """`before`: what each row begins with after prefix and head, a part a layer, or nothing; `room`: in tokens;
-        `values`: the dtype that values are kept in."""
-        self.prefix, self.room, self.heads, self._values = prefix, room, heads, values
+    def __init__(self, prefix: list[Part], before: Sequence[list[Part]], room: int, heads: Heads | None) -> None:
+        """`before`: what each row begins with after prefix and head, a part a layer, or nothing; `room`: in tokens."""
+        self.prefix, self.room, self.heads = prefix, room, heads
         self.shared = tokens_in(prefix)
         self.lengths = [tokens_in(parts) for parts in before]
         self.clean = max(self.lengths)  # columns up to here hold numbers in every row: memory may hold NaN before
@@ -120,7 +112,7 @@ class Block:
         """Room for a layer's keys and values, each (R, Hkv, room, D), of the dtype of `like` (Hkv, …, D)."""
         if number == len(self._layers):
             shape = (len(self.lengths), like.shape[0], self.room, like.shape[-1])
-            self._layers.append((like.new_empty(shape), like.new_empty(shape, dtype=self._values)))
+            self._layers.append((like.new_empty(shape), like.new_empty(shape)))
         return self._layers[number]
 
     def row(self, row: int) -> list[Part]:

@@ -19,7 +19,6 @@ import torch
 from transformers import AttentionInterface
 
 from common.decoding.blocks import Block, Heads, Part, tokens_in
-from common.decoding.packing import product_dtype
 from common.decoding.sharing import (
     MIN_KEPT_APART,
     MIN_SHARED_PREFIX,
@@ -158,9 +157,9 @@ def _attend(
         shared = (flat @ prefix_key.transpose(1, 2)).view(heads, rows, together, -1).transpose(0, 1)
         parts.insert(0, shared)
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    odds = torch.softmax(joined, dim=-1, dtype=torch.float32).to(value.dtype)
+    odds = torch.softmax(joined, dim=-1, dtype=torch.float32).to(query.dtype)
     *before, own = odds.split([part.shape[-1] for part in parts], dim=-1)
-    mixed = (own @ value).to(query.dtype)
+    mixed = own @ value
     if shared_by_some is not None:
         mixed += of_some.mixed(layer, before.pop())
     if prefix is not None:
@@ -182,8 +181,6 @@ class Branched:
         self._model = model
         self._prefixes: Prefixes = {} if prefixes is None else prefixes
         self._dtype = next(model.parameters()).dtype
-        # Where products are in bf16 anyway, so is attention's with the values; scores need more digits.
-        self._values = torch.bfloat16 if product_dtype() == torch.bfloat16 else self._dtype
         self._blocks: list[Block] = []  # of consecutive rows
 
     def __enter__(self) -> Branched:
@@ -210,8 +207,7 @@ class Branched:
             lengths = [tokens_in(part) for part in parts]
             for start, end in pairwise([0, *block_ends(lengths)]):
                 mine = None if heads is None else heads.select(range(start, end))
-                longest = max(lengths[start:end]) + room
-                self._blocks.append(Block(prefix, parts[start:end], longest, mine, self._values))
+                self._blocks.append(Block(prefix, parts[start:end], max(lengths[start:end]) + room, mine))
         return torch.stack(logits)
 
     def run(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -296,7 +292,7 @@ class Branched:
             longest = max(len(rows[index]) for index in piece)
             given = [before[index] for index in piece]
             room = longest + max(map(tokens_in, given))
-            block = Block(prefix, given, room, None if heads is None else heads.select(piece), self._values)
+            block = Block(prefix, given, room, None if heads is None else heads.select(piece))
             step = math.ceil(longest / max(1, round(sum(len(rows[index]) for index in piece) / PIECE_TOKENS)))
             for start in range(0, longest, step):
                 now = [rows[index][start : start + step] for index in piece]

@@ -27,12 +27,6 @@ MIN_ROWS = 4
 MIN_STEPS = 16
 
 _kept: ContextVar[ExitStack | None] = ContextVar("kept", default=None)
-_dtype: ContextVar[torch.dtype | None] = ContextVar("what products are computed in", default=None)
-
-
-def product_dtype() -> torch.dtype | None:
-    """What the packed layers multiply in, inside `packed_linears`; None where nothing is packed."""
-    return _dtype.get()
 
 
 @contextmanager
@@ -72,7 +66,6 @@ def packed_linears(model: Any, *, rows: int, steps: int, cpu_dtype: str = "float
 def _packed(model: Any, dtype: torch.dtype) -> Iterator[None]:
     packed = []
     head = model.get_output_embeddings()
-    outside = _dtype.set(_dtype.get() or dtype)
     try:
         for module in filter(_packable, model.modules()):
             kept = torch.float32 if module is head else dtype
@@ -83,7 +76,6 @@ def _packed(model: Any, dtype: torch.dtype) -> Iterator[None]:
             packed.append(module)
         yield
     finally:
-        _dtype.reset(outside)
         for module in packed:
             del module.forward
 
