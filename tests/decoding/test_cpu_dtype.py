@@ -172,7 +172,7 @@ def test_a_training_step_has_the_gradient_of_fp32(bf16, tiny_args):
 
 
 def test_a_run_records_its_dtype_compares_rollouts_and_resumes_bit_for_bit(bf16, tiny_args, tmp_path):
-    tiny_args.max_steps, tiny_args.save_steps = 4, 2
+    tiny_args.max_steps, tiny_args.save_steps, tiny_args.cpu_dtype = 4, 2, "auto"
     done = run_script("grpo_training.py", *flags(tiny_args))
     assert done.returncode == 0, done.stderr
     assert "bf16" in next(line for line in done.stderr.splitlines() if "no GPU found" in line)
