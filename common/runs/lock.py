@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, suppress, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -47,7 +47,8 @@ def only_run(lock_file: Path, place: str) -> Iterator[None]:
         yield
     finally:
         if stream is not None:
-            lock_file.unlink(missing_ok=True)  # while it is held: nobody else's file
+            with suppress(OSError):  # the folder may have gone away meanwhile, or be full or read-only
+                lock_file.unlink()  # while it is held: nobody else's file
             stream.close()
         for folder in made:
             try:
