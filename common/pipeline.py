@@ -12,7 +12,7 @@ from typing import Any
 from common import models, prompts
 from common.generation import Generation
 from common.grading import extract_prediction, parse_gold
-from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS, Plan, parse_planner_output
+from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS, Plan, after_reasoning, parse_planner_output
 from common.settings.grpo import TrainingArgs
 from common.similarity import NEUTRAL_INDEPENDENCE, Embeddings, SentenceEncoder, independence_score, relevance
 from common.workers.base import ConcurrentWorker, Worker
@@ -253,7 +253,8 @@ class PipelineExecutor:
             result.solutions = yield [prompts.subproblem_messages(part, question, style) for part in plan.subproblems]
             _note_failure(result, result.solutions)
             if result.error is None:
-                solutions = [solution.text for solution in result.solutions]
+                # What a reasoning worker thinks on its way is no part of its solution.
+                solutions = [after_reasoning(solution.text).strip() for solution in result.solutions]
                 (result.final,) = yield [prompts.combine_messages(question, plan.subproblems, solutions, style)]
         elif plan is not None or self._direct_if_invalid:
             (result.final,) = yield [prompts.direct_messages(question, style)]

@@ -66,6 +66,12 @@ def executor(table: dict[str, str] | None = None, **kwargs) -> tuple[PipelineExe
     return PipelineExecutor(worker, Embeddings(vectors), **kwargs), worker
 
 
+def test_what_a_reasoning_worker_thinks_does_not_reach_the_combine():
+    run, _ = executor({**TABLE, "x one": "<think>perhaps 8, no</think>\n3"})
+    (result,) = run.execute_batch([PipelineItem(SPLIT, "Q", "#### 7", 20)])
+    assert result.error is None and result.correct, "the combine prompt is the one that was asked with plain solutions"
+
+
 def test_the_whole_batch_takes_two_waves():
     run, worker = executor()
     results = run.execute_batch(
