@@ -142,12 +142,15 @@ def check_fit(config: Any, adapter: Path, base: str) -> tuple[int, int | None]:
         raise UserError(
             f"the adapter in {adapter} does not fit {base} ({models.first_line(error)}): {remedy}"
         ) from error
-    expected: dict[str, tuple[int, ...]] = {}
-    for embeddings in (False, True):  # whole embeddings beside the adapter: PEFT writes them by rules of its own
-        tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=embeddings)
-        expected = {name: tuple(value.shape) for name, value in tensors.items()}
-        if not found.keys() - expected.keys():
-            break
+    # Whole embeddings stand beside the adapter only sometimes: PEFT writes them by rules of its own.
+    plain, whole = (
+        {
+            name: tuple(value.shape)
+            for name, value in get_peft_model_state_dict(wrapped, save_embedding_layers=embeddings).items()
+        }
+        for embeddings in (False, True)
+    )
+    expected = whole if found.keys() - plain.keys() and not found.keys() - whole.keys() else plain
     for name in sorted(found.keys() & expected.keys()):
         if found[name] != expected[name]:
             raise UserError(
