@@ -17,7 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.cli import Parser, add_run_flags, add_settings, forbid_import, given_settings, run, say, settings_table
+from common.cli import (
+    Parser,
+    add_run_flags,
+    add_settings,
+    check_run_flags,
+    forbid_import,
+    given_settings,
+    run,
+    say,
+    settings_table,
+)
 from common.models import check_base_model
 from common.problems.planning import load_planning_data
 from common.problems.questions import check_source
@@ -58,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check what is cheap to check, train, save. Returns the exit code."""
     options = build_parser().parse_args(argv)
+    check_run_flags(options)
     given = given_settings(options, SupervisedArgs)
     preset = {**DEFAULTS, **(SFT_DEMO if options.demo else {})}
     output_dir = Path({**preset, **given}["output_dir"])

@@ -20,7 +20,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import Parser, add_run_flags, add_settings, forbid_import, given_settings, run, say, settings_table
+from common.cli import (
+    Parser,
+    add_run_flags,
+    add_settings,
+    check_run_flags,
+    forbid_import,
+    given_settings,
+    run,
+    say,
+    settings_table,
+)
 from common.errors import UserError
 from common.models import check_base_model
 from common.pipeline import PipelineExecutor, PipelineResult
@@ -58,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check what is cheap to check, train, save. Returns the exit code."""
     options = build_parser().parse_args(argv)
+    check_run_flags(options)
     args = settle(options)
     args.validate()
     output_dir = Path(args.output_dir)

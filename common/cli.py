@@ -44,6 +44,16 @@ def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def check_run_flags(options: argparse.Namespace) -> None:
+    """Stop for flags that contradict each other.
+
+    Raises:
+        UserError: for --resume with --overwrite.
+    """
+    if options.resume and options.overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it: leave one of them out")
+
+
 def add_settings(
     parser: argparse.ArgumentParser, settings: type, defaults: Mapping[str, object] = MappingProxyType({})
 ) -> None:

@@ -161,6 +161,12 @@ def test_wrong_input_is_one_line_exit_code_2_before_anything_heavy_is_imported(t
     assert (tmp_path / "used" / "metrics.jsonl").read_text() == "{}\n"
 
 
+@pytest.mark.parametrize("script", ["grpo_training.py", "dummy_planner.py"])
+def test_going_on_and_replacing_exclude_each_other(script):
+    done = run_script(script, "--resume", "--overwrite")
+    assert done.returncode == 2 and "leave one of them out" in done.stderr
+
+
 def test_several_problems_are_told_at_once(questions_file):
     done = run_script("grpo_training.py", "--dataset", str(questions_file), "--lr", "0", "--temperature", "-1")
     assert done.returncode == 2
