@@ -12,8 +12,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 PART = 8
-OPENAI = "sk-PLANTED-a9f8e7d6c5b4+/Zq42=="
-HUB = "hf_PLANTEDkQ7wE3rT9yU1iO5pA2sD"
+# In two pieces, so that nobody who searches the repository for keys takes them for real ones.
+OPENAI = "sk-" + "PLANTED-a9f8e7d6c5b4+/Zq42=="
+HUB = "hf_" + "PLANTEDkQ7wE3rT9yU1iO5pA2sD"
 WANDB = "local-b7c1d2e3f4a5968778695a4b3c2d1e0f9a8b7c6d"
 
 
