@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported anywhere: these tests share two cores with others.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch is imported anywhere: processes that test at the same time (`pytest -n`) have a core each.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,6 +30,22 @@ ROOT = Path(__file__).resolve().parent.parent
 VLLM_INSTALL_SECONDS = 900
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "sentence_transformers", "bitsandbytes", "wandb", "numpy"}
 QUESTIONS = [f"What is {a} + {b} + {c}?" for a, b, c in [(2, 3, 4), (5, 6, 7), (8, 2, 5), (9, 4, 3)]]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests stay together when several processes test: a file's, for its fixtures, and all that need vLLM.
+
+    Two processes would install vLLM at the same time, and its servers (4 GB each) would not fit into memory together.
+    These tests come first, because they take longest.
+    """
+
+    def needs_vllm(item: pytest.Item) -> bool:
+        return "vllm_python" in getattr(item, "fixturenames", ())
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("vllm" if needs_vllm(item) else str(item.path.relative_to(ROOT))))
+    items.sort(key=lambda item: not needs_vllm(item))
 
 
 def free_port() -> int:
