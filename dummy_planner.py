@@ -58,7 +58,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags; their defaults are those above and of `SupervisedArgs`."""
+    """The parser of the command line. Defaults are those above and of `SupervisedArgs`."""
     parser = Parser(prog="dummy_planner.py", description=__doc__)
     add_run_flags(parser)
     add_settings(parser, SupervisedArgs, DEFAULTS)
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check what is cheap to check, train, save. Returns the exit code."""
+    """Parse the flags, check everything that is quick to check, train and save. Returns the exit code."""
     options = build_parser().parse_args(argv)
     check_run_flags(options)
     given = given_settings(options, SupervisedArgs)
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
-    """Check the rest, and train, in an output folder that no other run holds."""
+    """Check models and data, then train. Call it with the output folder locked. Returns the exit code."""
     checkpoint = newest_checkpoint(Path(args.output_dir)) if options.resume else None
     if checkpoint is not None:
         check_same_processes(Path(args.output_dir))
@@ -98,7 +98,7 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
 
     if not args.wandb:
         forbid_import("wandb")
-    # torch, transformers and trl are imported here, and take seconds
+    # torch, transformers and trl are imported here because that takes seconds
     from common.training import device, sft
 
     device.quiet_libraries(options.debug)

@@ -55,7 +55,7 @@ __all__ = [
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags; their defaults are those of `TrainingArgs`."""
+    """The parser of the command line. Defaults are those of `TrainingArgs`."""
     parser = Parser(prog="grpo_training.py", description=__doc__)
     run_flags = add_run_flags(parser)
     run_flags.add_argument(
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check what is cheap to check, train, save. Returns the exit code."""
+    """Parse the flags, check everything that is quick to check, train and save. Returns the exit code."""
     options = build_parser().parse_args(argv)
     check_run_flags(options)
     args = settle(options)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(options: argparse.Namespace, args: TrainingArgs) -> int:
-    """Check the rest, and train or only keep score, in an output folder that no other run holds."""
+    """Check models and data, then train or evaluate. Call it with the output folder locked. Returns the exit code."""
     output_dir = Path(args.output_dir)
     checkpoint = newest_checkpoint(output_dir) if options.resume else None
     if checkpoint is not None:
@@ -107,7 +107,7 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
             from common.workers.remote import check_worker
 
             check_worker(args)
-        # torch, transformers and trl are imported here, and take seconds
+        # torch, transformers and trl are imported here because that takes seconds
         from common.evaluation import during_training
         from common.training import device, grpo
 
@@ -119,7 +119,7 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
 
 
 def settle(options: argparse.Namespace) -> TrainingArgs:
-    """The run's settings: defaults, then the demo preset or the resumed run's own, then explicit flags.
+    """The settings of the run. Later ones win: defaults, the demo preset or the resumed run, explicit flags.
 
     Raises:
         UserError: for a flag that would change what a resumed run is.
@@ -131,17 +131,17 @@ def settle(options: argparse.Namespace) -> TrainingArgs:
     output_dir = Path(given.get("output_dir", default_dir))
     args = TrainingArgs.from_dict(stored_settings(output_dir, given, RESUMABLE, "grpo_training.py"))
     if options.eval_only:
-        args.vllm_url = args.vllm_python = None  # the worker is the same model, and it is here
+        args.vllm_url = args.vllm_python = None  # for evaluation the worker is the local base model
         if "vllm_url" in given or "vllm_python" in given:
             raise UserError("--eval-only needs no vLLM server: leave --vllm-url and --vllm-python out")
     elif "vllm_url" in given:
         args.vllm_python = None
     elif args.vllm_python is not None:
-        args.vllm_url = None  # the address of the server that the run started is of no use any more
+        args.vllm_url = None  # the address of a server that the earlier run started and stopped
     stored = read_run_record(output_dir)["settings"]
     if (args.vllm_url or args.vllm_python) and not (stored.get("vllm_url") or stored.get("vllm_python")):
         raise UserError(f"--vllm-url: the run in {output_dir} samples its plans itself: leave the flag out")
-    # The server may have moved, but whether there is one decides who the worker is.
+    # The server's address may have changed, but with or without a server the worker is another model.
     if args.worker_url is not None and stored.get("worker_url") is None:
         raise UserError(f"--worker-url: the worker of the run in {output_dir} is no server's: leave the flag out")
     if options.eval_only and not args.eval_samples:

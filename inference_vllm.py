@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags; the settings' defaults are those of `ServingArgs`."""
+    """The parser of the command line. Defaults of settings are those of `ServingArgs`."""
     parser = Parser(prog="inference_vllm.py", description=__doc__)
     what = parser.add_argument_group("what to ask (default: a conversation)")
     what.add_argument("--question", metavar="TEXT", help="one question")
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check what is cheap to check, connect, ask. Returns the exit code."""
+    """Parse the flags, check everything that is quick to check, connect and ask. Returns the exit code."""
     options = build_parser().parse_args(argv)
     given = given_settings(options, ServingArgs)
     args = ServingArgs(**given)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(options: argparse.Namespace, given: dict[str, Any]) -> int:
-    """Check the files, connect, ask; with --output nobody else writes there."""
+    """Check the files, lock the file of --output against other runs, connect and ask. Returns the exit code."""
     asked: list[Asked] = []
     if options.input is not None:
         from common.inference.batch import already_answered, read_input
@@ -87,10 +87,16 @@ def start(options: argparse.Namespace, given: dict[str, Any]) -> int:
 
 
 def benchmark_or_ask(session: Session, options: argparse.Namespace, asked: list[Asked], temperature: float) -> int:
-    """Do what the flags say with a session that has been checked; returns the exit code.
+    """Run the mode that the flags ask for; returns the exit code.
+
+    Args:
+        session: connected and checked.
+        options: parsed flags.
+        asked: the questions of --input.
+        temperature: of the plans in --benchmark.
 
     Raises:
-        UserError: when a question that was asked with --json fails.
+        UserError: if a question asked with --json fails.
     """
     from common.inference import batch, benchmark
     from common.inference.conversation import repl, show_turn
@@ -111,10 +117,10 @@ def benchmark_or_ask(session: Session, options: argparse.Namespace, asked: list[
 
 
 def check_mode(options: argparse.Namespace) -> None:
-    """Stop for flags that do not go together.
+    """Check that the flags can be combined.
 
     Raises:
-        UserError: with the flags.
+        UserError: with the flags that cannot.
     """
     modes = [f"--{name}" for name in ("question", "input", "benchmark") if getattr(options, name) not in (None, False)]
     if len(modes) > 1:

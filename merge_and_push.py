@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags; their defaults are those of `MergeArgs`."""
+    """The parser of the command line. Defaults are those of `MergeArgs`."""
     parser = Parser(prog="merge_and_push.py", description=__doc__)
     add_settings(parser, MergeArgs)
     parser.add_argument(
@@ -50,7 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, merge, certify, push. Returns the exit code."""
+    """Parse the flags, check, merge, certify and push. Returns the exit code.
+
+    Raises:
+        UserError: if a check fails.
+    """
     parser = build_parser()
     options = parser.parse_args(argv)
     given = given_settings(options, MergeArgs)
@@ -84,7 +88,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(
     options: argparse.Namespace, args: MergeArgs, base: str, record: dict[str, Any], inputs: dict[str, Any]
 ) -> int:
-    """Merge, certify, push, into a folder that no other merge holds."""
+    """Merge, certify and push. Call it with the target folder locked. Returns the exit code.
+
+    Args:
+        options: parsed flags.
+        args: settings of the merge.
+        base: Hub id or folder of the base model.
+        record: the adapter's training_config.json, or {} without one.
+        inputs: of `common.merging.certificate.merge_inputs`.
+
+    Raises:
+        UserError: if a check fails; with exit code 4 if the merged model differs too much.
+    """
     card = None if args.model_card is None else model_card.read_card(args.model_card)
     evaluation = read_json(Path(args.adapter_path) / "evaluation.json")
     report = certifying.finished_merge(args.target, inputs, overwrite=args.overwrite)
@@ -95,7 +110,7 @@ def start(
         repo_id = hub.check_push(api, args.repo_name, private=args.private)
 
     if report is None:
-        # torch, transformers and peft are imported here, and take seconds
+        # torch, transformers and peft are imported here because that takes seconds
         from common import models
         from common.merging.job import prepare
         from common.merging.merge import merge
@@ -125,7 +140,7 @@ def start(
 
 
 def tell(target: Path, report: dict[str, Any]) -> None:
-    """The outcome, on the terminal."""
+    """Print the outcome of the merge."""
     found = report["certificate"]
     print(certifying.table(found))
     memory = ", ".join(f"{size / 1e9:.2f} GB ({kind})" for kind, size in report["peak_memory_bytes"].items())
@@ -136,7 +151,7 @@ def tell(target: Path, report: dict[str, Any]) -> None:
 
 
 def upload(api: HfApi, args: MergeArgs, repo_id: str) -> None:
-    """Push; if that fails or is stopped, say how to continue."""
+    """Push the merged model. If that fails or is stopped, say how to continue, and raise the error again."""
     say(f"uploading {args.target} to {repo_id}")
     try:
         url = hub.push(api, args.target, repo_id, private=args.private, message="Merged planner")
@@ -147,7 +162,7 @@ def upload(api: HfApi, args: MergeArgs, repo_id: str) -> None:
 
 
 def continue_command(args: MergeArgs) -> str:
-    """The command line of these settings, without --overwrite, which would merge anew, and without the token."""
+    """The command line that continues this merge: without --overwrite, which would merge again, and without a token."""
     words = ["python", "merge_and_push.py"]
     for spec in fields(args):
         value = getattr(args, spec.name)
@@ -161,7 +176,7 @@ def _as_trained(record: dict[str, Any]) -> str:
 
 
 def _stop(received: int, frame: object) -> NoReturn:
-    """SIGTERM as an exception, so that temporary folders go and the way to continue is told."""
+    """Turn SIGTERM into an exception, so that temporary folders are removed and the user is told how to continue."""
     raise SystemExit(128 + received)
 
 

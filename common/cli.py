@@ -1,7 +1,7 @@
-"""Command lines read off a settings dataclass, and how a script ends.
+"""Build a script's flags from a settings dataclass, and run its main function.
 
-Shared by the entry scripts, so that flags, defaults, error lines and exit codes look the same everywhere:
-0 done, 1 the run failed, 2 bad input, 130/143 stopped by a signal.
+All entry scripts use it, so that flags, defaults, error lines and exit codes are the same everywhere. Exit codes:
+0 done, 1 the run failed, 2 bad input, 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from common.settings.fields import flag_of
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line, without the usage text in front of it."""
+    """An `ArgumentParser` whose errors are one line, without the usage text before it."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        """Print the message in one line and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The flags every training script has besides its settings; returns their group."""
+    """Add the flags that every training script has besides its settings; returns their group."""
     group = parser.add_argument_group("run")
     group.add_argument("--demo", action="store_true", help="a small preset for a CPU; explicit flags override it")
     group.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
@@ -45,10 +46,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def check_run_flags(options: argparse.Namespace) -> None:
-    """Stop for flags that contradict each other.
+    """Check that flags do not contradict each other.
 
     Raises:
-        UserError: for --resume with --overwrite.
+        UserError: for --resume together with --overwrite.
     """
     if options.resume and options.overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: leave one of them out")
@@ -57,13 +58,15 @@ def check_run_flags(options: argparse.Namespace) -> None:
 def add_settings(
     parser: argparse.ArgumentParser, settings: type, defaults: Mapping[str, object] = MappingProxyType({})
 ) -> None:
-    """Add one flag per dataclass field, grouped, with its default in the help text.
+    """Add one flag per field of a settings dataclass, in groups, with its default in the help text.
 
-    Only flags that the user gave end up in the namespace, so that a preset can lie between
-    the defaults and what was asked for explicitly.
+    Only flags that the user gave are stored in the namespace. So a preset can replace defaults without replacing what
+    the user asked for.
 
     Args:
-        defaults: of fields that have none of their own, for the help text.
+        parser: the flags are added here.
+        settings: a dataclass whose fields come from `common.settings.fields`.
+        defaults: for the help text: defaults of fields that have none of their own.
     """
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(settings)
@@ -93,13 +96,13 @@ def add_settings(
 
 
 def given_settings(namespace: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """The settings that the user gave on the command line."""
+    """The settings that the user gave on the command line, by field name."""
     names = {spec.name for spec in fields(settings)}
     return {name: value for name, value in vars(namespace).items() if name in names}
 
 
 def settings_table(settings: Any, defaults: Any) -> str:
-    """The settings of a run, one group a line; `*` marks what differs from the default."""
+    """The settings of a run as text, one group per line; `*` marks a value that differs from `defaults`."""
     groups: dict[str, list[str]] = {}
     for spec in fields(settings):
         value = getattr(settings, spec.name)
@@ -119,21 +122,21 @@ def settings_table(settings: Any, defaults: Any) -> str:
 
 
 def forbid_import(package: str) -> None:
-    """Make a package look as if it were not installed: TRL imports W&B on its own wherever it finds it."""
+    """Make a package look as if it were not installed. TRL imports W&B by itself wherever it is installed."""
     sys.modules[package] = None  # type: ignore[assignment]
 
 
 def say(message: str) -> None:
-    """One line for the person at the terminal, on stderr, from the first process only."""
+    """Print one line for the user on stderr, from the first process of a run only."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
 
 
 class GuardedStream(io.TextIOWrapper):
-    """stdout or stderr, whoever writes to it (a library's log and a traceback too): no key gets through.
+    """stdout or stderr that replaces secrets in everything written, also in library logs and tracebacks.
 
-    What the terminal's or the pipe's encoding lacks becomes a question mark: a script whose work is done must not
-    end at a character that cannot be shown.
+    A character that the terminal's or pipe's encoding lacks becomes a question mark. A script must not fail after its
+    work is done, only because a character cannot be shown.
     """
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
@@ -147,35 +150,39 @@ class GuardedStream(io.TextIOWrapper):
         )
 
     def write(self, text: str) -> int:
+        """Write text without secrets. Returns the length of `text` in characters, as the caller expects."""
         super().write(secrets.redact(text))
         return len(text)
 
 
 def guard_streams() -> None:
-    """Let all that this process prints pass through `GuardedStream`; what it reads never ends it either."""
+    """Send everything this process prints through `GuardedStream`; undecodable input does not end the script either."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):  # None without a terminal on Windows; a notebook has its own
+        if isinstance(stream, io.TextIOWrapper):  # otherwise no terminal (Windows), or a notebook's own stream
             setattr(sys, name, GuardedStream(stream))
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
-    """Run a script's `main` and exit: user errors become one line each and their exit code.
+    """Run a script's `main` and exit with its code. Does not return.
 
-    With `--debug` every error keeps its traceback. An unforeseen error is one line too (its type and
-    message), with exit code 1, and says how to see the rest. No key of the environment, the command line or a login
-    is ever printed.
+    Each user error becomes one line. Any other error becomes one line too, with its type and message and exit code 1,
+    and says how to see the traceback. With `--debug` every error keeps its traceback. Secrets from the environment,
+    the command line or a login are never printed.
+
+    Args:
+        main: takes the command line (None for `sys.argv`) and returns the exit code.
     """
     secrets.protect_process(sys.argv)
     guard_streams()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     if "--debug" not in sys.argv:
-        for name in ("bitsandbytes", "huggingface_hub"):  # a missing kernel, every retry: the outcome is told below
+        for name in ("bitsandbytes", "huggingface_hub"):  # warnings about kernels and retries; failures show below
             logging.getLogger(name).setLevel(logging.ERROR)
-    # Read when torch loads its thread library: threads that wait shall sleep, not spin. On a machine that does
-    # something else too, spinning costs several times the work itself (docs/results.md).
+    # torch reads this when it loads its thread library: waiting threads sleep instead of spinning. On a machine with
+    # other work, spinning costs several times the work itself (docs/results.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     program = os.path.basename(sys.argv[0])  # noqa: PTH119 - pathlib costs import time and gives the same
     try:
@@ -198,7 +205,7 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
             file=sys.stderr,
         )
         code = 1
-    except Exception as error:  # the last line of defence: shown, and a failure
+    except Exception as error:  # last resort: show the error in one line and fail
         if "--debug" in sys.argv:
             raise
         first = str(error).strip().splitlines()

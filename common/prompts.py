@@ -1,9 +1,14 @@
-"""Every message the models see. Training, evaluation and serving import them from here and nowhere else.
+"""All prompts of planner and worker. Training, evaluation and serving take them only from here.
 
-Three styles for the worker: `instruct` gives instructions to a capable chat model; `worked` adds two solved word
-problems, which keep a smaller model's answers short; `few-shot` shows solved turns of the demo's kind of problem,
-which a very small model needs far more than instructions (measured: docs/results.md). No planner prompt
-contains an example subproblem: a small policy copies it verbatim and collapses onto it (docs/architecture.md).
+The worker has three styles:
+
+- `instruct`: instructions, for a capable chat model;
+- `worked`: instructions and two solved word problems, which keep a smaller model's answers short;
+- `few-shot`: solved turns of the demo's kind of problem. A very small model needs them far more than instructions
+  (measured in docs/results.md).
+
+No planner prompt contains an example of a subproblem. A small policy would copy it word for word and soon write
+nothing else (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -36,22 +41,38 @@ _ANSWER_FORMAT = 'End with a line of JSON that holds just the number: {"final_an
 
 
 def planner_messages(question: str, style: str = "full") -> list[Message]:
-    """The planner's prompt for one question."""
+    """The planner's prompt for one question.
+
+    Args:
+        question: the word problem.
+        style: `full` or `short` instructions.
+    """
     return [{"role": "system", "content": _PLANNER_SYSTEM[style]}, {"role": "user", "content": question}]
 
 
 def direct_messages(question: str, style: str = "instruct") -> list[Message]:
-    """The worker's prompt for a whole question, to be solved with the steps written out."""
+    """The worker's prompt for a whole question, which it solves step by step.
+
+    Args:
+        question: the word problem.
+        style: `instruct`, `worked` or `few-shot`; see the module.
+    """
     if style == "few-shot":
         return [*_DIRECT_TURNS, {"role": "user", "content": question}]
     return [*_opening(_WORKED_DIRECT, style), {"role": "user", "content": _asked_directly(question)}]
 
 
 def subproblem_messages(subproblem: str, question: str, style: str = "instruct") -> list[Message]:
-    """The worker's prompt for one subproblem of a question."""
+    """The worker's prompt for one subproblem.
+
+    Args:
+        subproblem: the subproblem, as the planner wrote it.
+        question: the word problem it belongs to, as context.
+        style: `instruct`, `worked` or `few-shot`; see the module.
+    """
     if style == "few-shot":
-        # Without the question: it gains a small model nothing (91 against 92 % of sums right), and a subproblem
-        # that many questions share is answered once.
+        # The question is left out: it does not help a small model (91 % of sums correct with it, 92 % without), and
+        # without it a subproblem that many questions share is answered only once.
         return [*_SUBPROBLEM_TURNS, {"role": "user", "content": subproblem}]
     return [*_opening(_WORKED_PART, style), {"role": "user", "content": _asked_for_part(subproblem, question)}]
 
@@ -59,7 +80,14 @@ def subproblem_messages(subproblem: str, question: str, style: str = "instruct")
 def combine_messages(
     question: str, subproblems: Sequence[str], solutions: Sequence[str], style: str = "instruct"
 ) -> list[Message]:
-    """The worker's prompt that turns the subproblems' solutions into the final answer."""
+    """The worker's prompt that combines the solutions of the subproblems into the final answer.
+
+    Args:
+        question: the word problem.
+        subproblems: k subproblems.
+        solutions: the worker's answers to them (k).
+        style: `instruct`, `worked` or `few-shot`; see the module.
+    """
     if style == "few-shot":
         return [*_COMBINE_TURNS, {"role": "user", "content": _known(question, solutions)}]
     asked = _asked_to_combine(question, subproblems, solutions)
@@ -67,7 +95,12 @@ def combine_messages(
 
 
 def sample_requests(planner_style: str, worker_style: str | None) -> list[list[Message]]:
-    """A prompt of each kind that a run makes, to try them out; without a worker's where there is no style for it."""
+    """One prompt of each kind that a run uses, for checks such as `check_shown`.
+
+    Args:
+        planner_style: see `planner_messages`.
+        worker_style: see the module; None leaves out the worker's prompts.
+    """
     question, part = "A shelf holds 4 boxes of 6 pens each. Ada takes 5 pens. How many are left?", "What is 4 * 6?"
     found = [planner_messages(question, planner_style)]
     if worker_style is not None:
@@ -80,7 +113,7 @@ def sample_requests(planner_style: str, worker_style: str | None) -> list[list[M
 
 
 def _opening(worked: Sequence[Message], style: str) -> Sequence[Message]:
-    """What stands before the request: instructions, and for `worked` solved turns too."""
+    """The messages before the request: the system message, and for `worked` also solved turns."""
     return worked if style == "worked" else worked[:1]
 
 
@@ -107,17 +140,17 @@ def _asked_to_combine(question: str, subproblems: Sequence[str], solutions: Sequ
 
 
 def _known(question: str, solutions: Sequence[str]) -> str:
-    """What the few-shot worker is asked to combine: bare results, and the sentence that asks.
+    """The request to combine in the few-shot style: only the results, and the question's last sentence.
 
-    Derivations and the numbers of the whole question distract a small model: of six people's problems split into
-    pairs it combined 31 % rightly with the question before the results, and 73 % without it (n = 64).
+    The working and the numbers of the whole question distract a small model. On problems of six people, split into
+    pairs, it combined 31 % correctly with the question before the results, and 73 % without it (n = 64).
     """
     results = [solution.split("\n", 1)[0].rpartition("=")[2].strip() for solution in solutions]
     return f"Known results: {' and '.join(results)}. {question.rpartition('. ')[2]}"
 
 
 def _turns(system: str, *pairs: tuple[str, str]) -> list[Message]:
-    """A system message and solved turns: alternating user and assistant messages."""
+    """A system message and solved turns: user and assistant messages in alternation."""
     return [{"role": "system", "content": system}] + [
         message
         for asked, answered in pairs
@@ -126,7 +159,7 @@ def _turns(system: str, *pairs: tuple[str, str]) -> list[Message]:
 
 
 def _steps(amounts: Sequence[int]) -> str:
-    """A sum worked out term by term."""
+    """A sum, computed term by term in words."""
     total = amounts[0]
     lines: list[str] = []
     for amount in amounts[1:]:
@@ -140,11 +173,11 @@ def _pair_sums(amounts: Sequence[int]) -> list[int]:
 
 
 def _answer(*steps: str, number: int) -> str:
-    """Steps, a line each, and the line of JSON that the worker is asked for."""
+    """One step per line, and then the line of JSON that the worker is asked for."""
     return "\n".join([*steps, json.dumps({"final_answer": number})])
 
 
-# Two problems, the steps that solve each, and which of the steps answer a part of it.
+# Two problems, the steps of their solutions, and subproblems that some of the steps answer.
 _BAKER = (
     "A baker fills 6 trays with 12 rolls each. He sells 44 rolls in the morning and half of the rest in the afternoon. "
     "How many rolls are left?"
@@ -182,8 +215,8 @@ _WORKED_COMBINE = _turns(
     (_asked_to_combine(_BIKE, *zip(_SAVED, _PRICE, strict=True)), _answer(*_BIKE_STEPS[3:], number=60)),
 )
 
-# The few-shot problems are of the kind the demo uses, with other names and things. How many turns, and how the
-# steps are worded, was chosen by measurement, for direct solving above all: a weak baseline proves nothing.
+# The few-shot problems are like those of the demo, with other names and things. The number of turns and the wording of
+# the steps were chosen by measurement, above all for direct solving: a weak baseline would prove nothing.
 _SHOTS = (
     Shares(("Rob", "Zoe", "Nia", "Max", "Tom", "Una"), (2, 2, 5, 1, 4, 3), "stickers"),
     Shares(("Zoe", "Val", "Tom", "Una", "Pam", "Kim"), (1, 5, 4, 2, 3, 1), "keys"),
@@ -209,7 +242,7 @@ _COMBINE_TURNS = _turns(
     ),
 )
 
-# For base models whose tokenizer brings no chat template: roles as plain headings.
+# For base models whose tokenizer has no chat template: the roles become headings.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}\n"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
@@ -218,7 +251,10 @@ PLAIN_CHAT_TEMPLATE = (
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
-    """The same prompt without a system message, for chat templates that refuse or drop one (Gemma's, say)."""
+    """The same prompt, with the system message put into the first user message, for chat templates without that role.
+
+    Such templates refuse a system message (Gemma) or leave it out.
+    """
     if not messages or messages[0]["role"] != "system":
         return list(messages)
     system, first, *rest = messages
@@ -226,7 +262,7 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def accepts_system(tokenizer: Any) -> bool:
-    """Whether the tokenizer's chat template shows a system message to the model: some refuse it, some drop it."""
+    """Whether the tokenizer's chat template shows a system message to the model. Some templates refuse or drop it."""
     from jinja2 import TemplateError
 
     probe = [{"role": "system", "content": "alpha"}, {"role": "user", "content": "omega"}]
@@ -238,7 +274,11 @@ def accepts_system(tokenizer: Any) -> bool:
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """A prompt as the text the model reads, ending where its answer begins."""
+    """The text of a prompt as the model reads it, up to the point where the completion begins.
+
+    Raises:
+        TypeError: if the chat template does not return text.
+    """
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     if not isinstance(text, str):
         raise TypeError(f"the chat template gave {type(text).__name__}, not text: {json.dumps(messages)[:80]}")
@@ -246,19 +286,23 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> str:
 
 
 def render_all(tokenizer: Any, requests: Sequence[Sequence[Message]]) -> list[str]:
-    """Prompts as text, the system message folded where the chat template has no place for it."""
+    """The texts of prompts; the system message is folded into the next one if the chat template does not show it."""
     fold = not accepts_system(tokenizer)
     return [render(tokenizer, fold_system(messages) if fold else messages) for messages in requests]
 
 
 def check_shown(tokenizer: Any, requests: Sequence[Sequence[Message]]) -> None:
-    """Stop where the chat template does not show the model all of a prompt.
+    """Check that the chat template shows every message of these prompts to the model.
 
-    A template that knows other roles than ours leaves messages out without a word, and the model would answer
-    something nobody asked. Words are looked for, not whole texts: templates may trim or escape them.
+    A template that knows other roles may leave messages out without an error, and the model would answer an
+    incomplete prompt. The check looks for single words, because templates may trim or escape texts.
+
+    Args:
+        tokenizer: with its chat template.
+        requests: prompts, each a list of messages.
 
     Raises:
-        UserError: with the first text that is missing.
+        UserError: if the template refuses a prompt or leaves text out; the message shows that text.
     """
     from jinja2 import TemplateError
 
@@ -280,16 +324,20 @@ def check_shown(tokenizer: Any, requests: Sequence[Sequence[Message]]) -> None:
 
 
 def fix_date(tokenizer: Any, day: date) -> bool:
-    """Write a date into a chat template that would ask for today's, so that a prompt is the same on every day.
+    """Write a fixed date into a chat template that asks for today's, so that prompts are the same on every day.
 
-    The template is saved with the adapter, so that a merged model, and a server that is given the file, show the
-    date of the training run too.
+    The template is saved with the adapter. So a merged model, or a server that is given the file, shows the date of
+    the training run too.
+
+    Args:
+        tokenizer: its chat template is changed.
+        day: the date to show.
 
     Returns:
-        whether the template has a date at all.
+        Whether the template has a date at all.
 
     Raises:
-        UserError: for a template that still shows today's.
+        UserError: if the template still shows today's date.
     """
     midnight = datetime.combine(day, time())
 

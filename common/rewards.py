@@ -1,4 +1,8 @@
-"""The reward of a plan, and the callable that TRL's `GRPOTrainer` asks for it."""
+"""The reward of a plan, and the reward function that TRL's `GRPOTrainer` calls.
+
+The rewards of a group's G completions become its advantages: in GRPO (arXiv:2402.03300) the reward minus the group's
+mean, divided by its standard deviation (or as `--scale-rewards` says). TRL computes the advantages.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,16 @@ FAILED_BATCHES_BEFORE_STOP = 3
 
 @dataclass(frozen=True, slots=True)
 class RewardWeights:
-    """Weights of the documented formula and its two extras, which are off by default."""
+    """Weights of the documented reward formula, and of its two extras, which are off by default.
+
+    Attributes:
+        correctness: of a correct answer.
+        token: of token efficiency.
+        independence: of the independence of the subproblems.
+        max_tokens: number of tokens at which token efficiency is 0.
+        format: of the format credit for an invalid plan that is nearly valid JSON; 0 turns it off.
+        gate_on_correct: whether a wrong answer earns 0, whatever its efficiency and independence.
+    """
 
     correctness: float = TrainingArgs.correctness_weight
     token: float = TrainingArgs.token_weight
@@ -33,7 +46,7 @@ class RewardWeights:
 
     @classmethod
     def from_settings(cls, args: TrainingArgs) -> RewardWeights:
-        """The weights that the settings of a run name."""
+        """The weights in the settings of a run."""
         return cls(
             correctness=args.correctness_weight,
             token=args.token_weight,
@@ -45,23 +58,25 @@ class RewardWeights:
 
 
 def token_efficiency(tokens: int | None, max_tokens: int) -> float | None:
-    """1 − tokens / max_tokens, clamped to [0, 1]; None for tokens that nobody counted."""
+    """1 − tokens / max_tokens, clamped to [0, 1]; None if the number of tokens is unknown."""
     return None if tokens is None else min(1.0, max(0.0, 1 - tokens / max_tokens))
 
 
 def reward_of(result: PipelineResult, weights: RewardWeights) -> float | None:
-    """The reward of one result.
+    """The reward of one result, by the formula of this project (docs/training.md).
 
     reward = correctness × correct + token × (1 − tokens / max_tokens) + independence × independence_score
 
+    Here `correct` is 0 or 1, and `tokens` counts the planner's completion and all worker answers.
+
     Returns:
-        None where the worker failed or its tokens are unknown (TRL masks the sample); 0 for an invalid plan, plus
-        the format credit where that is switched on; with the gate, 0 for a wrong answer.
+        None if the worker failed or the number of tokens is unknown; TRL then masks the sample. 0 for an invalid plan,
+        plus the format credit if that is on. 0 for a wrong answer if `gate_on_correct` is set.
     """
     if result.error is not None:
         return None
     if result.plan is None:
-        # Cut off or over a limit, it is no valid plan, so it must not earn the credit of one: finished=False.
+        # finished=False: a completion that is valid JSON, but cut off or beyond a limit, must not earn the full credit.
         return weights.format * near_plan_credit(result.item.planner_output, finished=False) if weights.format else 0.0
     efficiency = token_efficiency(result.total_tokens, weights.max_tokens)
     if efficiency is None:
@@ -104,7 +119,7 @@ class PipelineRewardFunction:
         self._eos_ids = eos_ids
         self._sink = sink
         self._failed_batches = 0
-        # Of the batch's completions, why there is none, where they come from a server; set by whoever asks it.
+        # Returns for each completion of the batch why a server gave none, or None. Set by the code that asks servers.
         self.rollout_errors: Callable[[], Sequence[str | None]] = tuple
 
     def __call__(
@@ -152,14 +167,14 @@ class PipelineRewardFunction:
             log_extra("independence", [result.independence for result in results])
             log_extra("worker_tokens", [result.worker_tokens for result in results])
         if self._sink is not None:
-            step = getattr(trainer_state, "global_step", 0) + 1  # the step these completions train
+            step = getattr(trainer_state, "global_step", 0) + 1  # the step that these completions train
             self._sink(
                 [sample_record(step, r, value, self._weights) for r, value in zip(results, rewards, strict=True)]
             )
         return rewards
 
     def _stop_if_nothing_works(self, results: Sequence[PipelineResult]) -> None:
-        # Invalid plans never reach the worker, and neither does a completion that a server failed to give.
+        # Invalid plans do not reach the worker, and completions that a server did not give have no plan.
         failed = [result for result in results if result.error is not None and result.plan is not None]
         if failed:
             logger.warning("%d of %d samples masked, the worker failed: %s", len(failed), len(results), failed[0].error)
@@ -204,7 +219,7 @@ def batch_metrics(results: Sequence[PipelineResult], weights: RewardWeights) -> 
 def _gaming_metrics(
     split: Sequence[PipelineResult],
 ) -> dict[str, float | None]:
-    """Signs of plans that earn reward without planning (docs/training.md)."""
+    """Signs of plans that earn reward without planning (docs/training.md); each a share in [0, 1] or a mean."""
     plans: dict[str, set[Any]] = {}
     parts: dict[str, set[Any]] = {}
     for result in split:
@@ -221,9 +236,9 @@ def _gaming_metrics(
 
 
 def _distinct_share(by_question: dict[str, set[Any]]) -> float | None:
-    """Share of entries that no other question has: 1 for tailored plans, 0 for one template for all.
+    """Share of entries that occur for one question only: 1 if all plans are tailored, 0 if all follow one template.
 
-    None with fewer than two questions, where nothing can be compared.
+    None with fewer than two questions, because nothing can be compared.
     """
     if len(by_question) < 2:
         return None
@@ -232,7 +247,7 @@ def _distinct_share(by_question: dict[str, set[Any]]) -> float | None:
 
 
 def _repeats_question(result: PipelineResult) -> bool:
-    """Whether a subproblem is the whole question, but for case, spaces and punctuation."""
+    """Whether a subproblem contains the whole question, ignoring case, spaces and punctuation."""
     assert result.plan is not None
     question = _letters(result.item.question)
     return any(question in _letters(part) for part in result.plan.subproblems)
@@ -243,7 +258,7 @@ def _letters(text: str) -> str:
 
 
 def _contains_answer(result: PipelineResult) -> bool:
-    """Whether the gold answer stands in the plan as a number that the question does not contain."""
+    """Whether the plan contains the gold answer as a number, and the question does not."""
     assert result.plan is not None
     gold = result.item.gold
     written = "\n".join([*result.plan.subproblems, result.plan.plan])
@@ -251,7 +266,14 @@ def _contains_answer(result: PipelineResult) -> bool:
 
 
 def sample_record(step: int, result: PipelineResult, reward: float | None, weights: RewardWeights) -> dict[str, Any]:
-    """One line of `samples.jsonl`: everything needed to understand one reward."""
+    """One line of `samples.jsonl`: everything that explains one reward.
+
+    Args:
+        step: the optimiser step that the completion trains.
+        result: of the pipeline.
+        reward: of `reward_of`.
+        weights: of the formula.
+    """
     plan = result.plan
     return {
         "step": step,
@@ -280,7 +302,7 @@ def sample_record(step: int, result: PipelineResult, reward: float | None, weigh
 
 
 def _text(completion: Any) -> str:
-    """The text of a completion: plain, or the last message of a conversation."""
+    """The text of a completion, which is a string or a conversation whose last message counts."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 

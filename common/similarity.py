@@ -1,4 +1,7 @@
-"""Independence of subproblems: how little their sentence embeddings point the same way."""
+"""Independence of subproblems: 1 minus the mean cosine similarity of their sentence embeddings.
+
+The embeddings come from sentence-transformers (Sentence-BERT, arXiv:1908.10084).
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,16 @@ if TYPE_CHECKING:
 
 Encoder = Callable[[list[str]], "np.ndarray"]  # n texts → (n, d) vectors
 
-NEUTRAL_INDEPENDENCE = 0.5  # for a plan that has no pair of subproblems to compare
+NEUTRAL_INDEPENDENCE = 0.5  # for a plan with fewer than two subproblems: there is nothing to compare
 
 
 class SentenceEncoder:
-    """all-MiniLM (or another sentence-transformers model), loaded on first use, on the CPU.
+    """all-MiniLM or another sentence-transformers model, loaded at its first use.
 
-    On the CPU because it is tiny next to a language model whose memory it must not take.
+    It runs on the CPU: it is small, and a GPU's memory is needed for the language model.
+
+    Args:
+        model: Hub id or folder of the sentence-transformers model.
     """
 
     def __init__(self, model: str) -> None:
@@ -26,10 +32,10 @@ class SentenceEncoder:
         self._model: Any = None
 
     def load(self) -> None:
-        """Load the model now, so that a missing one is noticed before a long run.
+        """Load the model now, so that a missing model is noticed before a long run.
 
         Raises:
-            UserError: when it can be found neither on disk nor on the Hub.
+            UserError: if it is found neither on disk nor on the Hub.
         """
         if self._model is None:
             from common.models import load_sentence_encoder
@@ -37,15 +43,20 @@ class SentenceEncoder:
             self._model = load_sentence_encoder(self._name)
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """Vectors of shape (n, d) for n texts."""
+        """Encode n texts; returns vectors (n, d)."""
         self.load()
-        # Small batches of texts of similar length: 31 subproblems and questions take 0.35 s, in one batch 1.02 s, most
-        # of it padding (docs/performance.md).
+        # Small batches of texts of similar length save padding: 31 subproblems and questions take 0.35 s instead of
+        # 1.02 s in one batch (docs/performance.md).
         return self._model.encode(texts, batch_size=8, show_progress_bar=False, convert_to_numpy=True)
 
 
 class Embeddings:
-    """Unit vectors of texts, each distinct text encoded once, the most recent ones remembered."""
+    """Unit vectors of texts. Each distinct text is encoded once; the most recently used vectors are kept.
+
+    Args:
+        encoder: turns n texts into vectors (n, d).
+        cache_size: number of vectors that are kept.
+    """
 
     def __init__(self, encoder: Encoder, cache_size: int = 20000) -> None:
         self._encoder = encoder
@@ -54,12 +65,12 @@ class Embeddings:
         self._seconds = 0.0
 
     def take_seconds(self) -> float:
-        """Seconds spent encoding since the last call."""
+        """Seconds spent in the encoder since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def vectors(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """A unit vector (d,) for each distinct text; the zero vector stays zero."""
+        """The unit vector (d,) of each distinct text; a zero vector stays zero."""
         import numpy as np
 
         distinct = dict.fromkeys(texts)
@@ -81,10 +92,15 @@ class Embeddings:
 
 
 def independence_score(subproblems: Sequence[str], vectors: dict[str, np.ndarray]) -> float:
-    """1 − mean pairwise cosine, clamped to [0, 1]; neutral for fewer than two subproblems.
+    """1 − mean pairwise cosine similarity of the subproblems, clamped to [0, 1].
 
-    The mean over the k(k−1)/2 pairs of unit vectors v follows from their sum:
+    0 means that all subproblems say the same, 1 that they have nothing in common. Fewer than two subproblems give
+    `NEUTRAL_INDEPENDENCE`. For k unit vectors v, the mean over their k(k−1)/2 pairs follows from their sum:
     (|Σ v|² − Σ |v|²) / (k(k−1)).
+
+    Args:
+        subproblems: k texts.
+        vectors: unit vector (d,) of each of them, from `Embeddings.vectors`.
     """
     import numpy as np
 
@@ -98,7 +114,13 @@ def independence_score(subproblems: Sequence[str], vectors: dict[str, np.ndarray
 
 
 def relevance(subproblems: Sequence[str], question: str, vectors: dict[str, np.ndarray]) -> float:
-    """Mean cosine of the subproblems with the question; 0 without subproblems."""
+    """Mean cosine similarity of the subproblems with the question, in [−1, 1]; 0 without subproblems.
+
+    Args:
+        subproblems: texts.
+        question: the text they are compared with.
+        vectors: unit vector (d,) of each text, from `Embeddings.vectors`.
+    """
     if not subproblems:
         return 0.0
     return float(sum(vectors[text] @ vectors[question] for text in subproblems) / len(subproblems))

@@ -1,4 +1,4 @@
-"""Real models for the tests: the packaged SmolLM2-135M, and a tiny Llama taught in seconds to write plans."""
+"""Fixtures with real models: the packaged SmolLM2-135M, and a tiny Llama that learns within seconds to write plans."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """A port of this machine on which no program listens."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         return unused.getsockname()[1]
 
 
 def run_script(script: str, *flags: str, timeout: float = 600, env: dict[str, str] | None = None):
-    """Run an entry script as a user would; returns the completed process with text output."""
+    """Run an entry script as a user would. Returns the completed process with its output as text."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), *flags],
         capture_output=True,
@@ -69,7 +69,7 @@ def run_script(script: str, *flags: str, timeout: float = 600, env: dict[str, st
 
 
 def needs_bf16() -> None:
-    """Skip the test on a processor that does not multiply bf16 itself."""
+    """Skip the test on a processor without bf16 instructions."""
     from common.models import multiplies_bf16
 
     if not multiplies_bf16():
@@ -78,7 +78,7 @@ def needs_bf16() -> None:
 
 @pytest.fixture
 def server() -> Iterator[MisbehavingServer]:
-    """A server on real HTTP whose answers, faults and delays a test chooses."""
+    """A real HTTP server; the test chooses its answers, faults and delays."""
     running = MisbehavingServer()
     yield running
     running.close()
@@ -86,7 +86,7 @@ def server() -> Iterator[MisbehavingServer]:
 
 @pytest.fixture
 def two() -> Iterator[list[LoraServer]]:
-    """Two servers that take adapters."""
+    """Two servers that accept adapters."""
     running = [LoraServer(), LoraServer()]
     yield running
     for each in running:
@@ -94,14 +94,14 @@ def two() -> Iterator[list[LoraServer]]:
 
 
 def ask(server: MisbehavingServer, *flags: str) -> int:
-    """Run the script in this process; retries pause for next to nothing with none."""
+    """Run the inference script in this process without retries. Returns its exit code."""
     default = () if {"--question", "--input", "--benchmark"} & set(flags) else ("--question", "How many?")
     retries = () if "--retries" in flags else ("--retries", "0")
     return inference_vllm.main(["--base-url", server.url, *retries, *default, *flags])
 
 
 def failure(server: MisbehavingServer, *flags: str) -> tuple[int, str]:
-    """(exit code, its one line) of a run that cannot go on."""
+    """(exit code, the one line on stderr) of a run that cannot go on."""
     with pytest.raises(UserError) as caught:
         ask(server, *flags)
     assert "\n" not in str(caught.value)
@@ -109,7 +109,7 @@ def failure(server: MisbehavingServer, *flags: str) -> tuple[int, str]:
 
 
 def flags(args) -> list[str]:
-    """The command line of some settings."""
+    """The command line for a settings object."""
     from common.settings.fields import flag_of
     from common.settings.grpo import TrainingArgs
 
@@ -135,7 +135,7 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def questions_file(tmp_path_factory) -> Path:
-    """A data set file in GSM8K's schema."""
+    """A data set file with GSM8K's columns."""
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     rows = [{"question": q, "answer": f"#### {sum(map(int, q[8:-1].split(' + ')))}"} for q in QUESTIONS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -144,9 +144,9 @@ def questions_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_planner(tmp_path_factory) -> str:
-    """Folder of a two-layer Llama that writes a few kinds of valid plans (and some invalid ones) when sampled.
+    """Folder of a two-layer Llama that writes a few kinds of valid plans, and some invalid ones, when sampled.
 
-    Its base weights are trained, so that GRPO on it has rewards that differ within a group, in seconds.
+    Its base weights are trained on such plans, so that rewards differ within a group after a few seconds.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -191,7 +191,7 @@ def tiny_planner(tmp_path_factory) -> str:
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(80):
         hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-        logits = model.lm_head(hidden[gold[:, 1:] != -100])  # the vocabulary is most of this model's work
+        logits = model.lm_head(hidden[gold[:, 1:] != -100])  # the head is most of this model's work, so skip the rest
         loss = torch.nn.functional.cross_entropy(logits, gold[:, 1:][gold[:, 1:] != -100])
         loss.backward()
         optimiser.step()
@@ -207,7 +207,7 @@ def tiny_planner(tmp_path_factory) -> str:
 
 @pytest.fixture
 def tiny_args(tiny_planner, questions_file, tmp_path):
-    """Settings of a GRPO run of seconds on the tiny planner."""
+    """Settings of a GRPO run on the tiny planner that takes seconds."""
     from common.settings.grpo import TrainingArgs
 
     return TrainingArgs(
@@ -233,7 +233,7 @@ def tiny_args(tiny_planner, questions_file, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished_run(tiny_planner, questions_file, tmp_path_factory):
-    """One run of four steps through the command line, with a checkpoint after two."""
+    """The folder of a run of four steps through the command line, with a checkpoint after two."""
     from common.settings.grpo import TrainingArgs
 
     args = TrainingArgs(

@@ -1,7 +1,8 @@
-"""The part of the Hub's HTTP interface that huggingface_hub uses to push a model, on 127.0.0.1, with faults on demand.
+"""The part of the Hub's HTTP interface that huggingface_hub uses to push a model, on 127.0.0.1, with faults on request.
 
-Large files travel the way of the Git LFS batch interface (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md)
-with HF_HUB_DISABLE_XET=1, else that of Xet, whose store is a local folder then; small ones in the commit, as base64.
+With HF_HUB_DISABLE_XET=1, large files use the Git LFS batch interface
+(https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md). Otherwise they use Xet, whose store is a local folder
+here. Small files are part of the commit, as base64.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ LFS_THRESHOLD = 1_000_000
 
 @dataclass
 class Fault:
-    """What happens to requests whose method and path match, so many times.
+    """What happens to the next requests whose method and path match.
 
-    `action` is a status to answer with, "echo STATUS" (likewise, and the token is repeated in every way), "cut" (the
-    connection breaks after half of the body) or "lost" (the request is carried out, its answer never comes). An empty
-    method matches every one.
+    Attributes:
+        method: HTTP method; "" matches every one.
+        part: text that the path contains.
+        action: an HTTP status to answer with; "echo STATUS" (the same, and the answer repeats the token in several
+            encodings); "cut" (the connection breaks after half of the body); "lost" (the request is carried out, but
+            no answer is sent).
+        times: number of requests.
     """
 
     method: str
@@ -40,14 +45,16 @@ class Fault:
 
 @dataclass
 class Repo:
+    """A model repo on the server."""
+
     private: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
-    in_xet: dict[str, str] = field(default_factory=dict)  # path → SHA-256 of a file that went into the Xet store
+    in_xet: dict[str, str] = field(default_factory=dict)  # path → SHA-256 of a file in the Xet store
     commits: int = 0
 
 
 class HubServer(ThreadingHTTPServer):
-    """Use as a context manager; `url` goes into HF_ENDPOINT."""
+    """The server. Use it as a context manager; its `url` is the value for HF_ENDPOINT."""
 
     daemon_threads = True
 
@@ -57,16 +64,16 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.xet_store: Path | None = None
-        self.forbidden: set[str] = set()  # repos that the token may not write to
+        self.forbidden: set[str] = set()  # repos to which the token may not write
         self.faults: list[Fault] = []
-        self.card_errors: list[str] = []  # what it says about every card
+        self.card_errors: list[str] = []  # errors reported for every model card
         self.log: list[tuple[str, str]] = []
-        self.authorised: set[str] = set()  # the Authorization headers that came
-        self.uploaded = 0  # bytes of large files received, broken attempts included
+        self.authorised: set[str] = set()  # Authorization headers received
+        self.uploaded = 0  # bytes of large files received, interrupted attempts included
         self.lock = threading.Lock()
 
     def handle_error(self, request, client_address) -> None:
-        """Broken connections are what is tested here: no tracebacks for them."""
+        """Print no traceback: broken connections are part of these tests."""
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -78,6 +85,8 @@ class HubServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Answers one connection of the server."""
+
     protocol_version = "HTTP/1.1"
     server: HubServer
 
@@ -85,6 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        """Handle a GET request, and through aliases every other method."""
         self.handle_request()
 
     do_POST = do_PUT = do_HEAD = do_GET
@@ -92,6 +102,7 @@ class Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------------- plumbing
 
     def handle_request(self) -> None:
+        """Answer one request, with the fault that applies to it."""
         path = self.path.split("?")[0]
         self.server.log.append((self.command, path))
         if "Authorization" in self.headers:
@@ -110,12 +121,13 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(int(fault.action.split()[1]), {"error": echoed(self)}, told=echoed(self))
             return
         status, value = self.route(path, body)
-        if fault is not None:  # lost
+        if fault is not None:  # "lost": carried out, but not answered
             self.hang_up()
             return
         self.answer(status, value)
 
     def take_fault(self, path: str) -> Fault | None:
+        """The fault that applies to this request, counted as used; None without one."""
         with self.server.lock:
             for fault in self.server.faults:
                 if fault.times and fault.method in ("", self.command) and fault.part in path:
@@ -124,10 +136,12 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def hang_up(self) -> None:
+        """Close the connection without an answer."""
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def read_body(self) -> bytes:
+        """Read the body of the request, also a chunked one."""
         if self.headers.get("Transfer-Encoding") == "chunked":
             parts = []
             while size := int(self.rfile.readline().split(b";")[0], 16):
@@ -138,6 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def answer(self, status: int, value: object, told: str | None = None) -> None:
+        """Send JSON; `told` goes into the header for error messages."""
         body = json.dumps(value).encode()
         self.send_response(status)
         if told is not None:
@@ -153,8 +168,9 @@ class Handler(BaseHTTPRequestHandler):
     # --------------------------------------------------------------------------------------------- the Hub
 
     def route(self, path: str, body: bytes) -> tuple[int, object]:
+        """Status and JSON of the reply to a request."""
         hub = self.server
-        if path.startswith("/lfs/object/"):  # a signed address: no token
+        if path.startswith("/lfs/object/"):  # a signed address, which needs no token
             oid = path.rsplit("/", 1)[1]
             hub.uploaded += len(body)
             if hashlib.sha256(body).hexdigest() != oid:
@@ -194,8 +210,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.model(f"{owner}/{name}", rest, body, role)
 
     def lfs_action(self, entry: dict) -> dict:
+        """Where to upload one file, as the Git LFS batch interface answers."""
         if entry["oid"] in self.server.objects:
-            return entry  # known already: nothing to do
+            return entry  # the Hub has this file: nothing to upload
         upload = {"href": f"{self.server.url}/lfs/object/{entry['oid']}", "header": {}}
         return {
             **entry,
@@ -203,6 +220,7 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def model(self, name: str, rest: list[str], body: bytes, role: str) -> tuple[int, object]:
+        """Status and JSON of the reply to a request about one repo."""
         repo = self.server.repos.get(name)
         if repo is None:
             return 404, {"error": "Repository not found"}
@@ -234,6 +252,7 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def upload_mode(self, repo: Repo, entry: dict) -> dict:
+        """Whether a file is sent through LFS or in the commit, and whether the Hub has it."""
         large = entry["size"] > LFS_THRESHOLD or entry["path"].endswith(".safetensors")
         there = repo.files.get(entry["path"])
         oid = None

@@ -1,4 +1,4 @@
-"""Merging in this process, and what it leaves on disk: for the tests of merge_and_push.py."""
+"""Helpers for the tests of merge_and_push.py: merge in this process, and read what is on disk afterwards."""
 
 from __future__ import annotations
 
@@ -17,33 +17,39 @@ REPO = ["--repo-name", "user/planner", "--no-push"]
 
 
 def merge(adapter, target, *flags: str) -> int:
-    """The script's own `main`, in this process: torch is imported here already."""
+    """Run the script's `main` in this process, where torch is already imported. Returns the exit code."""
     return merge_and_push.main(["--adapter-path", str(adapter), "--local-save-path", str(target), *REPO, *flags])
 
 
 def refused(adapter, target, *flags: str) -> UserError:
+    """The error with which the script refuses a merge."""
     with pytest.raises(UserError) as caught:
         merge(adapter, target, *flags)
     return caught.value
 
 
 def report_of(folder: Path) -> dict:
+    """The certificate in the folder of a merged model."""
     return json.loads((folder / "certification.json").read_text())
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a model folder by name."""
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
 def trained(base: str, target: Path, *, add: int = 0, save_embeddings: bool | str = "auto", **config) -> Path:
-    """An adapter on a base model as its training leaves it: every trainable weight has moved, tokenizer beside it.
+    """Make an adapter as training leaves it: every trainable weight has changed, and the tokenizer is with it.
 
     Args:
         base: folder of the base model.
-        target: where the adapter goes.
-        add: tokens that the training added.
+        target: folder of the adapter.
+        add: number of tokens that training added.
         save_embeddings: whether PEFT writes whole embeddings too.
-        config: of LoRA.
+        config: fields of LoraConfig.
+
+    Returns:
+        The folder.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -68,7 +74,7 @@ def trained(base: str, target: Path, *, add: int = 0, save_embeddings: bool | st
 
 
 def edited(adapter, target: Path, change=None, config=None) -> Path:
-    """A copy of an adapter with other tensors or another config."""
+    """Make a copy of an adapter with changed tensors or another config. Returns its folder."""
     shutil.copytree(adapter, target, ignore=shutil.ignore_patterns("checkpoint-*"))
     if change is not None:
         tensors = load_file(target / "adapter_model.safetensors")

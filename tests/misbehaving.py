@@ -1,4 +1,4 @@
-"""A small real HTTP server that speaks enough of OpenAI's API to be asked, and misbehaves as told."""
+"""A small real HTTP server with the parts of OpenAI's API that the client uses. It misbehaves as a test asks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PLAN = '{"should_decompose":true,"subproblems":["What is 2 + 3?","What is 4 + 1?
 
 
 class MisbehavingServer:
-    """Answers like a planner and a worker, until `fault(handler, request)` has answered in its own way (returned True).
+    """Answers like a planner and a worker, unless `fault(handler, request)` has answered itself and returns True.
 
-    `requests` holds the JSON body of every chat request, `headers` the headers of the latest one.
+    `requests` holds the JSON body of every chat request; `headers` holds the headers of the latest one.
     """
 
     def __init__(self) -> None:
@@ -70,10 +70,10 @@ class MisbehavingServer:
 
         class Listener(ThreadingHTTPServer):
             daemon_threads = True
-            request_queue_size = 128  # many clients at once are no fault
+            request_queue_size = 128  # so that many clients at once are not refused
 
             def handle_error(self, request, client_address):
-                """A client that hung up is no fault of the server's."""
+                """Print no traceback: a client that closes the connection is expected."""
 
         self._server = Listener(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
@@ -81,14 +81,16 @@ class MisbehavingServer:
 
     @property
     def asked(self) -> list[dict[str, Any]]:
-        """The chat requests, without those of the check at start whether instructions arrive."""
+        """The chat requests, without those of the check at start (do system messages reach the model?)."""
         return [request for request in self.requests if request["max_tokens"] > 1]
 
     def close(self) -> None:
+        """Stop the server."""
         self._server.shutdown()
         self._server.server_close()
 
     def completion(self, request: dict[str, Any], text: str | None = None) -> dict[str, Any]:
+        """A correct reply to a chat request; without `text` a plan, or an answer of the worker."""
         planner = request["model"] == "recursive_reasoner"
         text = text if text is not None else PLAN if planner else '{"final_answer": 5}'
         choice: dict[str, Any] = {
@@ -116,12 +118,12 @@ class MisbehavingServer:
 
 
 def asks(request: dict[str, Any], words: str) -> bool:
-    """Whether a chat request is about a question with these words."""
+    """Whether a chat request is about a question that contains these words."""
     return any(words in message["content"] for message in request.get("messages", []))
 
 
 def reshaped(server: MisbehavingServer, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
-    """Have every chat reply changed by `change(reply, its first choice)` before it is sent."""
+    """Change every chat reply by `change(reply, its first choice)` before it is sent."""
 
     def fault(handler: Any, request: dict[str, Any]) -> bool:
         if request:
@@ -134,7 +136,7 @@ def reshaped(server: MisbehavingServer, change: Callable[[dict[str, Any], dict[s
 
 
 def echoed(handler: Any) -> str:
-    """The key that a request came with, in all the ways in which a careless server or library repeats one."""
+    """The key of a request, in every encoding in which a server or library may repeat it."""
     sent = handler.headers.get("Authorization") or ""
     key = sent.removeprefix("Bearer ")
     raw = f"x:{key}".encode()
@@ -143,13 +145,13 @@ def echoed(handler: Any) -> str:
 
 
 def _dropped(handler: Any, data: bytes = b"") -> bool:
-    """Something that is no HTTP, then the end of the connection."""
+    """Send bytes that are not HTTP, then close the connection."""
     handler.wfile.write(data)
     handler.close_connection = True
     return True
 
 
-# What a server can do to a request, with the key in it where there is a place for it: name → fault.
+# Faults by name. Where a server could repeat the key, the fault does.
 FAULTS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
     **{
         f"status {status}": lambda handler, request, status=status: handler.error(status, echoed(handler))
@@ -176,7 +178,7 @@ FAULTS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
 
 
 def hang(seconds: float) -> Callable[[Any, dict[str, Any]], bool]:
-    """A fault: every chat request is kept waiting."""
+    """A fault that delays every chat request by this many seconds."""
 
     def fault(handler: Any, request: dict[str, Any]) -> bool:
         if request:
@@ -187,14 +189,17 @@ def hang(seconds: float) -> Callable[[Any, dict[str, Any]], bool]:
 
 
 class LoraServer(MisbehavingServer):
-    """Speaks vLLM's requests for adapters and for token ids; `refusal` is the reply to the next loads, None a broken connection."""
+    """Also answers vLLM's requests for adapters and token ids.
+
+    `refusal` is the reply to the next requests to load an adapter; None breaks the connection.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.loaded: dict[str, str] = {}
         self.refusal: tuple[int, dict] | bool | None = False
-        self.sampled: list[dict[str, Any]] = []  # for completions
-        self.too_long: list[list[int]] = []  # prompts that are refused
+        self.sampled: list[dict[str, Any]] = []  # requests for completions
+        self.too_long: list[list[int]] = []  # prompts that are refused as too long
         self.fault = self._adapters
 
     def _adapters(self, handler, request) -> bool:

@@ -1,4 +1,4 @@
-"""Keys to plant, and the search for what became of them: written apart from the code that hides them."""
+"""Keys to plant in tests, and a search for their traces. It shares no code with the module that hides keys."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 from urllib.parse import unquote
 
 PART = 8
-# In two pieces, so that nobody who searches the repository for keys takes them for real ones.
+# Split in two, so that a search of the repository for keys does not report them.
 OPENAI = "sk-" + "PLANTED-a9f8e7d6c5b4+/Zq42=="
 HUB = "hf_" + "PLANTEDkQ7wE3rT9yU1iO5pA2sD"
 WANDB = "local-b7c1d2e3f4a5968778695a4b3c2d1e0f9a8b7c6d"
 
 
 def found(key: str, text: str) -> set[str]:
-    """Parts of a key (8 characters and more) that a text shows, also escaped, quoted or encoded."""
+    """Parts of a key (8 characters or more) that a text shows; escaped, quoted and encoded forms count too."""
     parts = {key[start : start + PART] for start in range(len(key) - PART + 1)}
     readings = [text, unquote(text), html.unescape(text), text.replace("\\", ""), *_decoded(text)]
     return {part for part in parts if any(part in reading for reading in readings)}
 
 
 def _decoded(text: str) -> Iterator[str]:
-    """What stands in base64 or hexadecimal somewhere in a text."""
+    """Decoded forms of all base64 and hexadecimal in a text."""
     for word in re.findall(r"[A-Za-z0-9+/_-]{11,}", text):
         plain = word.translate(str.maketrans("-_", "+/"))
         for start in range(4):
@@ -40,13 +40,13 @@ def _decoded(text: str) -> Iterator[str]:
 
 
 def everything(folder: Path, *printed: str) -> str:
-    """What was printed and all files below a folder, as one text."""
+    """Everything printed, and all files below a folder, as one text."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    # A weight is no text, and any bytes are base64 of something.
+    # Weights and pictures are left out: any bytes look like base64 of something.
     texts = [path for path in files if path.suffix not in (".safetensors", ".png", ".pt", ".bin")]
     return "\n".join([*printed, *(path.read_bytes().decode("latin-1") for path in texts)])
 
 
 def answers(path: Path) -> list[dict]:
-    """The records of a JSONL file."""
+    """The records of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]

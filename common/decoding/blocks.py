@@ -1,4 +1,15 @@
-"""Keys and values of rows of tokens: what all begin with, what some begin with, and each row's own."""
+"""The KV cache of a batch of token rows, in three levels, so that shared tokens are stored only once.
+
+A row is one sequence: a prompt and its completion. Its tokens are cached in up to three places:
+
+- the prefix, which all rows of a block share (for example few-shot turns);
+- a head, which only a group of rows shares (for example one question). `Heads` means these leading tokens here; it
+  has nothing to do with attention heads;
+- the row's own tokens.
+
+Letters in shapes: R rows, N groups, M rows of the largest group, Hkv key-value heads of the model, T queries of a row,
+S cached tokens, D size of one attention head.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +17,33 @@ from collections.abc import Sequence
 
 import torch
 
-Part = tuple[torch.Tensor, torch.Tensor]  # keys and values in one layer, each (Hkv, S, D)
+Part = tuple[torch.Tensor, torch.Tensor]  # keys and values of one layer, each (Hkv, S, D)
 
 
 def tokens_in(parts: list[Part]) -> int:
-    """Tokens of cached keys and values."""
+    """Number of tokens in cached keys and values (a list with one part per layer); 0 for an empty list."""
     return parts[0][0].shape[1] if parts else 0
 
 
 class Heads:
-    """What groups of a block's rows begin with after the prefix, such as a question: its keys and values once.
+    """The heads of a block's rows: leading tokens that a group of rows shares, after the prefix. Each is stored once.
 
     Args:
-        layers: keys and values of N groups, each (N, Hkv, S, D), padded on the right.
-        lengths: tokens of each group's, 0 for a group that has none.
-        member: the group of each of R rows; every group has a row.
+        layers: per model layer, the keys and values of all N groups, each (N, Hkv, S, D), padded on the right.
+        lengths: number of tokens of each group's head (N); 0 for a group without one.
+        member: index of each row's group (R); every group has at least one row.
     """
 
     def __init__(self, layers: list[Part], lengths: Sequence[int], member: Sequence[int]) -> None:
         self._layers, self._of_groups, self._member = layers, lengths, member
-        self.lengths = [lengths[group] for group in member]  # of each row's
-        self._bias: torch.Tensor | None = None  # added to the scores, (N, 1, 1, S)
+        self.lengths = [lengths[group] for group in member]  # tokens of each row's head
+        self._bias: torch.Tensor | None = None  # added to the attention scores to hide padding, (N, 1, 1, S)
         like = layers[0][0]
         if min(lengths) < like.shape[2]:
             padding = (torch.arange(like.shape[2]) >= torch.tensor(lengths)[:, None])[:, None, None]
             self._bias = like.new_zeros(padding.shape).masked_fill(padding, torch.finfo(like.dtype).min)
-        # Groups of unlike size are filled up with any row of theirs: of each place its row, and of each row its place.
+        # One matrix product serves all groups, so each must have M rows: a smaller group repeats rows of its own.
+        # `_rows` gives the row for each of the N · M places, `_places` the place for each of the R rows.
         rows_of: list[list[int]] = [[] for _ in lengths]
         turns = []
         for row, group in enumerate(member):
@@ -43,7 +55,12 @@ class Heads:
 
     @classmethod
     def padded(cls, parts: Sequence[list[Part]], member: Sequence[int]) -> Heads:
-        """From each group's keys and values, a part a layer, or nothing; at least one has something."""
+        """Build from unpadded heads.
+
+        Args:
+            parts: for each of N groups, one part per layer, or an empty list. At least one is not empty.
+            member: index of each row's group (R).
+        """
         lengths = [tokens_in(part) for part in parts]
         layers = []
         for number, (key, _) in enumerate(next(part for part in parts if part)):
@@ -56,7 +73,7 @@ class Heads:
         return cls(layers, lengths, member)
 
     def select(self, rows: Sequence[int]) -> Heads | None:
-        """Those of these rows only; None where they have none."""
+        """The heads of these rows only, in their order; None if none of these rows has a head."""
         member = [self._member[row] for row in rows]
         used = sorted(set(member))
         lengths = [self._of_groups[group] for group in used]
@@ -69,36 +86,42 @@ class Heads:
         return Heads(layers, lengths, [used.index(group) for group in member])
 
     def scores(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """Scores of the rows' queries (R, Hkv, T, D): (R, Hkv, T, S)."""
+        """Attention scores of queries against the heads' keys: (R, Hkv, T, D) → (R, Hkv, T, S)."""
         found = self._by_group(query) @ self._layers[layer][0].transpose(2, 3)
         return self._by_row(found if self._bias is None else found.add_(self._bias))
 
     def mixed(self, layer: int, odds: torch.Tensor) -> torch.Tensor:
-        """Values weighted by the rows' odds (R, Hkv, T, S): (R, Hkv, T, D)."""
+        """Sum of the heads' values, weighted by attention probabilities: (R, Hkv, T, S) → (R, Hkv, T, D)."""
         return self._by_row(self._by_group(odds) @ self._layers[layer][1])
 
     def _by_group(self, states: torch.Tensor) -> torch.Tensor:
-        """(R, Hkv, T, X) → (N, Hkv, M · T, X) for groups of M rows."""
+        """(R, Hkv, T, X) → (N, Hkv, M · T, X): the rows of each group side by side."""
         _, heads, turns, size = states.shape
         found = states[self._rows].view(-1, self._most, heads, turns, size)
         return found.transpose(1, 2).reshape(-1, heads, self._most * turns, size)
 
     def _by_row(self, states: torch.Tensor) -> torch.Tensor:
-        """(N, Hkv, M · T, X) → (R, Hkv, T, X)."""
+        """(N, Hkv, M · T, X) → (R, Hkv, T, X): the reverse of `_by_group`."""
         groups, heads, _, size = states.shape
         found = states.view(groups, heads, self._most, -1, size).transpose(1, 2)
         return found.reshape(groups * self._most, heads, -1, size)[self._places]
 
 
 class Block:
-    """Rows that begin with one prefix: its keys and values once, and each row's own ones, from the left."""
+    """KV cache of R rows that begin with one prefix. The prefix is stored once, each row's own tokens from the left.
+
+    Args:
+        prefix: keys and values of the prefix, one part per layer; empty without a prefix.
+        before: what is already cached of each row after prefix and head: one part per layer, or an empty list.
+        room: tokens that each row's own cache can hold.
+        heads: heads that groups of these rows share, or None.
+    """
 
     def __init__(self, prefix: list[Part], before: Sequence[list[Part]], room: int, heads: Heads | None) -> None:
-        """`before`: what each row begins with after prefix and head, a part a layer, or nothing; `room`: in tokens."""
         self.prefix, self.room, self.heads = prefix, room, heads
         self.shared = tokens_in(prefix)
         self.lengths = [tokens_in(parts) for parts in before]
-        self.clean = max(self.lengths)  # columns up to here hold numbers in every row: memory may hold NaN before
+        self.clean = max(self.lengths)  # columns before this one are initialised in every row; later ones may be NaN
         self._layers: list[Part] = []  # each (R, Hkv, room, D)
         like = next((parts for parts in before if parts), [])
         for number, (key, _) in enumerate(like):
@@ -109,19 +132,24 @@ class Block:
                         store[row, :, :length] = parts[number][side]
 
     def layer(self, number: int, like: torch.Tensor) -> Part:
-        """Room for a layer's keys and values, each (R, Hkv, room, D), of the dtype of `like` (Hkv, …, D)."""
+        """Storage for the keys and values of layer `number`, each (R, Hkv, room, D); created at the first call.
+
+        Args:
+            number: index of the layer; layers are created in ascending order.
+            like: tensor (Hkv, …, D) that gives sizes, dtype and device.
+        """
         if number == len(self._layers):
             shape = (len(self.lengths), like.shape[0], self.room, like.shape[-1])
             self._layers.append((like.new_empty(shape), like.new_empty(shape)))
         return self._layers[number]
 
     def row(self, row: int) -> list[Part]:
-        """One row's own keys and values, a part a layer."""
+        """Cached keys and values of one row's own tokens, one part per layer. These are views, not copies."""
         length = self.lengths[row]
         return [(keys[row, :, :length], values[row, :, :length]) for keys, values in self._layers]
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows only."""
+        """Keep only these rows (indices, in the order given) and free the others."""
         if len(rows) < len(self.lengths):
             kept = torch.tensor(rows, dtype=torch.long)
             self._layers = [(keys[kept], values[kept]) for keys, values in self._layers]

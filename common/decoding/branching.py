@@ -1,10 +1,17 @@
-"""Reading and continuing many prompts at once on a CPU: nothing that they share is run twice, and nothing is padded.
+"""Prefill and decoding of many prompts at once on a CPU, without padding and without repeating shared tokens.
 
-The tokens of a pass stand in one line, prompt after prompt, so that the matrix products meet no padding; only
-attention tells the prompts apart (`_branched_attention`). What all prompts of a kind begin with, such as few-shot
-turns, is kept once, and attention reads it from there. What only some share, such as the question among its
-subproblems, is run once for those and copied. Every prompt's own keys and values are written in place instead of
-being concatenated anew for every token, and the newest can be forgotten again.
+The tokens of all prompts form one line, one prompt after the other, with batch size 1. So the matrix products of the
+model process no padding. Only attention separates the prompts; `_branched_attention` replaces the model's own.
+
+- The beginning that all prompts of a kind share (for example few-shot turns) is run once and stored once.
+- A beginning that only some prompts share (for example one question with its subproblems) is run once for them.
+  It is then copied to each of them, or stored once where that saves enough.
+- A prompt's own keys and values are written into memory reserved beforehand, not concatenated for every token. The
+  newest can be removed again (`Branched.forget`), as speculative decoding needs.
+
+Letters in shapes: B prompts, R rows of one block, Hq query heads, Hkv key-value heads, G query heads per key-value
+head, Q queries per row, T tokens of the pass, S cached tokens, P prefix tokens, D size of an attention head,
+V vocabulary. `common.decoding.blocks` explains prefix and head.
 """
 
 from __future__ import annotations
@@ -30,18 +37,24 @@ from common.decoding.sharing import (
     shared_prefix_length,
 )
 
-# Queries of one product of attention: of a long piece, what comes first is not compared with what comes after it.
+# Queries per attention product. A long prompt is cut here, so that its early queries skip the keys of later tokens.
 PIECE_QUERIES = 128
 
-# What prompts of each kind have begun with so far: tokens, and a part a layer.
+# For each kind of prompt, the shared beginning seen so far: its token ids, and its keys and values (a part per layer).
 Prefixes = dict[Hashable, tuple[list[int], list[Part]]]
 
 
 class _Pass:
-    """The tokens of a block's rows in one forward pass: where they stand, and what each of them sees."""
+    """The new tokens of one block's rows in one forward pass: where they are stored, and which keys each may see.
+
+    Args:
+        block: the rows' cache.
+        counts: number of new tokens of each row (R).
+        start: index of the block's first token in the line of all tokens of the pass.
+        dtype: of the attention scores.
+    """
 
     def __init__(self, block: Block, counts: Sequence[int], start: int, dtype: torch.dtype) -> None:
-        """`counts`: of each row's tokens, which begin at `start` in the line of all tokens of the pass."""
         lengths = block.lengths
         self._block, self._counts = block, counts
         self._here = slice(start, start + sum(counts))
@@ -53,12 +66,12 @@ class _Pass:
         self.positions = [first + place for first, place in zip(start_at, places, strict=True)]
         even = min(counts) == most
         aligned = even and min(lengths) == max(lengths)
-        self._place: tuple[torch.Tensor, torch.Tensor] | None = None  # of each token: its row, and where in it
+        self._place: tuple[torch.Tensor, torch.Tensor] | None = None  # for each token: its row, and its index there
         if not aligned:
             rows = [row for row, count in enumerate(counts) for _ in range(count)]
             self._place = (torch.tensor(rows), torch.tensor(places))
-        self._spread: torch.Tensor | None = None  # (R · Q,) → token, where rows have unlike numbers of them
-        self._gather: torch.Tensor | None = None  # token → (R · Q,)
+        self._spread: torch.Tensor | None = None  # (R · Q,) → token; only if rows have unequal numbers of tokens
+        self._gather: torch.Tensor | None = None  # token → (R · Q,); the reverse
         if not even:
             starts = [0, *accumulate(counts)]
             last = starts[-1] - 1
@@ -67,26 +80,27 @@ class _Pass:
                 [row * most + turn for row, count in enumerate(counts) for turn in range(count)]
             )
         self._wiped = None if aligned and lengths[0] == block.clean else slice(block.clean, self._end)
-        self._bias: torch.Tensor | None = None  # added to the scores, (R, 1, Q, S)
+        self._bias: torch.Tensor | None = None  # causal mask, added to the attention scores, (R, 1, Q, S)
         if not aligned or most > 1:
-            newest = torch.tensor(lengths)[:, None] + torch.arange(most)  # (R, Q): the last key that each sees
+            newest = torch.tensor(lengths)[:, None] + torch.arange(most)  # (R, Q): last key that each query may see
             hidden = torch.arange(self._end) > newest[:, None, :, None]
             self._bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
 
     def done(self) -> None:
-        """All layers have seen these tokens."""
+        """Count the tokens as cached. Call it after all layers have run."""
         block = self._block
         block.lengths = [length + count for length, count in zip(block.lengths, self._counts, strict=True)]
         block.clean = max(block.clean, self._end)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention of this block's tokens in one layer.
+        """Attention output of this block's tokens in one layer; their keys and values are cached.
 
         Args:
-            query: scaled, of all tokens of the pass, (Hq, T, D). key, value: theirs, (Hkv, T, D).
+            layer: index of the layer.
+            query, key, value: of all tokens of the pass: (Hq, T, D), already scaled, and twice (Hkv, T, D).
 
         Returns:
-            (N, Hq, D) of the block's N tokens.
+            (N, Hq, D) for the N tokens of this block.
         """
         query, key, value = (states[:, self._here] for states in (query, key, value))
         keys, values = self._block.layer(layer, key)
@@ -108,7 +122,7 @@ class _Pass:
         return mixed if self._gather is None else mixed[self._gather]
 
     def _write(self, store: torch.Tensor, states: torch.Tensor) -> None:
-        """Put the tokens' keys or values (Hkv, N, D) where they belong in (R, Hkv, room, D)."""
+        """Store the tokens' keys or values (Hkv, N, D) at their rows and columns in (R, Hkv, room, D)."""
         if self._wiped is not None:
             store[:, :, self._wiped] = 0
         if self._place is None:
@@ -128,15 +142,18 @@ def _attend(
     shared_by_some: tuple[Heads, int] | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention over a prefix that all rows share, over what some of them share, and over each row's own keys.
+    """Attention over three sets of keys: the prefix of all rows, the heads of groups of rows, and each row's own.
 
-    The queries of all rows meet the prefix in one matrix product per key-value head, so that it is read once and
-    not once a row; query heads that share a key-value head (GQA) share the product too, instead of repeating keys
-    and values for them.
+    One matrix product per key-value head compares the queries of all rows with the prefix, so that the prefix is read
+    once and not once per row. Query heads that share a key-value head (grouped-query attention, arXiv:2305.13245)
+    share that product too; their keys and values are not repeated.
 
     Args:
-        query: (R, Hkv, G, Q, D), scaled. key, value: (R, Hkv, S, D). bias: (R, 1, Q, S).
-        shared_by_some: the rows' heads, and the layer.
+        query: (R, Hkv, G, Q, D), already scaled.
+        key, value: the rows' own, each (R, Hkv, S, D).
+        prefix: keys and values of the prefix, each (Hkv, P, D), or None.
+        shared_by_some: the rows' heads and the index of the layer, or None.
+        bias: causal mask of the rows' own keys, added to the scores, (R, 1, Q, S), or None.
 
     Returns:
         (R, Q, Hkv · G, D).
@@ -169,19 +186,21 @@ def _attend(
 
 
 class Branched:
-    """Caches that branch: see the module. Use it as a context, inside which the model's attention is ours.
+    """A KV cache for many prompts that share beginnings; the module's docstring explains it.
+
+    Use it as a context manager: inside, the model runs with `_branched_attention`.
 
     Args:
-        model: one that `can_branch`.
-        prefixes: what prompts began with is looked up here, and left here for the next time; None for a model whose
-            weights change in between.
+        model: a causal LM for which `can_branch` holds.
+        prefixes: shared beginnings of earlier calls, which this one reads and updates. None for a model whose weights
+            change between calls: its cached keys and values would be outdated.
     """
 
     def __init__(self, model: Any, prefixes: Prefixes | None = None) -> None:
         self._model = model
         self._prefixes: Prefixes = {} if prefixes is None else prefixes
         self._dtype = next(model.parameters()).dtype
-        self._blocks: list[Block] = []  # of consecutive rows
+        self._blocks: list[Block] = []  # each holds consecutive rows
 
     def __enter__(self) -> Branched:
         self._before = _attention_of(self._model)
@@ -192,10 +211,15 @@ class Branched:
         self._model.set_attn_implementation(self._before)
 
     def read(self, prompts: Sequence[list[int]], kinds: Sequence[Hashable], room: int) -> torch.Tensor:
-        """Run all prompts, those of a kind next to each other; afterwards each has room for so many more tokens.
+        """Prefill: run all prompts through the model, and reserve memory for their completions.
+
+        Args:
+            prompts: B lists of token ids.
+            kinds: kind of each prompt (B); prompts of one kind stand next to each other.
+            room: tokens that each prompt may grow by.
 
         Returns:
-            The next token's logits (B, V).
+            Logits of each prompt's next token (B, V).
         """
         logits: list[torch.Tensor] = []
         for kind, group in groupby(zip(kinds, prompts, strict=True), key=lambda pair: pair[0]):
@@ -211,16 +235,16 @@ class Branched:
         return torch.stack(logits)
 
     def run(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Run some more tokens of every row, or none; returns the logits after each of them, (T, V)."""
+        """Decode: append each row's new tokens (maybe none). Returns the logits after each of them, (T, V)."""
         return self._run(self._blocks, tokens, 0)
 
     def forget(self, counts: Sequence[int]) -> None:
-        """Take back the newest tokens of every row, so many."""
+        """Remove the newest `counts[row]` tokens of every row from the cache."""
         for block, mine in self._by_block(counts):
             block.lengths = [length - count for length, count in zip(block.lengths, mine, strict=True)]
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows only, in ascending order."""
+        """Keep only these rows; indices ascend."""
         total = sum(len(block.lengths) for block in self._blocks)
         chosen = set(rows)
         for block, mine in self._by_block(range(total)):
@@ -228,7 +252,7 @@ class Branched:
         self._blocks = [block for block in self._blocks if block.lengths]
 
     def _by_block(self, of_rows: Sequence[Any]) -> Iterator[tuple[Block, Sequence[Any]]]:
-        """Every block with its rows' share of a sequence."""
+        """Each block, with the items of `of_rows` (one per row) that belong to its rows."""
         start = 0
         for block in self._blocks:
             end = start + len(block.lengths)
@@ -236,7 +260,7 @@ class Branched:
             start = end
 
     def _prefix(self, kind: Hashable, rows: Sequence[list[int]]) -> list[Part]:
-        """Keys and values of what rows of a kind begin with: as much as they share, or as is known of it already."""
+        """Keys and values of a kind's prefix: what its rows share; for a single row, what earlier rows began with."""
         known, parts = self._prefixes.get(kind, ([], []))
         several = len(rows) > 1
         wanted = rows[0][: shared_prefix_length(rows) if several else len(rows[0]) - 1]
@@ -254,14 +278,14 @@ class Branched:
                 (torch.cat([keys, more], dim=1), torch.cat([values, others], dim=1))
                 for (keys, values), (more, others) in zip(parts, new, strict=True)
             ] if both else new  # fmt: skip
-        # Kept is what all prompts of the kind so far have in common, so that it settles on the fixed text.
+        # Keep only what all prompts of this kind so far share, so that the stored prefix becomes the fixed text.
         self._prefixes[kind] = (wanted[:both], parts) if both >= MIN_SHARED_PREFIX else (wanted, found)
         return found
 
     def _read_shared(
         self, prefix: list[Part], rows: Sequence[list[int]]
     ) -> tuple[list[list[Part]], list[torch.Tensor], Heads | None]:
-        """`_read` after the prefix, where what only some rows share is run once; and that, where it is kept apart."""
+        """As `_read`, but tokens that only some rows share are run once. Also returns the heads, if stored apart."""
         heads = [tuple(row[:length]) for row, length in zip(rows, shared_heads(rows), strict=True)]
         distinct = list(dict.fromkeys(head for head in heads if head))
         found, _ = self._read(prefix, distinct, [[]] * len(distinct), None)
@@ -281,10 +305,11 @@ class Branched:
         before: Sequence[list[Part]],
         heads: Heads | None,
     ) -> tuple[list[list[Part]], list[torch.Tensor]]:
-        """Run token lists, each after the prefix, its head and what else was cached before it, in pieces.
+        """Run token lists through the model in pieces; each list follows the prefix, its head and its cached tokens.
 
         Returns:
-            For every row, a part a layer: what was before and what was read; and its logits (V,).
+            For every row its keys and values (a part per layer; those from `before` included), and the logits after
+            its last token (V,).
         """
         parts: list[list[Part]] = [[] for _ in rows]
         logits: list[torch.Tensor] = [torch.empty(0)] * len(rows)
@@ -308,7 +333,7 @@ class Branched:
     def _run(
         self, blocks: Sequence[Block], tokens: Sequence[Sequence[int]], wanted: int | torch.Tensor
     ) -> torch.Tensor:
-        """Run tokens on top of these blocks; returns logits (T, V), or those wanted in transformers' terms."""
+        """Run new tokens of these blocks. Returns logits (T, V); `wanted` is `logits_to_keep` of transformers."""
         passes: list[_Pass] = []
         row = start = 0
         for block in blocks:
@@ -339,7 +364,10 @@ _active: ContextVar[list[_Pass]] = ContextVar("the blocks' tokens in the forward
 def _branched_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, scaling: float, **__: Any
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one line of tokens, (1, Hq, T, D) and (1, Hkv, T, D), block by block; returns (1, T, Hq, D)."""
+    """Attention in the form that transformers' `AttentionInterface` expects, block by block.
+
+    The line of tokens has batch size 1: query (1, Hq, T, D), key and value (1, Hkv, T, D). Returns (1, T, Hq, D).
+    """
     scaled = query[0] * scaling
     found = [one.attend(module.layer_idx, scaled, key[0], value[0]) for one in _active.get()]
     return (found[0] if len(found) == 1 else torch.cat(found)).unsqueeze(0), None
@@ -349,16 +377,16 @@ AttentionInterface.register(_NAME, _branched_attention)
 
 
 def _attention_of(model: Any) -> str:
-    """Name of the attention in use. transformers has a public setter for it, but only a private name to read it by."""
+    """Name of the model's attention implementation. transformers has a public setter for it, but no public getter."""
     return str(model.config._attn_implementation)
 
 
-# Plain causal attention with grouped heads; other architectures (sliding windows, capped scores) take the plain way.
+# Types with plain causal attention. Sliding windows and capped scores need other code, so such models do not branch.
 _BRANCHING_TYPES = {"llama", "qwen2", "qwen3", "mistral"}
 
 
 def can_branch(model: Any) -> bool:
-    """Whether this model's attention can go through `_branched_attention`, here."""
+    """Whether `Branched` works for this model: on a CPU, of a known type, with plain causal attention."""
     config = model.config
     sliding = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)

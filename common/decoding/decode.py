@@ -1,10 +1,15 @@
-"""Batched decoding over any Hugging Face causal LM: the inner loop of worker and planner.
+"""Batched decoding with any Hugging Face causal LM, used for worker and planner.
 
-What makes it cheaper than one padded `generate` call, with the same tokens out: what prompts share (system text,
-few-shot turns, the question) is run once; rows that have finished leave the batch instead of riding along to the
-longest; and the language-model head is applied where its result is read only. On a CPU there is no padding either
-and nothing shared is copied (`common.decoding.branching`), and the next tokens of greedy answers are guessed, so that
-one pass may give a row several (`common.decoding.drafts`).
+It gives the same tokens as one padded `generate` call, with less work:
+
+- Tokens that prompts share (system message, few-shot turns, question) are run once.
+- Finished rows leave the batch; with `generate` they stay until the longest row ends.
+- The language-model head runs only at positions whose logits are needed.
+
+On a CPU there is also no padding, and shared keys and values are not copied (`common.decoding.branching`). There,
+greedy decoding also drafts the next tokens, so that one forward pass may add several (`common.decoding.drafts`).
+
+Letters in shapes: B prompts, T tokens, S width of the padded batch, P tokens of the shared prefix, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from common.decoding.branching import Branched, Prefixes, can_branch
 from common.decoding.drafts import Drafts
 from common.decoding.sharing import MIN_SHARED_PREFIX, matching, shared_prefix_length
 
-# Dropping finished rows copies the cache of the others, so it waits until enough rows are done.
+# Finished rows are dropped only when they are this share of the batch, because dropping copies the others' KV cache.
 DROP_SHARE = 1 / 8
 
 
@@ -37,23 +42,23 @@ def decode(
     prefixes: Prefixes | None = None,
     log_probs: list[list[float]] | None = None,
 ) -> list[list[int]]:
-    """A continuation of each prompt: token by token the most likely one, or sampled.
+    """Continue each prompt: greedily (temperature 0), or by sampling.
 
     Args:
         model: a causal LM in eval mode; its forward takes `past_key_values` and `logits_to_keep`.
-        prompts: B token lists, none empty.
-        max_new_tokens: longest continuation, end-of-sequence token included.
-        eos_ids: tokens that end a continuation.
-        pad_id: fills the left of shorter prompts; it may equal an end token.
+        prompts: B lists of token ids, none empty.
+        max_new_tokens: limit of a completion in tokens, end-of-sequence token included.
+        eos_ids: token ids that end a completion.
+        pad_id: token id that fills shorter prompts on the left; it may equal an end-of-sequence token.
         temperature: 0 takes the most likely token; above 0 tokens are sampled at this temperature.
-        generator: of the samples, on the model's device.
-        kinds: equal for prompts that begin alike; all of them without it.
-        prefixes: remembers on a CPU what prompts of a kind began with, for a model whose weights do not change.
-        log_probs: an empty list, which is filled with B lists of the sampled tokens' log-probabilities at this
-            temperature. Only for sampled continuations.
+        generator: random generator for sampling, on the model's device.
+        kinds: B labels, equal for prompts that begin alike. Without it all prompts count as one kind.
+        prefixes: shared beginnings kept between calls (CPU only). Only for a model whose weights do not change.
+        log_probs: an empty list. It is filled with B lists: the log-probability of each sampled token at this
+            temperature. Only for sampled completions.
 
     Returns:
-        B token lists; each ends with the end-of-sequence token unless it was cut off.
+        B lists of token ids; each ends with an end-of-sequence token unless it was cut off.
     """
     by_kind: dict[Hashable, list[int]] = {}
     for index, kind in enumerate(kinds or [None] * len(prompts)):
@@ -89,18 +94,18 @@ def _continue(
     temperature: float,
     generator: torch.Generator | None,
 ) -> None:
-    """Fill the empty outputs of all rows, and their log-probabilities, from their first token's logits (B, V) on."""
-    rows = list(range(len(outputs)))  # row of the cache → output
-    guesses: list[list[int]] = [[] for _ in rows]  # what was run after the last token of each row
+    """Fill the empty `outputs` of all rows, and `log_probs` if given, starting from the first token's logits (B, V)."""
+    rows = list(range(len(outputs)))  # row of the cache → index in outputs
+    guesses: list[list[int]] = [[] for _ in rows]  # drafted tokens that ran after the last token of each row
     done = [False] * len(rows)
     while True:
         open_rows = [place for place, row in enumerate(rows) if not done[row]]
         picked = _choose(logits, temperature, generator, len(rows), open_rows)
-        if log_probs is not None:  # sampled, so one a row
+        if log_probs is not None:  # sampling drafts nothing, so there is one token per row
             odds = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, picked[:, None])
             for place, value in zip(open_rows, odds[:, 0].tolist(), strict=True):
                 log_probs[rows[place]].append(value)
-        chosen = picked.tolist()  # one a token that was run
+        chosen = picked.tolist()  # one token for each token that ran
         wrong = [0] * len(rows)
         for place in open_rows:
             row = rows[place]
@@ -136,20 +141,32 @@ def _continue(
 def _choose(
     logits: torch.Tensor, temperature: float, generator: torch.Generator | None, rows: int, chosen: Sequence[int]
 ) -> torch.Tensor:
-    """The next tokens: (T, V) → (T,). Where sampled, T are the chosen ones of so many rows, finished ones included."""
+    """The next tokens: (T, V) → (T,).
+
+    Sampling uses inverse-CDF sampling (https://en.wikipedia.org/wiki/Inverse_transform_sampling): the token at which
+    the cumulative probability exceeds a uniform random number.
+
+    Args:
+        logits: (T, V).
+        temperature: 0 for the most likely token.
+        generator: random generator, or None.
+        rows: number of rows of the batch, finished ones included. Each draws one number, so that a row's numbers do
+            not depend on when other rows finish.
+        chosen: the T unfinished rows (sampling only).
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # By inverting the cumulative distribution: one random number a row, where `torch.multinomial` draws one for
-    # every entry of the vocabulary and takes 3 to 10 times as long on a CPU (docs/performance.md).
-    # Rounding the sums to fp32 moves odds of less than 1e-7.
+    # Inverse-CDF sampling draws one random number per row. `torch.multinomial` draws one per vocabulary entry and
+    # takes 3 to 10 times as long on a CPU (docs/performance.md).
+    # Rounding the cumulative sums to fp32 changes probabilities by less than 1e-7.
     reached = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
     drawn = torch.rand(rows, 1, device=logits.device, generator=generator)[list(chosen)]
     token = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)
-    return token.squeeze(1).clamp(max=logits.shape[-1] - 1)  # the product may round up to the very end
+    return token.squeeze(1).clamp(max=logits.shape[-1] - 1)  # rounding may exceed the last cumulative sum
 
 
 class _Repeated:
-    """The plain way, for any model and device: the shared prefix's cache copied for every row of a padded batch."""
+    """KV cache for any model and device: a padded batch, with the shared prefix's cache copied for every row."""
 
     def __init__(self, model: Any, pad_id: int) -> None:
         self._model, self._pad_id, self._device = model, pad_id, next(model.parameters()).device
@@ -159,13 +176,18 @@ class _Repeated:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing was set up."""
+        """Nothing to undo."""
 
     def read(self, prompts: Sequence[list[int]], kinds: Sequence[Hashable], room: int) -> torch.Tensor:
-        """Run prompts of one kind: what all share once, the rest as one padded batch.
+        """Prefill prompts of one kind: the tokens that all share once, the rest as one padded batch.
+
+        Args:
+            prompts: B lists of token ids.
+            kinds: not used.
+            room: not used; the cache grows with every token.
 
         Returns:
-            The next token's logits (B, V).
+            Logits of each prompt's next token (B, V).
         """
         shared = shared_prefix_length(prompts) if len(prompts) > 1 else 0
         if shared < MIN_SHARED_PREFIX:
@@ -183,7 +205,7 @@ class _Repeated:
         return self._forward(tokens, positions)
 
     def run(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Run one more token of every row, or none of those that are done; returns the others' logits (T, V)."""
+        """Append one token to every row; finished rows have an empty list. Returns the other rows' logits (T, V)."""
         given = [row for row, new in enumerate(tokens) if new]
         new = torch.tensor([[*some, self._pad_id][:1] for some in tokens], device=self._device)
         self._positions = self._positions + 1
@@ -191,16 +213,16 @@ class _Repeated:
         return self._forward(new, self._positions)[given]
 
     def forget(self, counts: Sequence[int]) -> None:
-        """Nothing is guessed here."""
+        """Nothing to remove: this cache is never used with drafts."""
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows only, in ascending order."""
+        """Keep only these rows; indices ascend."""
         keep = torch.tensor(rows, device=self._device)
         self._past.batch_select_indices(keep)
         self._mask, self._positions = self._mask[keep], self._positions[keep]
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Run tokens (B, Q) on top of the cache, which grows by them; returns the last position's logits (B, V)."""
+        """Append tokens (B, Q) to the cache and run them. Returns the logits at the last position, (B, V)."""
         return self._model(
             input_ids=tokens,
             attention_mask=None if positions is None else self._mask,

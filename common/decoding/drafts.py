@@ -1,9 +1,12 @@
-"""Guessing an answer's next tokens, so that one pass of the model can check several of them.
+"""Prompt-lookup drafts: guess the next tokens of a greedy completion, so that one forward pass can check several.
 
-A small model's answers repeat themselves, the problem's words and, within a group, each other. So what followed the
-same few tokens before is a good guess of what follows now (prompt lookup decoding, a drafter for speculative
-decoding: Leviathan et al. 2023, arXiv:2211.17192). A guess costs little as long as a pass has few tokens, because the
-time then goes into reading the weights; greedy answers are the same with it and without.
+A small model's answers often repeat: words of the prompt, their own words, and words of other answers in the group.
+So the tokens that once followed the same few tokens are a good draft of what comes next. This is prompt-lookup
+decoding (https://github.com/apoorvumang/prompt-lookup-decoding), a drafter for speculative decoding (Leviathan et al.
+2023, arXiv:2211.17192).
+
+With few tokens in a pass, most time goes into reading the weights, so a draft costs little. Every draft is checked by
+the model; greedy completions are the same with and without it.
 """
 
 from __future__ import annotations
@@ -12,37 +15,37 @@ from collections.abc import Sequence
 
 from common.decoding.sharing import matching
 
-# Guesses fill a pass up to this many tokens: a pass of 16 takes 1.6 times as long as one of 6 (docs/performance.md).
+# Drafts fill a pass up to this many tokens: a pass of 16 takes 1.6 times as long as one of 6 (docs/performance.md).
 PASS_TOKENS = 16
-# More at a time pads attention, where every row costs as much as the one with most tokens.
+# Longest draft of a row, in tokens. Attention pads every row to the longest, so one long draft costs for all rows.
 LONGEST = 3
-# A guess is tried where it is this likely to be right, for every row of the pass: among many rows one more token of
-# one of them is worth less.
+# A drafted token is tried if its chance of being right is at least this, times the number of rows in the pass. With
+# many rows, one more token of one row is worth less.
 MIN_ODDS_A_ROW = 0.05
-# So many tokens must have come before alike; the longest match wins.
+# Numbers of preceding tokens that must match; a longer match is preferred.
 MATCHES = (3, 2, 1)
-# How much each older guess counts less than the next newer one when odds are estimated.
+# Factor by which an older draft counts less than the next newer one when a row's hit rate is estimated.
 DECAY = 0.7
 
 
 class Drafts:
-    """Guesses for rows of tokens that grow: `guess`, then `add` what really came.
+    """Drafts for rows of tokens that grow. Call `guess`, then `add` with the tokens that the model really chose.
 
     Args:
-        prompts: what the rows begin with.
+        prompts: token ids that the rows begin with.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
         self._rows: list[list[int]] = [[] for _ in prompts]
-        self._own: list[dict[tuple[int, ...], int]] = [{} for _ in prompts]  # a match → where what followed it stands
-        self._anyones: dict[tuple[int, ...], tuple[int, int]] = {}  # a match → row, and where in it
+        self._own: list[dict[tuple[int, ...], int]] = [{} for _ in prompts]  # match → index behind it in the same row
+        self._anyones: dict[tuple[int, ...], tuple[int, int]] = {}  # match → a row, and the index behind it there
         self._right, self._wrong = [0.0] * len(prompts), [0.0] * len(prompts)
         self._guesses: list[list[int]] = [[] for _ in prompts]
         for row, prompt in enumerate(prompts):
             self.add(row, prompt)
 
     def add(self, row: int, tokens: Sequence[int]) -> None:
-        """More tokens of a row. What was guessed for them counts as right or wrong, tried or not."""
+        """Append tokens to a row. The row's latest draft counts as right or wrong, whether or not it was tried."""
         right = matching(self._guesses[row], tokens)
         compared = min(len(self._guesses[row]), len(tokens))
         if compared:
@@ -58,7 +61,15 @@ class Drafts:
             known.append(token)
 
     def guess(self, rows: Sequence[int], most: Sequence[int]) -> list[list[int]]:
-        """Guesses for these rows' next tokens, at most so many each: the likeliest, and none where a pass is full."""
+        """Draft the next tokens of these rows.
+
+        Args:
+            rows: indices of the rows.
+            most: longest draft of each of them, in tokens.
+
+        Returns:
+            A list of token ids for each of the rows. The most likely drafts are chosen until the pass is full.
+        """
         if len(rows) >= PASS_TOKENS:
             return [[] for _ in rows]
         likely: list[tuple[float, int]] = []
@@ -73,7 +84,7 @@ class Drafts:
         return [self._guesses[row][:count] for row, count in zip(rows, counts, strict=True)]
 
     def _looked_up(self, row: int) -> list[int]:
-        """What followed the row's last tokens the last time: in the row itself, else in any."""
+        """The tokens that followed the row's last tokens at their latest occurrence: in this row, or else in any."""
         known = self._rows[row]
         for size in MATCHES:
             match = tuple(known[-size:])
@@ -84,7 +95,7 @@ class Drafts:
             else:
                 continue
             found = self._rows[source][start : start + LONGEST]
-            while source == row and len(found) < LONGEST:  # it overlaps with what it continues: a loop
+            while source == row and len(found) < LONGEST:  # the match reaches the row's end: continue its repetition
                 found.append(found[start + len(found) - len(known)])
             return found
         return []

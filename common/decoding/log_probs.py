@@ -1,9 +1,11 @@
-"""Log-probabilities of tokens in bf16 on a CPU, with most of the gradient found on the way forward.
+"""Log-probabilities of tokens in bf16 on a CPU; the gradient is computed in the forward pass.
 
-A small model's head is a third of its arithmetic in a training step. TRL's head multiplies by it three times: for the
-logits, for them again in the backward pass, and there, in fp32, for the gradient. But a log-probability's gradient
-with respect to the hidden state is the chosen token's row of the head less the expected row, and what is expected is
-known as soon as the logits are: two products, both in bf16, and nothing left to do on the way back.
+The language-model head is about a third of a small model's arithmetic in a training step. TRL multiplies by it three
+times: for the logits, for the logits again in the backward pass, and in fp32 for the gradient.
+
+Two products in bf16 are enough. With hidden state h, head W (row W_v for token v), p = softmax(W h / temperature) and
+chosen token t, the gradient is d log p_t / d h = (W_t − Σ_v p_v W_v) / temperature. The sum is known as soon as the
+logits are, so the forward pass computes it and the backward pass only scales it.
 """
 
 from __future__ import annotations
@@ -12,23 +14,23 @@ from typing import Any
 
 import torch
 
-# Logits of so many tokens at once: with 49,152 entries 25 MB, about what a processor's cache holds.
+# Tokens whose logits are held at once: 25 MB at 49,152 vocabulary entries, about the size of a processor's cache.
 TOKENS_AT_ONCE = 128
 
 
 def token_log_probs(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of N tokens and the entropies (nats) of the distributions they were chosen from, each (N,).
+    """Log-probabilities of N tokens, and the entropies of their distributions (nats), each (N,) in fp32.
 
-    Products are in bf16, sums over the vocabulary in fp32. Only the log-probabilities have a gradient, and only with
-    respect to `hidden`: the head is frozen.
+    Products are computed in bf16, sums over the vocabulary in fp32. Only the log-probabilities have a gradient, and
+    only with respect to `hidden`, because the head is frozen.
 
     Args:
         hidden: last hidden states (N, H).
         head: weights of the language-model head (V, H).
-        targets: the tokens (N,).
-        temperature: logits are divided by it.
+        targets: ids of the tokens (N,).
+        temperature: the logits are divided by it.
     """
     found: tuple[torch.Tensor, torch.Tensor] = _TokenLogProbs.apply(hidden, head, targets, temperature)
     return found

@@ -1,13 +1,13 @@
-"""Weights laid out for the CPU's matrix kernels while text is generated.
+"""Reordered copies of the weights, which make matrix products faster on a CPU while text is generated.
 
-A decoding step multiplies a few rows by every weight of the model. oneDNN does that 1.2 to 2 times as fast as the
-default library when a weight has been reordered into its blocked layout beforehand (`docs/performance.md`), with
-the same result but for rounding. The reordered copy costs the memory of the weights again, so it exists only
-while a batch is generated and is gone when gradients need memory.
+A decoding step multiplies a few rows by every weight of the model. oneDNN is 1.2 to 2 times as fast as the default
+library when a weight was reordered into oneDNN's blocked layout before (`docs/performance.md`). The results are equal
+except for rounding. The copy needs as much memory as the weights, so it exists only while a batch is generated and is
+freed before gradients need memory.
 
-Where the processor multiplies bf16 itself, the copy may be in bf16: twice as fast again, in half the memory. Only the
-products are, with sums in fp32; what goes in and comes out, and everything else, stays fp32. So does the
-language-model head, because the two likeliest tokens are often closer to each other than bf16 can tell.
+On a processor with bf16 instructions the copy may be in bf16: twice as fast again, with half the memory. Only the
+products are in bf16; sums, inputs, outputs and everything else stay in fp32. The language-model head stays in fp32
+too: the difference of the two most likely tokens is often smaller than the precision of bf16.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-# The layout depends on how many rows are expected; one made for 16 serves 4 to 500 rows equally well.
+# Expected number of rows, on which the layout depends. A layout for 16 serves 4 to 500 rows equally well.
 ROWS_HINT = 16
-# Reordering costs about ten decoding steps' gain: below this many rows or steps it does not pay.
+# Reordering takes as long as about ten decoding steps save, so it does not pay below this many rows or steps.
 MIN_ROWS = 4
 MIN_STEPS = 16
 
@@ -31,7 +31,7 @@ _kept: ContextVar[ExitStack | None] = ContextVar("kept", default=None)
 
 @contextmanager
 def packing_kept() -> Iterator[None]:
-    """Inside, what `packed_linears` packs stays packed to the end of this scope, for the calls that follow."""
+    """Context manager: inside it, the copies of the first `packed_linears` are kept and used by later ones."""
     with ExitStack() as stack:
         token = _kept.set(stack)
         try:
@@ -42,18 +42,20 @@ def packing_kept() -> Iterator[None]:
 
 @contextmanager
 def packed_linears(model: Any, *, rows: int, steps: int, cpu_dtype: str = "float32") -> Iterator[None]:
-    """Inside, the plain fp32 linear layers of a model on a CPU run on reordered copies of their weights.
+    """Context manager: inside it, fp32 linear layers of a model on a CPU use reordered copies of their weights.
 
-    Works below LoRA (its base layers are plain ones) and leaves alone what is no plain fp32 CPU layer: quantised
-    layers, other devices, layers whose forward somebody else has replaced. Nested uses share the outermost's
-    copies, and those within one `packing_kept` the first's. No gradient flows through the copies: use it under
-    `no_grad` only, and do not change weights inside.
+    It also works below LoRA, whose base layers are plain linear layers. Other layers are left alone: quantised ones,
+    those on other devices, and those whose `forward` was replaced by somebody else.
+
+    Nested calls use the copies of the outermost; calls inside one `packing_kept` use those of the first. No gradient
+    flows through the copies: use it only under `no_grad`, and do not change weights inside.
 
     Args:
-        rows, steps: at most so many sequences will be generated at once, of so many tokens: where that is too
-            little to pay for the reordering, nothing is done.
-        cpu_dtype: "bfloat16" for copies in bf16, but for the language-model head; they are made whatever the number
-            of rows, so that a prompt has one answer. Anything else leaves the copies in fp32.
+        model: a Hugging Face causal LM.
+        rows: most sequences that are generated at once.
+        steps: most tokens per sequence. If rows or steps are too few to pay for reordering, fp32 copies are not made.
+        cpu_dtype: "bfloat16" for copies in bf16, except that of the language-model head. They are made for any number
+            of rows, so that a prompt always has the same answer. Any other value means fp32.
     """
     dtype = torch.bfloat16 if cpu_dtype == "bfloat16" else torch.float32
     with ExitStack() as own:
@@ -71,7 +73,7 @@ def _packed(model: Any, dtype: torch.dtype) -> Iterator[None]:
             kept = torch.float32 if module is head else dtype
             weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(kept), ROWS_HINT)
             bias = None if module.bias is None else module.bias.detach().to(kept)
-            # On the instance, where `Module.__call__` looks first: the class and the parameters stay as they are.
+            # Set on the instance, where `Module.__call__` looks first, so that class and parameters stay unchanged.
             module.forward = partial(_linear if kept == torch.float32 else _linear_bf16, weight, bias)
             packed.append(module)
         yield
@@ -91,10 +93,10 @@ def _packable(module: Any) -> bool:
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-    """(…, I) → (…, O); `weight` is in oneDNN's own layout. The kernel is the one torch.compile uses for this."""
+    """(…, I) → (…, O); `weight` is in oneDNN's layout. torch.compile uses the same kernel."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 def _linear_bf16(weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-    """As `_linear`, on a weight in bf16: fp32 goes in and comes out, and oneDNN sums in fp32."""
+    """As `_linear`, with a weight in bf16: inputs, outputs and oneDNN's sums are fp32."""
     return torch.ops.mkldnn._linear_pointwise(rows.bfloat16(), weight, bias, "none", [], "").float()

@@ -1,25 +1,29 @@
-"""What token lists share, and which of them are best run together: plans made of lengths, before any model runs."""
+"""Which leading tokens prompts share, and which prompts should run together. Needs only token lists, no model.
+
+A head is a run of leading tokens that a group of rows shares. A block is a set of rows that attention processes
+together, padded to its longest row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-# Tokens of one forward pass over prompts: full speed on a CPU needs about a hundred.
+# Target size of a forward pass over prompts, in tokens; a CPU reaches full speed at about a hundred.
 PIECE_TOKENS = 256
-# A kept beginning that is shorter than this saves less than it costs.
+# A shared beginning shorter than this (in tokens) costs more to store than it saves.
 MIN_SHARED_PREFIX = 8
-# Sharing that saves fewer tokens than this costs more in bookkeeping.
+# A head that saves fewer tokens than this costs more in bookkeeping than it saves.
 MIN_SAVED = 16
-# What only some rows share is read by attention once for each group, not once a row, where that saves so many tokens:
-# bringing the rows together costs more otherwise.
+# Attention reads a head once per group instead of once per row if that saves at least this many tokens. Below it,
+# bringing the rows of a group together costs more.
 MIN_KEPT_APART = 1000
-# Attention over another block of rows costs about as much as it does over this many padding tokens.
+# Attention over one more block costs about as much as attention over this many padding tokens.
 MIN_UNPADDED = 1000
 
 
 def matching(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning of two token lists."""
+    """Length of the common beginning of two token lists, in tokens."""
     for place, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return place
@@ -27,24 +31,25 @@ def matching(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Number of leading tokens that all prompts share, at least one token of each left over."""
-    # In lexicographic order only the extremes need comparing.
+    """Number of leading tokens that all prompts share; at least one token of each prompt is not counted."""
+    # In lexicographic order, the first and the last list share the least.
     shared = matching(min(map(list, prompts)), max(map(list, prompts)))
     return min(shared, min(map(len, prompts)) - 1)
 
 
 def shared_heads(rows: Sequence[Sequence[int]]) -> list[int]:
-    """How many leading tokens each row should share with a group of others, so that most are saved in all.
+    """Length of the head (in tokens) that each row should share with a group of other rows; 0 for no group.
 
-    Rows in lexicographic order make a tree of common prefixes; of every branch either the whole becomes one
-    group, or its parts do, whichever saves more. At least one token of each row is left over. 0: no group.
+    The lengths are chosen to save the most tokens in total. Rows in lexicographic order form a tree of common
+    prefixes. Each branch becomes one group, or is split into its parts, whichever saves more. At least one token of
+    each row is not part of its head.
     """
     order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
     common = [0] + [matching(rows[a], rows[b]) for a, b in pairwise(order)]
     shortest = [len(rows[index]) - 1 for index in order]
 
     def best(low: int, high: int, depth: int) -> tuple[int, list[tuple[int, int, int]]]:
-        """(tokens saved, groups as (low, high, head)) of the rows order[low:high]."""
+        """Best grouping of the rows order[low:high]: (tokens saved, groups as (low, high, head length))."""
         if high - low == 1:
             return 0, []
         least = min(common[low + 1 : high])
@@ -66,7 +71,7 @@ def shared_heads(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def pieces(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of similar length, of about `PIECE_TOKENS` each."""
+    """Split rows into batches of similar length and about `PIECE_TOKENS` tokens; yields the indices of each batch."""
     piece: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         piece.append(index)
@@ -78,9 +83,13 @@ def pieces(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def block_ends(lengths: Sequence[int]) -> list[int]:
-    """Where to cut rows of these lengths into runs that are padded apart, so that little is padding: ascending ends.
+    """Where to cut rows into blocks so that little is padding; returns the end index of each block, ascending.
 
-    A run is cut where that saves most, as long as it saves enough. Rows in order of their length need fewest cuts.
+    A cut is made where it saves the most padding, if that is at least `MIN_UNPADDED` tokens. Rows sorted by length
+    need the fewest cuts.
+
+    Args:
+        lengths: of the rows, in tokens.
     """
     widest, best, cut = max(lengths), 0, 0
     for at in range(1, len(lengths)):

@@ -1,30 +1,32 @@
-r"""Grading: the number in a gold answer, the number in a worker's text, and whether they are equal.
+r"""Grading: find the number in a gold answer and in a worker's text, and compare the two.
 
-The gold answer is the number after the one `####`. What a worker answers is read at one place in its text, the
-first of these that is there:
+The gold answer is the number after the one `####`. The worker's answer is read at the first of these places that
+exists in its text:
 
-1. its `final_answer` field, the last one if there are several; in JSON, or in what is nearly JSON (single quotes, a
-   trailing comma, no braces, a missing end);
-2. the number right behind the first `####`. A model that runs on invents a next problem with a marker of its own.
-   A heading (`#### Step 2`) is no marker, and a label (`#### Total: 18`) may stand before the number;
-3. the last `\boxed{}` (or `\fbox{}`);
-4. what follows the last "answer is" or "answer:", else the last "final answer" in other words, up to the end of its
-   sentence. One that only announces working ("To get the final answer, we add 5 and 7", "Answer: Let's see") is none;
-5. the last number in the text.
+1. The `final_answer` field; the last one if there are several. The text may be JSON or nearly JSON (single quotes, a
+   trailing comma, no braces, a missing end).
+2. The number directly after the first `####`. Only the first, because a model that does not stop often invents a next
+   problem with its own marker. A heading (`#### Step 2`) is not a marker. A label may come before the number
+   (`#### Total: 18`).
+3. The last `\boxed{}` or `\fbox{}`.
+4. The rest of the sentence after the last "answer is" or "answer:", or else after the last "final answer" in other
+   words. A phrase that only introduces working does not count ("To get the final answer, we add 5 and 7",
+   "Answer: Let's see").
+5. The last number in the text.
 
-The first four are explicit. An answer that was cut off counts only if it is explicit: its last number is one from
-the middle of the working.
+The first four places are explicit. An answer that was cut off counts only if it is explicit, because its last number
+comes from the middle of the working.
 
-The place that decides, decides alone. Where it holds no number ("unknown", null, 10:30, 1/3, an expression such as
-12 + 6 or 1.5 × 10^6) there is no answer, and none is looked for elsewhere: that would pay for a number from the
-working. Of several numbers at an explicit place the one behind the last "=" counts, else the first. What is said
-about a number right behind a marker is not read: `#### 18 (3 + 4 = 7 in step 2)`, "the answer is 18, as 20 - 2 = 18".
+The first place that exists decides. If it holds no number ("unknown", null, 10:30, 1/3, or an expression such as
+12 + 6 or 1.5 × 10^6), there is no answer. No other place is tried, because that would reward a number from the
+working. If an explicit place holds several numbers, the one after the last "=" counts, or else the first. Remarks
+after the number are ignored: `#### 18 (3 + 4 = 7 in step 2)`, "the answer is 18, as 20 - 2 = 18".
 
-Not read at all: reasoning (what stands before the last `</think>`, or behind a `<think>` that never ends, so an
-answer that never leaves its reasoning is none), and a next problem that begins with a line such as "Question:",
-"Q:", "Problem 2:" or "### User:" once there was an answer.
+Two parts of the text are never read. The first is reasoning: everything before the last `</think>`, or after a
+`<think>` that never ends. So a text that consists only of reasoning has no answer. The second is a next problem after
+an answer: from a line such as "Question:", "Q:", "Problem 2:" or "### User:" on.
 
-Numbers are compared exactly, as decimals; `common.grading.numbers` says what is read as one.
+Numbers are compared exactly, as decimals. `common.grading.numbers` defines what is read as a number.
 """
 
 from common.grading.answers import GRADER_VERSION, Prediction, extract_prediction, is_correct, predict

@@ -1,4 +1,4 @@
-"""Finding the place in a worker's text that is its answer. The docstring of `common.grading` says what is promised."""
+"""Find the place in a worker's text that holds its answer. The docstring of `common.grading` states the rules."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from decimal import Decimal
 from common.grading.numbers import last_number, starts_with_number, stated_number, without_remarks
 from common.plans import JsonNumber, after_reasoning, located_objects
 
-GRADER_VERSION = 2  # raised by every change of what is graded as what; results of two versions do not compare
+GRADER_VERSION = 2  # raise it when any grading rule changes: results of two versions cannot be compared
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer in a worker's text: its number, None where there is none, and whether it was given explicitly."""
+    """The answer in a worker's text.
+
+    Attributes:
+        number: the answer, or None if there is none.
+        explicit: whether it stands at one of the explicit places; see `common.grading`.
+    """
 
     number: Decimal | None
     explicit: bool
 
 
 def predict(text: str, *, finished: bool = True) -> Prediction:
-    """Return the answer that a worker's text gives. Never raises; linear time.
+    """Return the answer in a worker's text. Never raises; takes linear time.
 
     Args:
-        text: all that the worker wrote, reasoning included.
-        finished: False for an answer that was cut off, which counts only if it is explicit.
+        text: the whole completion, reasoning included.
+        finished: False for a completion that was cut off; it counts only if it is explicit.
     """
     text = _without_next_problem(after_reasoning(text))
     place = _explicit_place(text)
@@ -46,9 +51,9 @@ def is_correct(prediction_text: str, gold: Decimal, *, finished: bool = True) ->
     return prediction is not None and prediction == gold
 
 
-# --- the place that decides ----------------------------------------------------------------------------------
+# --- finding the place of the answer -------------------------------------------------------------------------
 
-# Not the `<number>` of our own instructions, which a model may repeat.
+# Does not match the `<number>` placeholder of our own instructions, which a model may repeat.
 _FIELD = re.compile(
     r"(?:\\?[\"'“”‘’`]|[{,]\s{0,20})final_answer\\?[\"'“”‘’`]?\s{0,20}:\s{0,20}+(?![\"']?(?:<[a-z]|\.\.\.))"
 )
@@ -79,7 +84,7 @@ _STATED = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
-# "… the final answer comes to 18", "final answer unknown"; not "so 18 is the final answer".
+# Matches "… the final answer comes to 18" and "final answer unknown", but not "so 18 is the final answer".
 _MENTIONED = re.compile(
     r"(?<!is the )(?<!is my )(?<!is our )(?<!as the )\bfinal[ _]answer(?=[^\S\n]{1,9}[^\W_])"
     r"(?!\s{1,9}(?:by|we|you|i|from|using|with|in)\b)",
@@ -98,18 +103,18 @@ _NEXT_PROBLEM = re.compile(
 
 
 def _without_next_problem(text: str) -> str:
-    """Return `text` up to where the model invents a next problem. One before any answer is its own, restated."""
+    """Return `text` up to a next problem that the model invented. One before any answer is the given one, restated."""
     heading = _NEXT_PROBLEM.search(text)
     if heading is None:
         return text
     before = text[: heading.start()]
-    # "Question 2:" may as well be the second of the questions that the model asks itself on its way.
+    # "Question 2:" before an explicit answer may be a question that the model asks itself while it works.
     answered = _explicit_place(before) is not None or (heading["number"] is None and last_number(before) is not None)
     return before if answered else text
 
 
 def _explicit_place(text: str) -> str | None:
-    """Return the text at the explicit place that decides ("" if it holds no number), or None without such a place."""
+    """Return the text at the explicit place that decides ("" if it holds no number), or None if there is none."""
     for find in (_field, _marked, _boxed, _stated):
         place = find(text)
         if place is not None:
@@ -168,7 +173,7 @@ def _last(pattern: re.Pattern[str], text: str, begin: int = 0) -> re.Match[str] 
 
 
 def _line(text: str, begin: int) -> str:
-    """Return the rest of the line from `begin` on or, where that is empty, only markup or "as follows:", the next."""
+    """Return the rest of the line from `begin` on. If it says nothing ("", markup, "as follows:"), the next."""
     for _ in range(2):
         said = _SAYS_SOMETHING.search(text, begin)
         if said is None:

@@ -1,16 +1,20 @@
-r"""Reading numbers in text: exactly, as decimals. Nothing is rounded and there is no tolerance.
+r"""Read numbers in text exactly, as decimals. Nothing is rounded and there is no tolerance.
 
 What counts as a number:
 
 - Signs, thousands separators and decimals: 5, -5, −5, –5, .5, 8,000, 1,000,000.50, 8 000, 3.5e2, 1{,}000 (LaTeX).
-- With a currency, unit or percent sign around it: $5, 5€, USD 5, 12kg, 5 apples, 50%. These are dropped and never
-  rescale: 50% is 50, 5k is 5, 2 million is 2.
-- A simple or mixed fraction that is a finite decimal: 1/2, 3 1/4, \frac{1}{2}. Others (1/3) are no number: as golds
-  are decimals, they could not be equal to one.
-- Not a number: a lone comma, times (10:30), ratios (3:4), lists and bad grouping (1,2,3; 12,34; 0,500), ranges and
-  differences (5-7: two numbers, and no telling which was meant), dates, versions (1.2.3), powers (2^3, 2**3), names
-  (COVID-19, x2, 0x10), 1_000, other scripts' digits, ½, 5², √5, 2π, words (eighteen), NaN, infinity, exponents
-  beyond ±30, more than 40 digits.
+- A number with a currency, unit or percent sign: $5, 5€, USD 5, 12kg, 5 apples, 50%. These are removed and never
+  change the value: 50% is 50, 5k is 5, 2 million is 2.
+- A simple or mixed fraction that is a finite decimal: 1/2, 3 1/4, \frac{1}{2}. Other fractions (1/3) are not numbers:
+  gold answers are decimals, so such a fraction could never equal one.
+
+What does not count: a lone comma, times (10:30), ratios (3:4), lists and wrong grouping (1,2,3; 12,34; 0,500), dates,
+versions (1.2.3), powers (2^3, 2**3), names (COVID-19, x2, 0x10), 1_000, digits of other scripts, ½, 5², √5, 2π, words
+(eighteen), NaN, infinity, exponents beyond ±30, more than 40 digits. Ranges and differences (5-7) do not count either:
+they are two numbers, and it is not known which one was meant.
+
+Words used below: a token is a word with at least one digit, a sign is + or −, and an operand is a number in an
+expression that was not computed, such as the 6 in 12 + 6.
 """
 
 from __future__ import annotations
@@ -21,17 +25,18 @@ from decimal import Context, Decimal, DecimalException, DivisionByZero, Inexact,
 
 MAX_DIGITS = 40
 MAX_EXPONENT = 30
-_MAX_TOKEN_CHARS = 120  # longer than any accepted number, so that no long token is looked at closely
-_MAX_GAP = 60  # characters between two numbers that one operator joins
+_MAX_TOKEN_CHARS = 120  # longer than any accepted number; longer tokens are rejected without further checks
+_MAX_GAP = 60  # most characters between two numbers that an operator joins
 _NEAR = (
-    6  # characters before a number that tell its sign; one more than the patterns take, so that ^ is the text's start
+    6  # characters before a number that determine its sign; one more than the patterns read, so that ^ means text start
 )
 
 
 def parse_gold(answer: str) -> Decimal:
     """Return the number after the one `####` of a GSM8K answer.
 
-    Raises ValueError, with a message of one line, if there is no marker, more than one, or no number after it.
+    Raises:
+        ValueError: with a message of one line, if there is no marker, more than one, or no number after it.
     """
     shown = repr(answer if len(answer) <= 80 else "…" + answer[-79:])
     parts = answer.split("####")
@@ -46,10 +51,10 @@ def parse_gold(answer: str) -> Decimal:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """Return the one number that `text` writes, or None if it writes none, several, or something more.
+    """Return the one number in `text`, or None if there is none, more than one, or other text that is not allowed.
 
-    Before the number only a sign, a currency and light markup may stand ("about 5" is None); after it, a unit or
-    other words without numbers. Never raises; linear time. See the module's docstring for what a number is.
+    Only a sign, a currency and light markup may come before the number ("about 5" gives None). A unit or other words
+    without numbers may follow it. Never raises; takes linear time. The module's docstring defines a number.
     """
     text = plain(text)
     tokens = _numeric(text)
@@ -63,29 +68,30 @@ def parse_number(text: str) -> Decimal | None:
 
 
 def numbers_in(text: str) -> set[Decimal]:
-    """Return all numbers in running text, those in expressions too. Never raises; linear time."""
+    """Return all numbers in running text, also those in expressions. Never raises; takes linear time."""
     text = plain(text)
     found = (_signed(text, token) for token in _numeric(text))
     return {number for number in found if number is not None}
 
 
 def stated_number(text: str) -> Decimal | None:
-    """Return the number that a short text states: behind its last "=", else its first. Never raises; linear time.
+    """Return the number that a short text states: the one after its last "=", or else its first.
 
-    None where that is not readable, or is an operand: 12 + 6 states no number, 12 + 6 = 18 and 18 = 12 + 6 do.
+    None if that number is not readable or is an operand: 12 + 6 states no number; 12 + 6 = 18 and 18 = 12 + 6 do.
+    Never raises; takes linear time.
     """
     for side in reversed(_EQUALS.split(plain(text))):
         tokens = _numeric(side)
         if tokens and not _is_operand(side, tokens[0]) and not _are_operands(side, tokens[:2]):
-            number = parse_number(side)  # which also takes "- 5"
+            number = parse_number(side)  # also accepts a sign with a space, "- 5"
             return _signed(side, tokens[0]) if number is None else number
     return None
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the last number in running text. Never raises; linear time.
+    """Return the last number in running text. Never raises; takes linear time.
 
-    None without one, and where what stands last with digits is not readable or an operand.
+    None if there is no number, or if the last token with digits is not readable or is an operand.
     """
     text = plain(text)
     tokens = _numeric(text)
@@ -95,15 +101,16 @@ def last_number(text: str) -> Decimal | None:
 
 
 def starts_with_number(text: str) -> bool:
-    """Return whether a number, or something like one, stands first, with at most a sign, currency and markup before."""
+    """Return whether `text` starts with a token like a number; a sign, currency and markup may come before it."""
     text = plain(text)
     return _leads(text, _numeric(text))
 
 
 def without_remarks(statement: str) -> str:
-    """Return a statement of a number without what is said about it: "18, as 20 - 2 = 18", "7 because 3 of 4 = 0.75".
+    """Return a statement of a number without the remarks about it: "18, as 20 - 2 = 18", "7 because 3 of 4 = 0.75".
 
-    A number that stands first is all of it, unless it begins an equation: 12 + 6 = 18, 3 dozen = 36, 20% of 50 = 10.
+    If a number comes first, only that number is kept, unless it begins an equation: 12 + 6 = 18, 3 dozen = 36,
+    20% of 50 = 10.
     """
     text = plain(statement)
     tokens = _numeric(text)
@@ -126,15 +133,15 @@ _COMMAND = re.compile(
     r"\\(?:(?P<sign>times|cdot|div|approx|pi|sqrt|[dtc]?frac)|text(?:bf|it|rm)?|math(?:bf|it|rm|sf)?|boxed|fbox|left|right"
     r"|q?quad)(?![A-Za-z])|\\(?P<char>[()\[\]{}$%#&_])|\\[ ;:]"
 )
-# A fraction of anything but plain digits is as little a number as a root.
+# A fraction with anything but plain digits is not a number, like a root; so it is written as one.
 _SIGNS = {"times": "×", "cdot": "·", "div": "÷", "approx": "≈", "pi": "π"}
 _JOINED = re.compile(r"(?<=[0-9])[ ](?=[π√])")
 _NEGATIVE = re.compile(r"(?:\bnegative|(?P<lead>^\s{0,9}|(?<=\bis[ ])|(?<=:[ ]))minus)[ ](?=[$0-9])", re.IGNORECASE)
 
 
 def plain(text: str) -> str:
-    r"""Return `text` with numbers in other spellings made plain: 1{,}000, 1\,000, \frac{1}{2}, 10^{6}, negative 5."""
-    # What JSON makes of "\frac" and "\times" where the backslash was not escaped.
+    r"""Return `text` with numbers in a plain spelling; replaces 1{,}000, 1\,000, \frac{1}{2}, 10^{6}, negative 5."""
+    # JSON turns "\frac" and "\times" into these control characters if the backslash was not escaped.
     text = text.replace("\frac", "\\frac").replace("\times", "\\times")
     text = text.replace("{,}", ",")
     if "\\" in text:
@@ -150,21 +157,21 @@ def plain(text: str) -> str:
 
 _CURRENCY = "$€£¥₹₽₩₪₫₱฿₴₺¢＄￥￡"
 _CODE = r"(?:USD|US|EUR|GBP|JPY|CNY|INR|CAD|AUD|CHF|Rs)"
-_LATIN = r"A-Za-zµÀ-ÖØ-öø-ɏ"  # without × and ÷; no CJK: 答案是42个 has no spaces around its number
+_LATIN = r"A-Za-zµÀ-ÖØ-öø-ɏ"  # without × and ÷, and without CJK: 答案是42个 has no spaces around its number
 _GREEK = r"Ͱ-Ͽ"
-# Characters that belong to a number's word. Greek, roots, superscripts and ½ are there so that 2π, √2, 5² and 3½
-# are one word (which is no number) and not 2, 2, 5 and 3; other scripts' digits for the same reason.
+# Characters that belong to the same word as a digit. Greek, roots, superscripts, ½ and digits of other scripts are
+# included so that 2π, √2, 5² and 3½ are one word each, which is not a number, instead of 2, 2, 5 and 3.
 _LETTER = re.compile(rf"[{_LATIN}{_GREEK}]")
 _WORD = rf"{_LATIN}\d{_GREEK}\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f√"
 _MINUS = r"\-−–﹣－"
 _HYPHEN = r"\-‐‑"
 _GROUP = ",\u00a0\u2009\u202f"  # no-break and thin spaces always group digits
-# A plain space separates numbers (100 200), except where a group starts with 0, as no number of its own does: 1 250 000
-# (GSM8K has such). Read as two numbers, the last of these would be 0.
+# A plain space separates numbers (100 200). Exception: a group that starts with 0, which no number does (1 250 000, as
+# in GSM8K). Read as separate numbers, the last of these would be 0.
 _SPACE_GROUP = r"[ ](?=(?:[0-9]{3}[ ]){0,9}0[0-9]{2}(?![0-9]))"
 
-# A word, together with what is joined to it: 1,000.5, 10:30, 1.2.3, 5-7, $5-$7, 2^3, COVID-19, 1_000, 1e-5. All of it
-# is read as one number or as none. Each part is matched once, without backtracking.
+# A word and everything joined to it: 1,000.5, 10:30, 1.2.3, 5-7, $5-$7, 2^3, COVID-19, 1_000, 1e-5. The whole is one
+# number or none. Each part is matched once, without backtracking.
 _TOKEN = re.compile(
     rf"""
     (?:[0-9]{{1,{MAX_DIGITS}}}[ ](?=[0-9]{{1,{MAX_DIGITS}}}/[0-9]))?  # the 3 of 3 1/4
@@ -196,20 +203,20 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 
-# What may stand before the number in parse_number: a sign, a currency, and some markup.
+# What may come before the number in parse_number: a sign, a currency, and some markup.
 _MARKUP = r"\s*_\"'`“”‘’(\[{=≈~"
 _LEAD = re.compile(
     rf"[{_MARKUP}]*+(?P<sign>[+{_MINUS}])?[{_MARKUP}]*+(?:{_CODE}\.?\s*+)?[{_CURRENCY}]{{0,2}}[{_MARKUP}]*+"
     rf"(?P<inner_sign>[+{_MINUS}])?[{_MARKUP}]*+"
 )
-# A minus right before a number in running text, or before or after its currency: not one that follows something it
-# could be subtracted from, nor the second half of a dash. At most 5 characters long.
+# A minus sign directly before a number in running text, or before or after the number's currency. It must not follow
+# something from which the number could be subtracted, nor be the second half of a dash. At most 5 characters long.
 _SIGN_BEFORE = re.compile(
     rf"(?:^|[^{_WORD})\]}}%{_CURRENCY}{_MINUS}{_HYPHEN}—])[{_CURRENCY}]?[{_MINUS}](?:[{_CURRENCY}][ ]?)?\Z"
 )
 
-# What joins two numbers, or a variable and a number, to something that has yet to be computed. A dash with words
-# before it ("12 eggs - 18 in all") may be punctuation, and ** is Markdown.
+# What joins two numbers, or a variable and a number, in an expression that was not computed. A dash after words
+# ("12 eggs - 18 in all") is not included, because it may be punctuation; ** is not, because it is Markdown.
 _OPERATION = re.compile(
     rf"""
     (?: (?:[^\S\n]*+[{_LATIN}°²³]++){{0,3}}? [)\]}}%{_CURRENCY}]* [^\S\n]*
@@ -220,10 +227,10 @@ _OPERATION = re.compile(
     """,
     re.VERBOSE,
 )
-# x + 5, and what is inside \sqrt{} or in the denominator of a fraction that could not be read. At most 5 characters.
+# Before an operand: x + 5, \sqrt{, or the denominator of a fraction that could not be read. At most 5 characters.
 _BEFORE_OPERAND = re.compile(rf"(?:[{_LATIN})](?:[ ]?[×·⋅∙÷^][ ]?|\+|[ ][+*][ ])[{_CURRENCY}]?|√[ (\[{{]|[\]}}]\{{)\Z")
 
-# What else makes one term of two numbers: 20% of 50, 5 apples at $2.
+# Other ways in which two numbers form one term: 20% of 50, 5 apples at $2.
 _PART_OF = re.compile(
     rf"(?:{_OPERATION.pattern}|%[ ]of[ ][{_CURRENCY}]?|(?:[ ][{_LATIN}]+){{0,3}}[ ]at[ ][{_CURRENCY}]?)", re.VERBOSE
 )
@@ -231,40 +238,40 @@ _UNIT = re.compile(rf"[^\S\n]*+(?:[{_LATIN}²³/]++[^\S\n]*+){{0,3}}[)\]}}%*{_CU
 _EQUALS = re.compile(r"[=≈→]|\bequals\b")
 _REASON = re.compile(r"\b(?:because|since)\b", re.IGNORECASE)
 
-# Decimal's own operators round to the caller's context (28 digits unless changed), silently.
+# The operators of Decimal round silently to the caller's context (28 digits by default).
 _EXACT = Context(prec=400, traps=[Inexact, DivisionByZero, InvalidOperation])
 
 
 def _numeric(text: str) -> list[re.Match[str]]:
-    """Return the tokens of `text` that start like a number. Those that start with a letter (m^2, CO2) are names."""
+    """Return the tokens of `text` that begin like a number. Those that begin with a letter (m^2, CO2) are names."""
     return [match for match in _TOKEN.finditer(text) if match["code"] or not _LETTER.match(match[0])]
 
 
 def _leads(text: str, tokens: Sequence[re.Match[str]]) -> bool:
-    """Return whether nothing but a sign, a currency and markup stands before the first of the numbers in `text`."""
+    """Return whether only a sign, a currency and markup come before the first number of `text`."""
     return bool(tokens) and _LEAD.fullmatch(text, 0, tokens[0].start()) is not None
 
 
 def _are_operands(text: str, pair: Sequence[re.Match[str]], joint: re.Pattern[str] = _OPERATION) -> bool:
-    """Return whether an operator joins two neighbouring numbers of `text` (False for one alone)."""
+    """Return whether an operator joins two neighbouring numbers of `text` (False for a single number)."""
     gap = text[pair[0].end() : pair[1].start()] if len(pair) == 2 else ""
     return 0 < len(gap) <= _MAX_GAP and joint.fullmatch(gap) is not None
 
 
 def _is_operand(text: str, token: re.Match[str]) -> bool:
-    """Return whether a number of `text` is part of an expression with what stands right before it: x + 5."""
+    """Return whether a number of `text` forms an expression with the text directly before it, such as x + 5."""
     return _BEFORE_OPERAND.search(text[max(0, token.start() - _NEAR) : token.start()]) is not None
 
 
 def _signed(text: str, token: re.Match[str]) -> Decimal | None:
-    """Return the number that a token of running text is, with the sign before it, or None."""
+    """Return the number that a token of running text stands for, with the sign before it, or None."""
     start = token.start()
     negative = _SIGN_BEFORE.search(text[max(0, start - _NEAR) : start]) is not None
     return _value(token[0], negative)
 
 
 def _value(token: str, negative: bool) -> Decimal | None:
-    """Return the number that a whole token is (its sign was found before it), or None."""
+    """Return the number that a whole token stands for, or None. Its sign was found before it."""
     if len(token) > _MAX_TOKEN_CHARS or not any("0" <= char <= "9" for char in token):
         return None
     match = _NUMBER.fullmatch(token)
@@ -274,7 +281,7 @@ def _value(token: str, negative: bool) -> Decimal | None:
         try:
             value = _EXACT.divide(Decimal(match["over"]), Decimal(match["under"]))
             if match["whole"] is not None:
-                if value >= 1:  # "2 5/3" is no mixed number
+                if value >= 1:  # "2 5/3" is not a mixed number
                     return None
                 value = _EXACT.add(Decimal(match["whole"]), value)
         except DecimalException:  # no finite decimal, or a division by zero
@@ -284,5 +291,5 @@ def _value(token: str, negative: bool) -> Decimal | None:
         exponent = int(match["exponent"] or 0)
         if abs(exponent) > MAX_EXPONENT or len(digits.replace(".", "")) > MAX_DIGITS:
             return None
-        value = Decimal(f"{digits}e{exponent}")  # exact, as the constructor always is
-    return value.copy_negate() if negative else value  # unary minus would round
+        value = Decimal(f"{digits}e{exponent}")  # the constructor never rounds
+    return value.copy_negate() if negative else value  # unary minus rounds to the context

@@ -1,4 +1,4 @@
-"""Many questions to a server: a file of them, resumable."""
+"""Ask a server a file of questions. A run that was stopped can be continued."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from common.runs.files import check_file_writable, write_text_atomically
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A line of the input file: its number (from 1), the question, the known answer (`#### 7`) and the id, if any."""
+    """A line of the input file.
+
+    Attributes:
+        line: its number, from 1.
+        question: the word problem.
+        answer: the known answer, as "#### 7", or None.
+        id: the line's own id, or None.
+    """
 
     line: int
     question: str
@@ -30,18 +37,18 @@ class Asked:
 
 
 def read_input(path: str) -> list[Asked]:
-    """The questions of a JSONL file, each line an object with `question` and perhaps `answer` and `id`.
+    """The questions of a JSON Lines file. Each line is an object with `question`, and maybe `answer` and `id`.
 
-    An answer is a number, or a text that is one or ends in one as GSM8K's do (`… #### 7`).
+    An answer is a number, or a text that is one or ends in one like GSM8K's (`… #### 7`).
 
     Raises:
-        UserError: for the first line that is not such an object.
+        UserError: if the file cannot be read, is empty, or has a line that is not such an object (the first is shown).
     """
     source = Path(path)
     if not source.is_file():
         raise UserError(f"--input {path} {'is a folder' if source.is_dir() else 'does not exist'}: name a JSONL file")
     try:
-        text = source.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte-order mark
+        text = source.read_text(encoding="utf-8-sig")  # Windows editors write a byte-order mark at the beginning
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--input {path} cannot be read ({error}): name a JSONL file in UTF-8") from error
     asked = [_asked(path, number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -73,10 +80,14 @@ def _asked(path: str, number: int, line: str) -> Asked:
 
 
 def already_answered(path: Path, asked: Sequence[Asked]) -> dict[int, dict[str, Any]]:
-    """Records of an earlier run by line number, without those that failed: these are asked again.
+    """Records of an earlier run by line number. Failed ones are left out, because they are asked again.
+
+    Args:
+        path: the output file.
+        asked: the questions of the input file.
 
     Raises:
-        UserError: when the file cannot be written, or holds something else than answers to these questions.
+        UserError: if the file cannot be written, or holds anything but answers to these questions.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--output {path} cannot be written: name a file in a folder that exists")
@@ -89,7 +100,7 @@ def already_answered(path: Path, asked: Sequence[Asked]) -> dict[int, dict[str, 
         earlier = read_jsonl(path)
     except UserError as error:
         raise UserError(f"--output {path} holds something else than answers ({error}): name another file") from error
-    # A torn line is dropped when it is the last one, so a file without any record may still be something else.
+    # An incomplete last line is dropped, so a file without any record may still be something else.
     if not earlier and not '{"line": '.startswith(path.read_text(encoding="utf-8", errors="replace")[:9]):
         raise UserError(f"--output {path} holds something else than answers: name another file")
     for record in earlier:
@@ -103,15 +114,26 @@ def already_answered(path: Path, asked: Sequence[Asked]) -> dict[int, dict[str, 
 
 
 def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
-    """Answer every question that `output` does not hold yet; returns 0, or 1 if some failed.
+    """Answer every question that `output` does not hold yet.
 
-    Each answer is a line as soon as it is there, so that whatever ends the run, the same command goes on.
-    At the end the lines stand in the order of the input.
+    Each answer is written as soon as it arrives, so after any stop the same command continues. At the end the lines
+    are in the order of the input.
+
+    Args:
+        session: connected to the server.
+        asked: the questions.
+        output: the JSON Lines file for the answers.
+
+    Returns:
+        The exit code: 0, or 1 if some questions failed.
+
+    Raises:
+        UserError: with exit code 1, if the file cannot be written any more.
     """
     from tqdm import tqdm
 
     records = already_answered(output, asked)
-    _write(output, records)  # without the failures of an earlier run
+    _write(output, records)  # drops the failures of an earlier run
     waiting = [item for item in asked if item.line not in records]
     if records:
         say(f"{len(records)} of {len(asked)} questions were answered before")
@@ -148,11 +170,11 @@ def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
 
 
 async def _answer_all(session: Session, asked: Sequence[Asked], done: Callable[[Asked, dict[str, Any]], None]) -> None:
-    """Answer questions, as many at a time as there may be requests: enough to keep all slots busy."""
+    """Answer questions, as many at a time as requests are allowed, so that all request slots stay busy."""
     queue: Iterator[Asked] = iter(asked)
 
     async def work() -> None:
-        for item in queue:  # shared by all: each takes the next one
+        for item in queue:  # shared by all workers: each takes the next question
             answer = await session.ask(item.question)
             record = {"line": item.line, **({} if item.id is None else {"id": item.id}), **answer.record()}
             if item.answer is not None:

@@ -1,4 +1,4 @@
-"""The scoreboard of training, with a server's models as planners and worker."""
+"""Run the scoreboard of training with the models of a server as planner and worker."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from common.workers.remote import ServerModel
 
 
 def check_scores_folder(path: Path) -> None:
-    """Stop when a benchmark's files cannot be written to a folder, or would replace those of another one.
+    """Check that the files of a benchmark can be written to a folder and would not replace others.
 
     Raises:
-        UserError: with what is there.
+        UserError: if `path` is a file, or the folder already holds such files.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {path} is a file: --benchmark writes into a folder, name one")
@@ -51,15 +51,15 @@ def check_scores_folder(path: Path) -> None:
 
 
 def held_out_questions(session: Session) -> list[Question]:
-    """The benchmark's questions: the test split of a data set, or generated ones that training never saw.
+    """The questions of the benchmark: the test split of a data set, or generated ones that training did not use.
 
     Raises:
-        UserError: where there are none.
+        UserError: if there are none.
     """
     trained = TrainingArgs.from_dict({key: value for key, value in session.trained.items() if value is not None})
     source = session.args.dataset or trained.eval_dataset or trained.dataset
     check_source(source, "test")
-    # Of generated problems those that training drew are left out; files and the Hub have their test split.
+    # Generated problems that training used are left out; files and the Hub have a test split.
     seen = (
         load_questions(trained.dataset, limit=trained.max_samples, seed=trained.seed)
         if is_generated(source) and trained.dataset == source
@@ -71,13 +71,18 @@ def held_out_questions(session: Session) -> list[Question]:
 
 
 def benchmark(session: Session, temperature: float, output: Path | None) -> int:
-    """The scoreboard of training, with a server's models as planners and worker.
+    """Run the scoreboard with the base model alone, and with each planner, and print it.
+
+    Args:
+        session: connected to the server.
+        temperature: of the plans; the worker is greedy.
+        output: folder for the results, or None.
 
     Returns:
-        0, or 1 when some requests failed.
+        The exit code: 0, or 1 if some requests failed.
 
     Raises:
-        UserError: when all requests to a model failed, for a server that tells no token counts, for a full disk.
+        UserError: if all requests to a model failed, if the server reports no token counts, or if the disk is full.
     """
     from transformers.utils import logging
 
@@ -106,10 +111,10 @@ def benchmark(session: Session, temperature: float, output: Path | None) -> int:
 def _rows(
     session: Session, questions: Sequence[Question], executor: PipelineExecutor, temperature: float
 ) -> list[tuple[Row, list[Generation]]]:
-    """The rows, each with the plans that were written for it.
+    """The rows of the scoreboard, each with the plans that were written for it.
 
     Raises:
-        UserError: when all requests to a model failed, and for a server that tells no token counts.
+        UserError: if all requests to a model failed, or the server reports no token counts.
     """
     args, seed = session.args, 0
     worker = digest([session.worker.server.endpoint.url, session.worker.model])
@@ -140,7 +145,7 @@ def _rows(
 
 
 def _check_direct(direct: Row, worker: ServerModel) -> None:
-    """Stop where direct solving gave nothing to compare with."""
+    """Raise a UserError if direct solving gave no result to compare with."""
     answered = [record for record in direct.records if record["error"] is None]
     if not answered:
         raise UserError(_all_failed(worker.model, direct.records[0]["error"]), exit_code=1)
@@ -159,7 +164,7 @@ def _all_failed(model: str, first: str) -> str:
 def _recorded(
     model: ServerModel, written: list[Generation]
 ) -> Callable[[Sequence[Sequence[Message]]], list[Generation]]:
-    """A model's `generate` that keeps what was written, and stops where nothing was."""
+    """A model's `generate` that also stores its completions in `written`, and raises if all requests failed."""
 
     def generate(requests: Sequence[Sequence[Message]]) -> list[Generation]:
         answers = model.generate(requests)

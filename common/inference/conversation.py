@@ -1,4 +1,4 @@
-"""A conversation at a terminal: one question, its plan and its solutions as they arrive."""
+"""A conversation at a terminal: a question, its plan, and the solutions as they arrive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.plans import Plan
 
 
 def show_turn(session: Session, question: str) -> Answer:
-    """Ask, and print decision, plan, solutions as they arrive, answer and cost."""
+    """Ask one question; print the decision, the plan, the solutions as they arrive, the answer and its cost."""
     plan: Plan | None = None
 
     def on_plan(item: PipelineItem, state: str, seconds: float) -> None:
@@ -67,7 +67,7 @@ def _show(label: str, text: str) -> None:
 
 
 def repl(session: Session) -> int:
-    """Ask questions from the terminal until `quit` or the end of input; returns 0."""
+    """Ask questions from the terminal until `quit` or the end of input. Returns the exit code 0."""
     _enable_line_editing()
     if sys.stdin.isatty():
         say("a question a line; quit or Ctrl-D leaves, Ctrl-C stops an answer")
@@ -91,7 +91,7 @@ def repl(session: Session) -> int:
 
 
 def _enable_line_editing() -> None:
-    """Line editing and a history kept across sessions, where Python has readline (Windows' has not)."""
+    """Turn on line editing, with a history kept across sessions, if Python has readline (not on Windows)."""
     if not sys.stdin.isatty():
         return
     try:
@@ -104,12 +104,12 @@ def _enable_line_editing() -> None:
     from common.models import cache_dir
 
     history = cache_dir() / "questions_asked"
-    with contextlib.suppress(OSError):  # none yet
+    with contextlib.suppress(OSError):  # there is no history yet
         readline.read_history_file(history)
     readline.set_history_length(1000)
 
     def save() -> None:
-        with contextlib.suppress(OSError):  # a home that cannot be written: no history
+        with contextlib.suppress(OSError):  # the home folder cannot be written, so no history is kept
             history.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(history)
 

@@ -23,7 +23,7 @@ from common.settings.grpo import DEMO, PACKAGED_MODEL
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Three flags, and --debug."""
+    """The flags of the script."""
     parser = Parser(prog="serve_demo", description=__doc__)
     parser.add_argument("--adapter", default=DEMO["output_dir"], metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="(default: %(default)s)")
@@ -33,7 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, start, wait until it answers, say how to ask it, stay until it ends. Returns its exit code."""
+    """Check the flags, start the server, wait until it answers, say how to ask it, and wait for its end.
+
+    Returns:
+        The server's exit code.
+
+    Raises:
+        UserError: if the adapter or the Python of vLLM does not exist, or the port is in use.
+    """
     options = build_parser().parse_args(argv)
     if not Path(options.adapter).is_dir():
         raise UserError(f"--adapter {options.adapter} does not exist: train one first (make demo), or name another")
@@ -46,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = server_command(resolve_model(PACKAGED_MODEL), options.adapter, port=options.port, cpu=True)
     command += ["--served-model-name", Path(PACKAGED_MODEL).name]
     say(f"starting, which takes about a minute:\n  {shown_command(command)}")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # they end it like Ctrl-C, which takes the server along
+    for number in (signal.SIGTERM, signal.SIGHUP):  # handled like Ctrl-C, so that the server is stopped too
         signal.signal(number, signal.default_int_handler)
     server = start(python, command)
     try:

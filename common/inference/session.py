@@ -1,4 +1,4 @@
-"""A session with a server: connect, check who answers, then ask questions."""
+"""A session with a server: connect, check which model answers, then ask questions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,16 @@ VALID, REPAIRED, INVALID = "valid", "repaired", "invalid"
 
 @dataclass(slots=True)
 class Answer:
-    """What a question came to. `plan_state` tells whether the planner wrote just the JSON that was asked for."""
+    """The answer to one question.
+
+    Attributes:
+        question: the word problem.
+        result: the plan, the worker's answers and the final answer, or an error.
+        plan_state: `valid` if the planner wrote only the JSON asked for, `repaired` if it also wrote other text,
+            `invalid` if it wrote no plan.
+        planner_seconds: time for the plan, in seconds.
+        seconds: time for everything, in seconds.
+    """
 
     question: str
     result: PipelineResult
@@ -38,7 +47,7 @@ class Answer:
     seconds: float
 
     def record(self) -> dict[str, Any]:
-        """As a JSON-ready object."""
+        """The answer as a JSON-ready object."""
         result, plan = self.result, self.result.plan
         return {
             "question": self.question,
@@ -58,10 +67,10 @@ class Answer:
 
 
 class Session:
-    """A planner and a worker on a server (or two), checked; to be used in a `with` statement.
+    """A planner and a worker on one or two servers. Use it in a `with` statement, which connects and checks them.
 
     Args:
-        given: settings from the command line; the adapter's own training settings fill in the others.
+        given: settings from the command line; the adapter's own training settings supply the others.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
@@ -72,10 +81,10 @@ class Session:
         self._servers = [self.server]
 
     def __enter__(self) -> Session:
-        """Find out what is served, take the adapter's settings, check who answers.
+        """Read the list of models, take over the adapter's training settings, and check which model answers.
 
         Raises:
-            UserError: when a server cannot be reached or used; with exit code 3 when it cannot be trusted.
+            UserError: if a server cannot be reached or used; with exit code 3 if a wrong model answers.
         """
         with ExitStack() as unfinished:
             unfinished.callback(self.__exit__)
@@ -121,7 +130,7 @@ class Session:
         self.executor = self.pipeline(None)
 
     def _other_worker(self, args: ServingArgs, served: list[ServedModel]) -> tuple[Server, str, str | None]:
-        """(server, name, an adapter there that might answer in its place) of a worker elsewhere."""
+        """The worker on another server or of another name: (server, model, an adapter that could answer instead)."""
         server = self.server
         if args.worker_url is not None:
             server = Server(_endpoint(args, args.worker_url, "--worker-url"), self._runner)
@@ -141,7 +150,13 @@ class Session:
             say(f"probe: {found}")
 
     def planner_model(self, name: str, temperature: float, seed: int | None = None) -> ServerModel:
-        """A served model as planner."""
+        """A served model as planner.
+
+        Args:
+            name: of the model on the server.
+            temperature: of sampling; 0 is greedy.
+            seed: of sampling; None for a random one.
+        """
         limits = (self.args.max_subproblems, self.args.max_subproblem_chars)
         schema = plan_schema(*limits) if self.args.structured else None
         return ServerModel(
@@ -149,7 +164,11 @@ class Session:
         )
 
     def pipeline(self, embeddings: Any) -> PipelineExecutor:
-        """The one pipeline, on this session's worker; an invalid plan is solved directly."""
+        """The pipeline with this session's worker. A question with an invalid plan is solved directly.
+
+        Args:
+            embeddings: of `common.similarity.Embeddings`, or None if independence is not needed.
+        """
         return PipelineExecutor(
             self.worker,
             embeddings,
@@ -164,10 +183,11 @@ class Session:
         on_plan: Callable[[PipelineItem, str, float], None] | None = None,
         on_answer: OnAnswer | None = None,
     ) -> Answer:
-        """Plan, carry out, combine. What fails is told in the answer's `result.error`.
+        """Plan, solve the subproblems, and combine. A failure is reported in the answer's `result.error`.
 
         Args:
-            on_plan: called with the plan as it was written, its state and the seconds it took.
+            question: the word problem.
+            on_plan: called with the planner's completion, its state, and the seconds it took.
             on_answer: called with each answer of the worker as it arrives.
         """
         started = time.perf_counter()
@@ -183,11 +203,11 @@ class Session:
         return Answer(question, result, state, took, time.perf_counter() - started)
 
     def plan_of(self, item: PipelineItem) -> Plan | None:
-        """The plan that a completion holds, under this session's limits."""
+        """The valid plan in a completion under this session's limits, or None."""
         return self.executor.parse_planner_output(item.planner_output, finished=item.finished)
 
     def plan_state(self, written: Generation) -> str:
-        """Whether a planner wrote a plan, a plan among other things ("repaired"), or none."""
+        """`valid` if the planner wrote only a plan, `repaired` if also other text, `invalid` if no plan."""
         item = PipelineItem(written.text, "", None, written.tokens, written.finished)
         if self.plan_of(item) is None:
             return INVALID
@@ -198,7 +218,7 @@ class Session:
         return VALID if alone else REPAIRED
 
     def run(self, work: Any) -> Any:
-        """Run asynchronous work to its end; Ctrl-C cancels it and raises KeyboardInterrupt."""
+        """Run a coroutine to its end. Ctrl-C cancels it and raises KeyboardInterrupt."""
         return self._runner.run(work)
 
 
@@ -207,12 +227,12 @@ def _endpoint(args: ServingArgs, url: str, flag: str) -> Endpoint:
 
 
 def _parent(served: list[ServedModel], adapter: ServedModel) -> str | None:
-    """The adapter's parent where it is served by that name."""
+    """The adapter's parent, if the server serves a model of that name."""
     return adapter.parent if any(model.name == adapter.parent for model in served) else None
 
 
 def plan_shares(records: Sequence[dict[str, Any]]) -> str:
-    """How many plans were as asked for, a plan among other text, or none."""
+    """Counts and shares of valid, repaired and invalid plans, as text."""
     counts = Counter(record["plan_state"] for record in records)
     return ", ".join(
         f"{counts[state]} {state} ({100 * counts[state] / len(records):.0f}%)" for state in (VALID, REPAIRED, INVALID)

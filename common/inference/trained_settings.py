@@ -1,4 +1,4 @@
-"""What an adapter's training run fixed for those who ask it later: the wording of prompts and the plan's limits.
+"""Settings that an adapter's training run fixed for its later use: the wording of prompts and the limits of plans.
 
 Nothing heavy is imported here.
 """
@@ -17,15 +17,20 @@ from common.settings.inference import PROMPT_SETTINGS, ServingArgs
 
 
 def is_on_this_machine(url: str) -> bool:
-    """Whether a server's address is this machine's own, so that paths it tells are ours."""
+    """Whether a server's address is on this machine, so that folders it names are folders here."""
     return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 def find_training_config(given: str | None, url: str, adapter_root: str | None) -> Path | None:
-    """The training_config.json to go by: the one named, else the served adapter's own if it lies on this machine.
+    """The training_config.json to use: the one named, or else that of the served adapter if it is on this machine.
+
+    Args:
+        given: file named on the command line, or None.
+        url: address of the server.
+        adapter_root: the adapter's folder as the server reports it, or None.
 
     Raises:
-        UserError: when the one named is not there.
+        UserError: if the named file does not exist.
     """
     if given is not None:
         path = Path(given)
@@ -40,10 +45,10 @@ def find_training_config(given: str | None, url: str, adapter_root: str | None) 
 
 
 def read_training_settings(path: Path) -> dict[str, Any]:
-    """The settings a training run stored.
+    """The settings that a training run stored.
 
     Raises:
-        UserError: when the file holds none.
+        UserError: if the file holds none.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
@@ -55,6 +60,6 @@ def read_training_settings(path: Path) -> dict[str, Any]:
 
 
 def with_trained(given: Mapping[str, Any], trained: Mapping[str, Any]) -> ServingArgs:
-    """Defaults, then what the adapter was trained with, then explicit flags."""
+    """Combine settings; later ones win: defaults, those of the adapter's training, explicit flags."""
     brought = {name: trained[name] for name in PROMPT_SETTINGS if trained.get(name) is not None}
     return ServingArgs(**{**brought, **given})

@@ -1,9 +1,11 @@
-"""Does a merged model do what adapter on base does? Measured on planner prompts, before anyone can download it.
+"""Does a merged model predict the same as adapter on base? This is measured on planner prompts, before any upload.
 
-The adapter's own greedy plans are the measuring stick: both models read each prompt and that plan, and their
-logits are compared at every token of it; then the merged model, loaded back from disk, writes its own plans.
-Next to it stand what the adapter changes at all, and how much of its update the saved weights still hold:
-rounding to bf16 can swallow a small update, and then the merged model is the base model again, unnoticed.
+The reference is the adapter on its base model. It writes greedy plans; then both models read each prompt with that
+plan, and their logits are compared at every token of the plan. The merged model, loaded back from disk, also writes
+its own plans.
+
+Two more figures are reported: how much the adapter changes the base model at all, and which share of its update the
+saved weights still hold. Rounding to bf16 can erase a small update, and the merged model is then the base model again.
 """
 
 from __future__ import annotations
@@ -40,17 +42,24 @@ MAX_PLAN_TOKENS = 96
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The most that a merged model may differ. Logits are in nats, shares lie between 0 and 1.
+    """How much a merged model may differ. Logits and KL divergences are in nats, shares in [0, 1].
 
-    In fp32 both models compute the same sums in another order. In 16 bits each of them rounds every
-    activation, and the merged one its weights too (relative error 2⁻⁹ for bf16, 2⁻¹² for fp16).
+    In fp32 both models compute the same sums in another order. In 16 bits both round every activation, and the merged
+    model rounds its weights too (relative error 2⁻⁹ for bf16, 2⁻¹² for fp16).
+
+    Attributes:
+        max_logit: largest difference of one logit.
+        mean_kl: mean KL divergence over the tokens.
+        equal_tokens: least share of tokens at which both models' most likely token is the same.
+        equal_plans: least share of plans that are the same.
+        update_kept: least share of the adapter's update in the saved weights.
     """
 
     max_logit: float
     mean_kl: float
     equal_tokens: float
     equal_plans: float
-    # Of a 16-bit update as saved: below it, rounding has eaten what was learned (docs/results.md).
+    # For 16-bit weights: below this share, rounding has erased what was learned (docs/results.md).
     update_kept: float = 0.9
 
 
@@ -63,7 +72,7 @@ TOLERANCES = {
 
 @dataclass
 class Evidence:
-    """What one model does with the prompts: P plans of T tokens each, and logits (T, V) that predict them."""
+    """The outputs of one model: P plans as token ids, of T tokens each, and the logits (T, V) that predict them."""
 
     ids: list[list[int]]
     logits: list[torch.Tensor]
@@ -71,7 +80,16 @@ class Evidence:
 
 @dataclass
 class Difference:
-    """How far apart two models' predictions of the same tokens lie. KL is that of the first from the second, nats."""
+    """Distance between two models' predictions of the same tokens.
+
+    Attributes:
+        max_logit: largest difference of one logit (nats).
+        mean_logit: mean difference of the logits (nats).
+        mean_kl: mean over tokens of the KL divergence of the second model from the first (nats).
+        max_kl: largest of these divergences (nats).
+        equal_tokens: share of tokens in [0, 1] at which both models' most likely token is the same.
+        positions: number of tokens compared.
+    """
 
     max_logit: float
     mean_logit: float
@@ -83,40 +101,60 @@ class Difference:
 
 @dataclass
 class Certificate:
-    """The comparison of adapter on base with the merged model, and what it was held against."""
+    """Comparison of adapter on base with the merged model, and the tolerance that was applied.
+
+    Attributes:
+        difference: merged model against adapter on base.
+        adapter_effect: base model alone against adapter on base.
+        equal_plans: number of prompts for which both wrote the same plan.
+        plans: per prompt, both plans as text.
+        update_kept: share of the adapter's update that the saved weights hold.
+        dtype: of the saved weights.
+        tolerance: the limits.
+        problems: what exceeds the limits, one line each.
+    """
 
     difference: Difference
     adapter_effect: Difference
     equal_plans: int
     plans: list[dict[str, Any]]
-    update_kept: float | None  # None: there is no update of single layers
+    update_kept: float | None  # None: the update is zero in all layers
     dtype: str
     tolerance: Tolerance
     problems: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """Whether everything lies within the tolerance."""
+        """Whether everything is within the tolerance."""
         return not self.problems
 
     @property
     def learned_nothing(self) -> bool:
-        """Whether the adapter leaves the base model as it was."""
+        """Whether the adapter does not change the base model."""
         return self.update_kept is None and self.adapter_effect.max_logit == 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready values."""
+        """The certificate as JSON-ready values."""
         return {"passed": self.passed, "learned_nothing": self.learned_nothing, **asdict(self)}
 
 
 def planner_prompts(tokenizer: Any, style: str) -> list[list[int]]:
-    """The prompts of the comparison as token ids, worded as the planner was trained."""
+    """The prompts of the comparison as token ids, in the wording that the planner was trained with.
+
+    Args:
+        tokenizer: of the planner.
+        style: see `common.prompts.planner_messages`.
+    """
     texts = prompts.render_all(tokenizer, [prompts.planner_messages(question, style) for question in QUESTIONS])
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def write_plans(model: Any, tokenizer: Any, asked: Sequence[Sequence[int]], *, adapter: bool) -> list[list[int]]:
-    """Greedy plans as token ids, the end token included."""
+    """Write a greedy plan for each of P prompts, with the adapter on or off.
+
+    Returns:
+        P plans as token ids, end-of-sequence token included.
+    """
     from common.decoding.decode import decode
     from common.workers.local import end_token_ids, inference
 
@@ -133,7 +171,14 @@ def write_plans(model: Any, tokenizer: Any, asked: Sequence[Sequence[int]], *, a
 def predictions(
     model: Any, asked: Sequence[Sequence[int]], plans: Sequence[Sequence[int]], *, adapter: bool
 ) -> list[torch.Tensor]:
-    """Logits (T, V) on the CPU, one tensor a prompt, that predict each token of the given plan."""
+    """The logits that predict each token of the given plans: one tensor (T, V) per prompt, on the CPU.
+
+    Args:
+        model: a causal LM, or a `PeftModel`.
+        asked: P prompts as token ids.
+        plans: P plans as token ids.
+        adapter: whether the adapter is on.
+    """
     import torch
 
     from common.workers.local import inference
@@ -148,9 +193,14 @@ def predictions(
 
 
 def difference(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
-    """Compare two models' logits, position by position.
+    """Compare two models' logits token by token.
 
-    KL(p‖q) = Σ p (log p − log q) over the vocabulary, p of the reference (Kullback & Leibler 1951).
+    The KL divergence is KL(p‖q) = Σ p (log p − log q) over the vocabulary, with p from the reference (Kullback and
+    Leibler 1951, https://doi.org/10.1214/aoms/1177729694).
+
+    Args:
+        reference: logits (T, V) per prompt.
+        other: logits of the same shapes.
     """
     import torch
 
@@ -184,15 +234,15 @@ def certify(
     update_kept: float | None,
     dtype: str,
 ) -> Certificate:
-    """Hold the merged model against adapter on base.
+    """Compare the merged model with adapter on base, and list what exceeds the tolerance.
 
     Args:
-        tokenizer: of both.
-        reference: adapter on base.
-        base_logits: the base model's own, on the reference's plans.
-        merged: the merged model's plans, and its logits on the reference's plans.
-        update_kept: share of the adapter's update that the saved weights hold, None for an empty update.
-        dtype: the saved weights', which sets the tolerance.
+        tokenizer: of both models.
+        reference: outputs of adapter on base.
+        base_logits: logits of the base model alone, on the reference's plans.
+        merged: plans of the merged model, and its logits on the reference's plans.
+        update_kept: share of the adapter's update that the saved weights hold; None if the update is zero.
+        dtype: of the saved weights; it decides the tolerance.
     """
     plans = []
     for question, expected, found in zip(QUESTIONS, reference.ids, merged.ids, strict=True):
@@ -212,7 +262,7 @@ def certify(
 
 
 def _problems(found: Certificate) -> list[str]:
-    """What lies beyond the tolerance, one line each, with what to try."""
+    """What exceeds the tolerance, one line each, with advice."""
     apart, limit = found.difference, found.tolerance
     wider = (
         "the adapter may touch weights that the model shares between layers, such as tied embeddings"
@@ -237,7 +287,7 @@ def _problems(found: Certificate) -> list[str]:
 
 
 def table(certificate: dict[str, Any]) -> str:
-    """A stored certificate as text for a terminal or a model card."""
+    """A stored certificate as text for the terminal or the model card."""
     apart, effect, limit = (certificate[name] for name in ("difference", "adapter_effect", "tolerance"))
     kept = certificate["update_kept"]
     plans = len(certificate["plans"])
@@ -284,16 +334,21 @@ def table(certificate: dict[str, Any]) -> str:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a merged model but the report and the card, which are written later."""
+    """SHA-256 of every file of a merged model, except the report and the model card, which are written later."""
     names = sorted(path.name for path in folder.iterdir() if path.name not in (REPORT, "README.md"))
     return {name: sha256(folder / name) for name in names}
 
 
 def merge_inputs(adapter: Path, base: str, **choices: Any) -> dict[str, Any]:
-    """Everything that a merge depends on, to recognise a finished one.
+    """Everything that a merge depends on, to recognise a finished merge.
 
-    Of a base model in a folder the name and a digest of its files' names, sizes and times: reading it all would
-    take as long as merging, and its path is nothing to publish.
+    A base model in a folder is described by its name and a digest of its files' names, sizes and times. Reading all
+    of it would take as long as merging, and its path should not be published.
+
+    Args:
+        adapter: folder of the adapter.
+        base: Hub id or folder of the base model.
+        choices: settings that affect the result.
     """
     folder = Path(base).expanduser()
     origin: dict[str, Any] = {"base_model": base}
@@ -309,10 +364,15 @@ def merge_inputs(adapter: Path, base: str, **choices: Any) -> dict[str, Any]:
 
 
 def finished_merge(folder: Path, inputs: dict[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
-    """The report of a merge of the very same inputs, whose files are as they were certified; None for no folder yet.
+    """The report of a finished merge with the same inputs and unchanged files; None if one must be made.
+
+    Args:
+        folder: of the merged model.
+        inputs: of `merge_inputs`.
+        overwrite: whether any merge in the folder is to be replaced.
 
     Raises:
-        UserError: for a folder that holds something else, or a merge that was changed since.
+        UserError: if the folder holds something else, another merge, or a merge that was changed since.
     """
     if folder.is_file():
         raise UserError(f"--local-save-path {folder} is a file: name a folder")

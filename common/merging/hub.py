@@ -1,4 +1,4 @@
-"""Pushing a folder to the Hugging Face Hub: asked for permission early, resumed where it broke off.
+"""Push a folder to the Hugging Face Hub: check the permission early, and continue an interrupted upload.
 
 The endpoint is huggingface_hub's own setting, HF_ENDPOINT.
 """
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WAITS = (1, 2, 4)  # seconds before the second, third and fourth attempt
-# huggingface_hub itself repeats these requests, for half a minute; the others it sends once.
+# huggingface_hub itself repeats these requests for half a minute; other requests it sends once.
 REPEATED_BY_LIBRARY = ("/preupload/", "/info/lfs/", "/lfs/")
 
 
 def api_for(token: str | None) -> HfApi:
-    """The Hub's client, with the given token or else the one of the environment or the login.
+    """A client of the Hub, with the given token, or else that of the environment or the login.
 
     Raises:
-        UserError: where there is none.
+        UserError: if there is no token, or it cannot be one.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    # get_token last: it also knows ways to log in that the environment and the login's file do not show.
+    # get_token comes last: it also knows logins other than the environment and the login file.
     found = secrets.clean_key(token, "--token") or secrets.hub_token() or secrets.clean_key(get_token(), "the login")
     if not found:
         raise UserError(
@@ -49,11 +49,16 @@ def api_for(token: str | None) -> HfApi:
 def check_push(api: HfApi, repo_name: str, *, private: bool) -> str:
     """Ask the Hub whether this token may write to the repo, without creating it.
 
+    Args:
+        api: from `api_for`.
+        repo_name: `name` or `owner/name`.
+        private: whether a new repo would be private.
+
     Returns:
-        the repo's full id, `owner/name`.
+        Full id of the repo, `owner/name`.
 
     Raises:
-        UserError: with exit code 2 where it may not, 1 where the Hub cannot be asked.
+        UserError: with exit code 2 if the token may not write, 1 if the Hub cannot be asked.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -79,7 +84,7 @@ def check_push(api: HfApi, repo_name: str, *, private: bool) -> str:
 
 
 def _check_may_create(user: dict[str, Any], repo_id: str) -> None:
-    """What whoami tells about a repo that does not exist: whose it would be, and what the token may do."""
+    """Check with the answer of whoami whether the token may create a repo that does not exist yet."""
     owner = repo_id.split("/")[0]
     token = user.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
@@ -102,18 +107,25 @@ def _check_may_create(user: dict[str, Any], repo_id: str) -> None:
 
 
 def push(api: HfApi, folder: Path, repo_id: str, *, private: bool, message: str) -> str:
-    """Create the repo where there is none, and upload every file of a folder.
+    """Create the repo if it does not exist, and upload every file of a folder.
 
     Files and parts that the Hub already has are not sent again, so a second call continues the first.
 
+    Args:
+        api: from `api_for`.
+        folder: to upload.
+        repo_id: `owner/name`.
+        private: whether to create the repo as private.
+        message: of the commit.
+
     Returns:
-        the URL of the repo.
+        URL of the repo.
 
     Raises:
-        UserError: with exit code 1 and what went wrong.
+        UserError: with exit code 1, if a request fails for good.
     """
     try:
-        # None, not False: an organisation's default may be private.
+        # None instead of False: the default of an organisation may be private.
         repeated(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), f"to create {repo_id}")
         repeated(
             lambda: api.upload_folder(
@@ -127,7 +139,15 @@ def push(api: HfApi, folder: Path, repo_id: str, *, private: bool, message: str)
 
 
 def repeated(request: Callable[[], T], what: str) -> T:
-    """Send a request again after a passing failure: a server error, a conflict, a broken connection."""
+    """Send a request, again after a temporary failure: a server error, a conflict, a broken connection.
+
+    Args:
+        request: sends it.
+        what: completes the message of a retry, such as "to create user/name".
+
+    Returns:
+        The result of `request`. Its last error is raised again.
+    """
     for wait in WAITS:
         try:
             return request()
@@ -151,14 +171,14 @@ def _passing(error: Exception) -> bool:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The failure behind the library's own wrapping."""
+    """The error behind the library's own wrapper."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status somewhere in a chain of errors."""
+    """The first HTTP status in a chain of errors."""
     current: BaseException | None = error
     while current is not None:
         status = getattr(getattr(current, "response", None), "status_code", None)
@@ -182,7 +202,7 @@ def _outcome(error: BaseException) -> str:
 
 
 def explain(error: BaseException, repo: str, endpoint: str) -> str:
-    """What a failed request means, in one line, with the Hub's own reason where it gives one."""
+    """The meaning of a failed request in one line, with the Hub's own reason if it gives one."""
     secrets.scrub(error)
     status = _status(error)
     said = _reason(error)
@@ -200,12 +220,12 @@ def explain(error: BaseException, repo: str, endpoint: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The Hub's own words somewhere in a chain of errors, in one line; empty where there are none."""
+    """The Hub's own message in a chain of errors, in one line; "" if there is none."""
     current: BaseException | None = error
     while current is not None:
         response = getattr(current, "response", None)
         said = getattr(current, "server_message", None) or getattr(response, "headers", {}).get("X-Error-Message")
-        # A refused card is a plain ValueError of the library's, raised from the answer, with the reasons in its text.
+        # For a refused model card the library raises a plain ValueError, whose text holds the Hub's reasons.
         if not said and response is None and isinstance(current, ValueError) and _status(current) is not None:
             said = str(current)
         if said:

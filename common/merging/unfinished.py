@@ -1,4 +1,4 @@
-"""The folder in which a merge is made, beside its target, and what a killed merge has left of it."""
+"""The temporary folder of a merge, beside its target, and what a killed merge has left in it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 
 from common.runs.files import remove
 
-MODEL, REPLACED = "model", "replaced"  # in that folder: the new model, and the one whose place it takes
+MODEL, REPLACED = "model", "replaced"  # folders in it: the new model, and the old model that it replaces
 
 
 def workplace_prefix(target: Path) -> str:
-    """How the name of a target's temporary folder begins; another target's begins with another one."""
+    """Beginning of the name of a target's temporary folders; no other target has the same."""
     return f".merging-{target.name}-"
 
 
 def remove_unfinished_merges(target: Path) -> None:
-    """Remove what killed merges into this target have left; only while it is locked.
+    """Remove the temporary folders of killed merges into this target. Call it only while the target is locked.
 
-    A merge that was killed between moving the old model away and the new one in has left the old one there: it
-    is put back.
+    A merge may be killed after it moved the old model away and before the new one is in place. Then the old model is
+    moved back.
     """
     if not target.parent.is_dir():
         return

@@ -1,8 +1,10 @@
-"""JSON lines: one record a line, safe to be killed in the middle of one. Only the standard library is imported here.
+"""JSON Lines files: one record per line, readable even after the process was killed while writing one.
 
-append_jsonl(path, record)            one line per training step
-read_jsonl(path)                      back again; a torn last line is dropped
+append_jsonl(path, record)            adds one line, usually one per training step
+read_jsonl(path)                      reads all lines; an incomplete last line is dropped
 truncate_jsonl_after(path, step)      before a resumed run writes steps that the file already has
+
+Only the standard library is imported here.
 """
 
 from __future__ import annotations
@@ -23,15 +25,19 @@ class JsonLinesError(UserError, ValueError):
 
 
 def append_jsonl(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Add one record as one line and flush it, so that a killed run keeps every finished line.
+    """Append one record as one line and flush it, so that a killed run keeps every finished line.
 
-    NaN and infinities become null (they are not JSON), non-ASCII text stays readable, and half a
-    surrogate pair (models do emit them) is written as its \\uXXXX escape and reads back unchanged.
+    NaN and infinities become null, because they are not JSON. Non-ASCII text stays readable. Half of a surrogate
+    pair, which models sometimes emit, is written as its \\uXXXX escape and is read back unchanged.
+
+    Args:
+        path: the file; it is created if missing.
+        record: values that JSON has, or numpy and torch scalars and arrays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_json_ready(record), ensure_ascii=False, allow_nan=False)
-    # A lone surrogate can only sit inside a JSON string, where "\ud800" is exactly its JSON escape.
+    # Half of a surrogate pair can only be inside a JSON string, where "\ud800" is its JSON escape.
     line = text.encode("utf-8", "backslashreplace") + b"\n"
     with naming(path), path.open("a+b") as file:
         _mend_tail(file)
@@ -40,19 +46,23 @@ def append_jsonl(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Every record of a JSON-lines file, without the last line if a kill tore it.
+    """All records of a JSON Lines file, without an incomplete last line that a kill left.
 
-    A broken line anywhere else raises JsonLinesError with its number: it means that the file is
-    not what it should be, and skipping it would hide that.
+    Raises:
+        JsonLinesError: for any other broken line, with its number. Skipping it would hide that the file is not what
+            it should be.
     """
     return [record for _, record in _parsed_lines(Path(path))]
 
 
 def truncate_jsonl_after(path: str | os.PathLike[str], step: int) -> int:
-    """Keep only records with `record["step"] <= step`; return how many lines went.
+    """Keep only records with `record["step"] <= step`; returns the number of removed lines.
 
-    Call it when a run resumes from a checkpoint: the steps after that checkpoint will be written
-    again. Atomic, so a kill leaves the old file or the new one. A missing file is no error.
+    Call it when a run resumes from a checkpoint: the later steps will be written again. The file is replaced in one
+    move, so after a kill it is the old or the new one. A missing file is no error.
+
+    Raises:
+        JsonLinesError: if the file cannot be read.
     """
     path = Path(path)
     if not path.exists():
@@ -77,7 +87,7 @@ def _parsed_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         content = path.read_bytes()
     except OSError as error:
         raise JsonLinesError(f"{path}: cannot be read: {error.strerror or error}") from error
-    # Split bytes on "\n" only: str.splitlines would also cut at U+2028, which may stand in a string.
+    # Split at "\n" bytes only: str.splitlines would also split at U+2028, which is allowed in a JSON string.
     numbered = [(number, raw) for number, raw in enumerate(content.split(b"\n"), start=1) if raw.strip()]
     records = []
     for number, raw in numbered:
@@ -87,14 +97,17 @@ def _parsed_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
                 raise ValueError(f"expected an object, found {type(record).__name__}")
         except (ValueError, RecursionError) as error:
             if number == numbered[-1][0]:
-                break  # torn: the run was killed while it wrote this line
+                break  # incomplete: the run was killed while it wrote this line
             raise JsonLinesError(f"{path}, line {number}: not a JSON object ({error})") from error
         records.append((raw, record))
     return records
 
 
 def _mend_tail(file: Any) -> None:
-    """Give a complete last line its missing newline; cut off a torn one, or the next would join it."""
+    """Complete the last line of the file, so that the next record does not join it.
+
+    A complete record gets its missing newline; an incomplete one is cut off.
+    """
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         return
@@ -115,7 +128,7 @@ def _mend_tail(file: Any) -> None:
 
 
 def _json_ready(value: Any) -> Any:
-    """`value` in types JSON has; what it cannot hold becomes null (NaN, inf) or text."""
+    """`value` in types that JSON has. Other values become null (NaN, infinity) or text."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -130,4 +143,5 @@ def _json_ready(value: Any) -> Any:
 
 
 def is_number(value: object) -> bool:
+    """Whether a value read from JSON is a number; true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

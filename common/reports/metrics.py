@@ -1,4 +1,4 @@
-"""The numbers of a training step, and the table of the first steps against the last."""
+"""The numbers of a training step, and a table that compares the first steps with the last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.reports.tables import format_table
 
 
 def step_metrics(logs: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The numbers of a training step's log, or None where `logs` is an evaluation or the final summary.
+    """The numbers of one training step's log; None if `logs` is an evaluation or the summary at the end of training.
 
     A metric without a value in this step (TRL logs None or NaN) is kept as None.
     """
@@ -41,7 +41,11 @@ SUMMARY = {
 
 
 def summary_table(records: list[dict[str, Any]]) -> str:
-    """First against last fifth of the steps, as a table for the terminal."""
+    """Means over the first and the last fifth of the steps, as a table for the terminal.
+
+    Args:
+        records: lines of metrics.jsonl, one per step.
+    """
     part = max(1, len(records) // 5)
     rows = []
     for key, title in SUMMARY.items():

@@ -1,4 +1,4 @@
-"""The pictures of a run: training curves, loss curves, scoreboard. matplotlib is loaded by what draws."""
+"""Draw the pictures of a run: training curves, loss curves, scoreboard. Only the functions import matplotlib."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Okabe and Ito's palette: told apart with every common form of colour blindness.
+# Palette of Okabe and Ito (https://jfly.uni-koeln.de/color/): distinguishable with every common colour blindness.
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 _INK, _MUTED, _GRID = "#222222", "#6B6B6B", "#E3E3E3"
 
-_SMOOTH_ABOVE = 30  # up to this many steps every point is drawn as it is
+_SMOOTH_ABOVE = 30  # with more steps than this, curves are moving averages
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Curve:
     key: str  # name in metrics.jsonl
     label: str  # name in the legend
     colour: str
-    marker: str = "o"  # a second sign beside colour
+    marker: str = "o"  # distinguishes curves without colour
     band: str | None = None  # key of a standard deviation to draw around the curve
 
 
@@ -87,11 +87,19 @@ def plot_training_curves(
     png_path: str | os.PathLike[str],
     title: str = "Planner training",
 ) -> None:
-    """Draw metrics.jsonl as one PNG of four panels: reward, components, planner behaviour, tokens.
+    """Draw metrics.jsonl as one PNG with four panels: reward, its components, the planner's behaviour, tokens.
 
-    Above 30 steps the lines are moving averages over dots of single steps; the numbers in the
-    legends are where each line ends. Metrics that a run lacks leave a note in their panel.
-    The file is replaced in one move: a viewer never meets half a picture.
+    With more than 30 steps the lines are moving averages and single steps are dots. The numbers in the legends are
+    the last values of the lines. A panel without any of its metrics says so. The file is replaced in one move, so a
+    viewer never sees an incomplete picture.
+
+    Args:
+        metrics_path: the JSON Lines file.
+        png_path: the picture.
+        title: shown above the panels.
+
+    Raises:
+        JsonLinesError: if the metrics cannot be read.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -102,7 +110,7 @@ def plot_training_curves(
     window = max(5, len(records) // 20) if len(records) > _SMOOTH_ABOVE else 1
 
     figure = Figure(figsize=(13, 8.8), dpi=110, facecolor="white")
-    FigureCanvasAgg(figure)  # Agg without pyplot: no global state, no display needed
+    FigureCanvasAgg(figure)  # the Agg canvas without pyplot needs no global state and no display
     axes = figure.subplots(2, 2)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.815, bottom=0.07, wspace=0.16, hspace=0.5)
     figure.text(0.0125, 0.966, title, fontsize=17, weight="bold", color=_INK, va="center", parse_math=False)
@@ -115,7 +123,11 @@ def plot_training_curves(
 
 
 def plot_loss_curves(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
-    """Draw training and validation loss over the steps of a supervised run, written atomically."""
+    """Draw training and validation loss over the steps of a supervised run as a PNG, replaced in one move.
+
+    Raises:
+        JsonLinesError: if the metrics cannot be read.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -171,7 +183,7 @@ def _draw_panel(ax: Axes, panel: _Panel, records: list[dict[str, Any]], window: 
             lower = [mean - std for (_, mean, _), std in zip(banded, spread, strict=True)]
             upper = [mean + std for (_, mean, _), std in zip(banded, spread, strict=True)]
             band_steps = [step for step, _, _ in banded]
-            if len(banded) == 1:  # a band of one point has no width: draw a bar instead
+            if len(banded) == 1:  # a band through one point would be invisible, so draw a bar
                 ax.vlines(band_steps, lower, upper, color=curve.colour, alpha=0.25, linewidth=9)
             elif banded:
                 ax.fill_between(band_steps, lower, upper, color=curve.colour, alpha=0.16, linewidth=0)
@@ -208,7 +220,7 @@ def _draw_panel(ax: Axes, panel: _Panel, records: list[dict[str, Any]], window: 
         margin = max((last - first) * 0.015, 0.5 if first == last else 0.0)
         ax.set_xlim(first - margin, last + margin)
     if panel.is_rate:
-        ax.set_ylim(-0.02, 1.02)  # room to see a line that lies on 0 or 1
+        ax.set_ylim(-0.02, 1.02)  # a margin, so that a line at 0 or 1 stays visible
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
     elif panel.from_zero:
         ax.set_ylim(0, highest * 1.08 if highest > 0 else 1)
@@ -247,7 +259,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _moving_average(values: list[float], window: int) -> list[float]:
-    """Centred mean over `window` points, over fewer at the ends; the mean never leans on the past."""
+    """Mean over `window` points centred at each point, over fewer points at the ends."""
     if window <= 1:
         return list(values)
     sums = [0.0]
@@ -262,7 +274,13 @@ def _moving_average(values: list[float], window: int) -> list[float]:
 
 
 def plot_scoreboard(summary: dict[str, Any], path: Path, highlight: str) -> None:
-    """A bar per row of an evaluation's summary with its 95 % interval, one row in colour, written atomically."""
+    """Draw one bar per row of an evaluation with its 95 % interval, as a PNG, replaced in one move.
+
+    Args:
+        summary: from `common.evaluation.scoreboard`.
+        path: the picture.
+        highlight: name of the row drawn in colour.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -282,7 +300,7 @@ def plot_scoreboard(summary: dict[str, Any], path: Path, highlight: str) -> None
     for place, (value, name) in enumerate(zip(values, names, strict=True)):
         tokens = summary["rows"][name]["total_tokens"]
         axes.text(place + 0.06, value + 0.8, f"{value:.0f}%", ha="left", va="bottom", fontweight="bold")
-        shown = "" if tokens is None else f"{tokens:.0f} tokens"  # None: every question failed
+        shown = "" if tokens is None else f"{tokens:.0f} tokens"  # None if every question failed
         axes.text(place, 1.5, shown, ha="center", va="bottom", color="white", fontsize=8)
     axes.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
     axes.set_ylim(0, min(100.0, max(100 * high for _, high in bounds) * 1.12 + 4))
@@ -293,7 +311,7 @@ def plot_scoreboard(summary: dict[str, Any], path: Path, highlight: str) -> None
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write a whole picture or leave the old one."""
+    """Write a complete picture, or leave the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:

@@ -1,6 +1,6 @@
-"""Where the time of a training step goes: planner, worker, embeddings, forward and backward, saving, and the rest.
+"""Measure the parts of a training step: planner, worker, embeddings, forward and backward pass, saving, the rest.
 
-Costs a few clock readings a step. Only the standard library is imported here.
+It reads the clock a few times per step. Only the standard library is imported here.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# In the order in which a step goes through them; its first part belongs to the step before, whose line is written
-# by then. `worker_seconds` is the reward function's own metric.
+# Parts in their order within a step. The first belongs to the step before, but its log line is already written then.
+# `worker_seconds` is a metric of the reward function itself.
 PARTS = {
     "saving_seconds": "logs and checkpoint of the step before",
     "planner_seconds": "planner writes plans",
@@ -23,21 +23,21 @@ PARTS = {
 
 
 class StepClock:
-    """Adds up the seconds of named parts since the last `take`; what no part claims is the rest."""
+    """Sum the seconds of named parts since the last `take`. Time that belongs to no part is the rest."""
 
     def __init__(self) -> None:
         self._parts: dict[str, float] = {}
         self._since = time.perf_counter()
-        self._between = self._first = True  # no step is under way; none has been
+        self._between = self._first = True  # between two steps; before the first step
 
     def restart(self) -> None:
-        """Forget everything so far, up to the first `begin`: loading and resuming are no part of a step."""
+        """Discard all times so far and until the first `begin`: loading and resuming belong to no step."""
         self._parts.clear()
         self._since = time.perf_counter()
         self._between = self._first = True
 
     def begin(self) -> None:
-        """A step begins, if none is under way: what passed since the last one went into logs and checkpoints."""
+        """Mark the beginning of a step, if none is running. The time since the last one counts as `saving_seconds`."""
         if not self._between:
             return
         now = time.perf_counter()
@@ -49,12 +49,12 @@ class StepClock:
         self._between = self._first = False
 
     def add(self, part: str, seconds: float) -> None:
-        """Count seconds towards a part."""
+        """Add seconds to a part."""
         self._parts[part] = self._parts.get(part, 0.0) + seconds
 
     @contextmanager
     def part(self, name: str, *, without: Sequence[str] = ()) -> Iterator[None]:
-        """Count the time inside towards `name`, except what parts named in `without` claim of it."""
+        """Context manager: add the time inside to `name`, minus the time that the parts in `without` took meanwhile."""
         started, claimed = time.perf_counter(), self._total(without)
         try:
             yield
@@ -62,7 +62,7 @@ class StepClock:
             self.add(name, time.perf_counter() - started - (self._total(without) - claimed))
 
     def take(self) -> dict[str, float]:
-        """Seconds of each part since the last call (or `restart`), and of the rest; they sum to the time passed."""
+        """Seconds of each part, and of the rest, since the last call or `restart`. They sum to the elapsed time."""
         now = time.perf_counter()
         taken = {name: self._parts.get(name, 0.0) for name in PARTS if name != "rest_seconds"}
         taken["rest_seconds"] = max(0.0, now - self._since - sum(taken.values()))
@@ -75,7 +75,7 @@ class StepClock:
 
 
 def breakdown_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Mean seconds and share of each part over the steps of `metrics.jsonl`; no rows where no step has them."""
+    """Mean seconds and share of the step time per part, from the records of metrics.jsonl; [] if no record has them."""
     steps = [record for record in records if record.get("rest_seconds") is not None]
     if not steps:
         return []

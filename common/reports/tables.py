@@ -1,4 +1,4 @@
-"""Aligned tables for the terminal. Only the standard library is imported here."""
+"""Aligned text tables for the terminal. Only the standard library is imported here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from common.reports.jsonl import is_number
 
-# "41.2%", "0.41 ± 0.05", "+3", "12/48", "[0.10, 0.32]", "1e-05", "-": cells that read as numbers.
+# Cells that count as numbers: "41.2%", "0.41 ± 0.05", "+3", "12/48", "[0.10, 0.32]", "1e-05", "-".
 _LOOKS_NUMERIC = re.compile(r"[-+−±~<>=≤≥]?\s*[\[(]?[-+−±]?\d[\d.,eE\s%±+\-−–/\[\]()x×]*")
 _MISSING = "-"
 
@@ -20,11 +20,17 @@ def format_table(
     *,
     max_width: int = 60,
 ) -> str:
-    """An aligned plain-text table: a header, a rule, a line per row; columns of numbers to the right.
+    """An aligned plain-text table: a header line, a rule, and one line per row. Columns of numbers align right.
 
-    Rows are dicts (columns in order of first appearance, or those named by `headers`) or sequences
-    (`headers` then names the columns). Floats of one column share their decimals; None and NaN
-    show as "-"; long text is cut to `max_width` characters and kept to one line.
+    All floats of a column get the same number of decimals. None and NaN are shown as "-".
+
+    Args:
+        rows: dicts (columns in order of first appearance, or those in `headers`), or sequences.
+        headers: names of the columns; required if rows are sequences.
+        max_width: longer text is cut to this many characters; line breaks are removed.
+
+    Raises:
+        ValueError: if a sequence does not have one cell per header.
     """
     names: list[str]
     cells: list[list[object]]
@@ -58,7 +64,7 @@ def _column_texts(values: list[object]) -> list[str]:
     floats = [abs(v) for v in values if isinstance(v, float) and math.isfinite(v)]
     largest = max(floats, default=0.0)
     style = ",.1f" if largest >= 100 else ".3f"
-    if 0 < largest < 0.001:  # learning rates
+    if 0 < largest < 0.001:  # such as learning rates
         style = ".1e"
     texts = []
     for value in values:
@@ -76,7 +82,7 @@ def _column_texts(values: list[object]) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    """Spaces for line breaks, nothing for control characters: model text may hold escape sequences."""
+    """Replace line breaks by spaces and remove control characters: model text may contain escape sequences."""
     text = " ".join(text.split())
     return "".join(char for char in text if unicodedata.category(char) not in {"Cc", "Cf", "Cs"})
 

@@ -1,9 +1,9 @@
-"""What Weights & Biases shows of a training: metrics, rewards as a histogram, a table of examples.
+"""Log a training to Weights & Biases: metrics, a histogram of rewards, and a table of examples.
 
 run = start_wandb(project, None, config, output_dir)  # common.reports.wandb_run
 if run is not None:
     callback = WandbCallback(run)
-    trainer.add_callback(callback)        # and callback.add_samples to the reward's sample sink
+    trainer.add_callback(callback)        # and pass the samples of the reward function to callback.add_samples
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from common.settings.secrets import redact, redact_logs
 
 logger = logging.getLogger(__name__)
 
-# What the Trainer and GRPOTrainer log without a prefix of their own, by its name in the W&B charts.
+# Names that Trainer and GRPOTrainer log without a prefix, and their names in W&B.
 _RENAMED = {
     "reward": "reward/mean",
     "reward_std": "reward/std",
@@ -37,12 +37,13 @@ _RENAMED = {
 
 
 def wandb_name(name: str) -> str:
-    """The name of a logged metric in W&B, where the part before the slash names the chart group.
+    """The name of a logged metric in W&B; the part before the slash is the chart group.
 
-    `reward*` goes to reward/ (reward/mean, reward/std, reward/frac_zero_std); the optimiser's numbers
-    to train/ (train/loss, ...); `eval_x` to eval/x; `train_runtime` and the other totals to train/.
-    Names with a slash (completions/mean_length) and this project's own metrics (correctness,
-    decomposition_rate, token_efficiency, ...) keep the name they have in metrics.jsonl.
+    - `reward*` goes to reward/ (reward/mean, reward/std, reward/frac_zero_std);
+    - the optimiser's numbers go to train/ (train/loss, ...), and so do `train_runtime` and the other totals;
+    - `eval_x` becomes eval/x;
+    - names with a slash (completions/mean_length) and this project's own metrics (correctness, decomposition_rate,
+      token_efficiency, ...) stay as in metrics.jsonl.
     """
     if name in _RENAMED:
         return _RENAMED[name]
@@ -53,17 +54,24 @@ def wandb_name(name: str) -> str:
 
 
 class WandbCallback(TrainerCallback):
-    """Logs every step to a W&B run: metrics, `reward/distribution` and the table `examples`.
+    """Log every step to a W&B run: metrics, `reward/distribution` and the table `examples`.
 
-    Metric names follow `wandb_name`; the x axis is `train/global_step`. The reward
-    function hands its samples to `add_samples`; each logged step then adds a histogram of their
-    rewards and up to `rows_per_step` rows from the lowest to the highest reward.
+    Metric names follow `wandb_name`; the x axis is `train/global_step`. The reward function passes its samples to
+    `add_samples`. Each logged step then gets a histogram of their rewards, and up to `rows_per_step` rows of the
+    table, spread from the lowest to the highest reward.
 
-    The table is logged in increments, so that it keeps the rows of all steps (under one key W&B would
-    show only the latest table). W&B shows the last 100 increments of a run, so long runs put several
-    steps into one: `on_train_end` or `close` sends what is left.
+    The table is logged in increments, because under one key W&B shows only the latest table. W&B shows the last 100
+    increments of a run, so in long runs one increment holds several steps. `on_train_end` or `close` sends the rest.
 
-    A failure of W&B is logged once as a warning and never ends the training.
+    An error of W&B is logged once as a warning and never ends the training.
+
+    Args:
+        run: the W&B run; None for the one that is active.
+        rows_per_step: most rows of the table per step.
+        progress: what was logged before the training was stopped; None if nothing is to be remembered.
+
+    Raises:
+        ValueError: if `run` is None and no W&B run is active.
     """
 
     COLUMNS = (
@@ -91,7 +99,7 @@ class WandbCallback(TrainerCallback):
         self._logged_before = 0 if progress is None else progress.step
         if progress is not None:
             progress.run_id = self.run.id
-            progress.rows = max(progress.rows, int(self.run.step))  # that of a run which goes on online
+            progress.rows = max(progress.rows, int(self.run.step))  # W&B's own count, if the run continues online
             progress.save()
         self._samples: list[Mapping[str, Any]] = []
         self._table: Any = None
@@ -101,10 +109,11 @@ class WandbCallback(TrainerCallback):
         self._step = 0
 
     def add_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Take the samples of one batch; they are logged with the step they belong to.
+        """Add the samples of one batch; they are logged with the step they belong to.
 
-        Keys used: step, question, completion, plan (dict or None), solutions, answer, gold, correct,
-        reward (None where the worker failed). Other keys go to the column `other` as JSON.
+        Args:
+            samples: with the keys step, question, completion, plan (dict or None), solutions, answer, gold, correct
+                and reward (None if the worker failed). Other keys go to the column `other` as JSON.
         """
         self._samples.extend(samples)
 
@@ -116,10 +125,11 @@ class WandbCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Log the numbers of a step, or of an evaluation, with the samples that belong to it."""
         if not state.is_world_process_zero or not logs:
             return
         self._step = state.global_step
-        if self._step <= self._logged_before:  # done again since the checkpoint
+        if self._step <= self._logged_before:  # repeated since the last checkpoint, so already in W&B
             self._samples = []
             return
         with self._never_fatal():
@@ -134,6 +144,7 @@ class WandbCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Send the table rows of the last steps."""
         if state.is_world_process_zero:
             self._step = state.global_step
             self.flush()
@@ -141,14 +152,14 @@ class WandbCallback(TrainerCallback):
     def flush(self) -> None:
         """Send table rows that wait for their increment."""
         with self._never_fatal():
-            if self._samples:  # a batch whose step was never logged (the run was stopped)
+            if self._samples:  # their step was never logged, because the run was stopped
                 self._add_rows(self._samples)
                 self._samples = []
             if self._unsent_rows:
                 self._log(self._take_table())
 
     def close(self) -> None:
-        """Flush and finish the run; for `finally`, also after an interrupted training."""
+        """Send the rest and finish the run. Meant for `finally`, so also after an interrupted training."""
         self.flush()
         with self._never_fatal():
             self.run.finish()
@@ -186,7 +197,7 @@ class WandbCallback(TrainerCallback):
         import wandb
 
         if self._table is None:
-            # Cells are text or None throughout, but a model's output should never meet a type check.
+            # Cells are text or None, but a type check must never fail on a model's output.
             self._table = wandb.Table(columns=list(self.COLUMNS), log_mode="INCREMENTAL", allow_mixed_types=True)
         by_step: dict[Any, list[Mapping[str, Any]]] = {}
         for sample in samples:
@@ -231,7 +242,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _spread(samples: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """`count` of the samples, evenly from the lowest reward to the highest: failures and successes."""
+    """Choose `count` samples, evenly from the lowest reward to the highest, so that failures and successes show."""
     ordered = sorted(samples, key=lambda s: s["reward"] if _is_finite(s.get("reward")) else -math.inf)
     if len(ordered) <= count:
         return ordered
@@ -241,7 +252,7 @@ def _spread(samples: list[Mapping[str, Any]], count: int) -> list[Mapping[str, A
 
 
 def _cell(value: object) -> str | None:
-    """Text for a table cell; half a surrogate pair, which no encoder takes, becomes a question mark."""
+    """Text for a table cell. Half of a surrogate pair, which cannot be encoded, becomes a question mark."""
     if value is None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

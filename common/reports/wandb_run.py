@@ -1,7 +1,7 @@
-"""A Weights & Biases run: started without asking a question or waiting for a network, and gone on with after a stop.
+"""Start a Weights & Biases run without asking a question or waiting for the network, and continue it after a stop.
 
-Online only when an API key is known and the server answers; otherwise it logs to disk and says in one line why, and
-how to upload later.
+The run is online only if an API key is known and the server answers. Otherwise it is written to disk, and one line
+says why and how to upload it later.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from common.runs.files import read_json, write_json
 from common.runs.record import WANDB_RUN
 from common.settings.secrets import WANDB_VARIABLE, clean_key, redact, redact_logs
 
-CONNECT_SECONDS = 3.0  # to reach the server at all
-INIT_SECONDS = 15.0  # for a server that accepts the connection and then does not answer
-FINISH_SECONDS = 120.0  # to upload the rest at the end; what is left stays on disk for `wandb sync`
+CONNECT_SECONDS = 3.0  # limit for reaching the server
+INIT_SECONDS = 15.0  # limit for starting a run, if the server accepts the connection and then does not answer
+FINISH_SECONDS = 120.0  # limit for uploading the rest at the end; what is left stays on disk for `wandb sync`
 
 
 class Progress:
-    """How far a run has been logged, in a file beside it, so that after a stop it goes on in the same W&B run.
+    """How much of a training was logged, stored in a file in its folder, to continue the same W&B run after a stop.
 
-    W&B cannot take a step back: what a resumed training does again, since its checkpoint, is not logged again.
+    W&B does not accept a step twice. So steps that a resumed training repeats since its checkpoint are not logged.
 
     Args:
-        output_dir: of the training.
-        project: the W&B project.
-        resumes: whether training goes on; otherwise, and in another project, a new W&B run begins.
+        output_dir: folder of the training.
+        project: W&B project.
+        resumes: whether the training is resumed. If not, or in another project, a new W&B run begins.
     """
 
     def __init__(self, output_dir: Path, project: str, *, resumes: bool) -> None:
@@ -48,11 +48,11 @@ class Progress:
         if stored.get("project") != project:
             stored = {}
         self.run_id: str | None = stored.get("id")  # None: W&B chooses one
-        self.step: int = stored.get("step", 0)  # of the training, the last one that is logged
-        self.rows: int = stored.get("rows", 0)  # in the run's history, W&B's own count of steps
+        self.step: int = stored.get("step", 0)  # last training step that was logged
+        self.rows: int = stored.get("rows", 0)  # rows of the run's history, which W&B counts as its own steps
 
     def save(self) -> None:
-        """Write down how far it is."""
+        """Write the progress to its file."""
         write_json(self._path, {"project": self._project, "id": self.run_id, "step": self.step, "rows": self.rows})
 
 
@@ -63,13 +63,24 @@ def start_wandb(
     output_dir: str | os.PathLike[str],
     run_id: str | None = None,
 ) -> Any | None:
-    """Start a W&B run that writes to `output_dir/wandb`; None where W&B is switched off or broken.
+    """Start a W&B run that writes to `output_dir/wandb`. Call it in the main process only.
 
-    Online only with an API key (WANDB_API_KEY, netrc, W&B settings) and a server, or its proxy, that
-    accepts a connection within three seconds; otherwise offline, with one line on stderr. WANDB_MODE
-    (offline, disabled) is obeyed; WANDB_MODE=online is a wish that still cannot hang the run.
-    With `run_id` the run of that id goes on, offline in one more folder. Call it on the main process only.
-    Raises UserError for input that W&B refuses.
+    It is online only if there is an API key (WANDB_API_KEY, netrc, W&B settings) and the server, or its proxy,
+    accepts a connection within three seconds. Otherwise it is offline, and one line on stderr says so. WANDB_MODE set
+    to offline or disabled is obeyed. WANDB_MODE=online is only tried, so that it cannot block the run.
+
+    Args:
+        project: W&B project.
+        run_name: name of the run; None lets W&B choose one.
+        config: settings shown with the run.
+        output_dir: folder of the training.
+        run_id: continue the run with this id; offline this creates one more folder.
+
+    Returns:
+        The run, or None if W&B is switched off or does not work.
+
+    Raises:
+        UserError: if W&B cannot be imported or refuses its settings.
     """
     try:
         import wandb
@@ -78,32 +89,33 @@ def start_wandb(
         raise UserError(f"W&B cannot be imported ({error}): pip install wandb, or turn W&B off") from error
 
     if os.environ.get("WANDB_DISABLED", "").lower() in {"1", "true", "yes", "on"}:
-        return None  # wandb itself no longer reads it, but users of the HF Trainer know it
+        return None  # wandb itself no longer reads this variable, but users of the HF Trainer know it
     output_dir = Path(output_dir)
-    # For what wandb prints outside a run, such as its notes on logging in: one line of ours is enough.
+    # Silences what wandb prints outside a run, such as notes on logging in: our own line is enough.
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
-        wandb.Settings(project=project, run_name=run_name)  # refuses bad names before anything starts
+        wandb.Settings(project=project, run_name=run_name)  # refuses invalid names before anything starts
         known = wandb_setup.singleton().settings
-    except Exception as error:  # pydantic's, UsageError or ValueError
+    except Exception as error:  # of pydantic, a UsageError or a ValueError
         raise UserError(f"W&B does not accept its settings: {_one_line(error)}") from error
     if known.mode == "disabled":
         return None
 
     (output_dir / "wandb").mkdir(parents=True, exist_ok=True)
-    # Tables of an offline run are staged here until `wandb sync`: keep them with the run, not in $HOME.
+    # wandb stages tables of an offline run here until `wandb sync`; the default would be in $HOME.
     os.environ.setdefault("WANDB_DATA_DIR", str((output_dir / "wandb" / "data").resolve()))
 
     offline_because = _why_offline(known)
     if offline_because is None and run_id is not None and _not_uploaded(output_dir, run_id):
-        # Uploaded after this part, it would replace it: W&B puts parts together only in the order of time.
+        # W&B joins the parts of a run correctly only in their order in time; uploaded later, the earlier part would
+        # replace this one.
         offline_because = "the run's earlier part is not uploaded yet"
     if offline_because is None:
         try:
             run = _init(wandb, "online", project, run_name, config, output_dir, run_id)
         except Exception as error:  # noqa: BLE001  (whatever wandb raises must not end a training run)
             offline_because = f"the server did not start a run: {_one_line(error)}"
-            redact_logs(output_dir / "wandb")  # its answers are in there, and what it was asked with may be in these
+            redact_logs(output_dir / "wandb")  # the logs may hold requests and answers with the key
         else:
             print(f"wandb: run {run.name} at {run.url}", file=sys.stderr)
             return run
@@ -119,7 +131,7 @@ def start_wandb(
 
 
 def _not_uploaded(output_dir: Path, run_id: str) -> list[Path]:
-    """Folders of a run's offline parts that `wandb sync` has not marked as uploaded, in the order of time."""
+    """Folders of a run's offline parts that `wandb sync` has not marked as uploaded, oldest first."""
     parts = sorted((output_dir / "wandb").glob(f"offline-run-*-{glob.escape(run_id)}"))
     return [part for part in parts if not any(part.glob("*.wandb.synced"))]
 
@@ -134,7 +146,7 @@ def _init(
     run_id: str | None,
 ) -> Any:
     settings = wandb.Settings(
-        silent=True,  # the one line of start_wandb says all that matters
+        silent=True,  # start_wandb prints the only line that is needed
         console="off",  # capturing stdout breaks progress bars
         init_timeout=INIT_SECONDS,
         finish_timeout=FINISH_SECONDS,
@@ -148,9 +160,9 @@ def _init(
         settings=settings,
         id=run_id,
         resume=None if run_id is None else "allow",
-        allow_val_change=run_id is not None,  # such as more steps
+        allow_val_change=run_id is not None,  # a continued run may have other settings, such as more steps
     )
-    # One x axis for every chart. wandb's own step counts log calls, which differ after a resume.
+    # One x axis for all charts. wandb's own step counts log calls, whose number differs after a resume.
     run.define_metric("train/global_step", hidden=True)
     run.define_metric("*", step_metric="train/global_step")
     return run
@@ -173,15 +185,15 @@ def _why_offline(settings: Any) -> str | None:
 def _credentials_known(base_url: str) -> bool:
     from wandb.sdk.lib import wbauth
 
-    # wandb's own look-up: environment, netrc (also under the host's older names), settings. It neither
-    # prompts nor connects; a warning about an odd netrc must not add a second line to ours.
+    # wandb's own look-up: environment, netrc (also under the host's older names), settings. It does not prompt or
+    # connect. Its warning about an unusual netrc is hidden, because one line from us is enough.
     with contextlib.redirect_stderr(io.StringIO()):
         auth = wbauth.authenticate_session(host=base_url, source="start_wandb", prompt=False, update_session=False)
     return auth is not None
 
 
 def _address_to_reach(settings: Any) -> tuple[str, int]:
-    """Host and port of the W&B server, or of the proxy that stands before it."""
+    """Host and port of the W&B server, or of the proxy in front of it."""
     url = urllib.parse.urlsplit(settings.base_url)
     host = url.hostname or ""
     proxy = getattr(settings, f"{url.scheme}_proxy", None)
@@ -194,7 +206,7 @@ def _address_to_reach(settings: Any) -> tuple[str, int]:
 
 
 def _cannot_connect(host: str, port: int) -> str | None:
-    """Why no TCP connection comes about within CONNECT_SECONDS, or None if it does."""
+    """The reason why no TCP connection is made within CONNECT_SECONDS, or None if one is."""
     outcome = ["timed out"]
 
     def connect() -> None:
@@ -204,7 +216,7 @@ def _cannot_connect(host: str, port: int) -> str | None:
         except (OSError, UnicodeError) as error:
             outcome[0] = getattr(error, "strerror", None) or str(error)
 
-    # In a thread because the timeout of a socket does not cover the look-up of its name.
+    # In a thread, because a socket's timeout does not limit the look-up of the host name.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(CONNECT_SECONDS)
@@ -212,7 +224,7 @@ def _cannot_connect(host: str, port: int) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """The config in types that W&B stores: text for paths, lists for tuples and sets."""
+    """The config in types that W&B can store: text for paths, lists for tuples and sets."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -222,6 +234,6 @@ def _plain(value: Any) -> Any:
 
 def _one_line(error: BaseException) -> str:
     text = redact(" ".join(str(error).split()))
-    for advice in (" For further information", " Consider increasing"):  # pydantic's, wandb's
+    for advice in (" For further information", " Consider increasing"):  # added by pydantic and wandb
         text = text.split(advice)[0]
     return text[:300] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Adapter folders: saving one in a single step, and the checks before one is used."""
+"""Adapter folders: save one so that it is always complete, and check one before it is used."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from common.runs.record import TRAINING_CONFIG
 
 
 def save_adapter(model: Any, tokenizer: Any, output_dir: Path) -> None:
-    """Save adapter and tokenizer so that either the old files or the new ones are there, never a mix of halves."""
+    """Save adapter and tokenizer. Every file in the folder is the old or the new one, never an incomplete one."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=SAVING) as temporary:
         folder = Path(temporary)
-        # Not the reference policy of a KL penalty, which is an adapter too.
+        # Only "default": the reference policy of a KL penalty is an adapter too, but not a result.
         model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled template of a card
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card without content
         save_tokenizer(tokenizer, folder)
         publish_folder(folder, output_dir)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Tokenizer and chat template.
+    """Save the tokenizer with its chat template.
 
-    Also special_tokens_map.json, which transformers 5 no longer writes but older loaders read.
+    Also writes special_tokens_map.json, which transformers 5 no longer writes but older loaders read.
     """
     tokenizer.save_pretrained(folder)
     write_json(folder / "special_tokens_map.json", tokenizer.special_tokens_map)
 
 
 def safetensors_problem(path: Path) -> str | None:
-    """Why a safetensors file is not whole, or None. Reads the header only.
+    """The reason why a safetensors file is incomplete, or None. Reads only the header.
 
-    Format: 8 bytes of header length, a JSON header with each tensor's data_offsets, the data
+    Format: 8 bytes with the header's length, a JSON header with the data_offsets of each tensor, the data
     (https://huggingface.co/docs/safetensors).
     """
     size = path.stat().st_size
@@ -59,7 +59,11 @@ def safetensors_problem(path: Path) -> str | None:
 
 
 def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict[str, Any]:
-    """The config of a LoRA adapter folder, after cheap checks that it is one and whole.
+    """The config of a LoRA adapter folder, after quick checks that it is one and is complete.
+
+    Args:
+        adapter_path: the folder.
+        flag: that names it, for errors.
 
     Raises:
         UserError: with what is missing or broken.
@@ -86,12 +90,17 @@ def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict
 
 
 def check_adapter_base(adapter_path: str, base_model: str, aliases: tuple[str, ...] = ()) -> None:
-    """Stop when an adapter names another base model than the one in use.
+    """Check that an adapter names the base model in use.
 
     Folders and Hub ids may name the same model, so the last part of the name decides.
 
+    Args:
+        adapter_path: folder of the adapter.
+        base_model: in use.
+        aliases: other names of the same base model.
+
     Raises:
-        UserError: when they differ.
+        UserError: if the names differ.
     """
     recorded = read_adapter_config(adapter_path).get("base_model_name_or_path") or ""
     names = {Path(name).name.casefold() for name in (base_model, *aliases)}
@@ -102,15 +111,15 @@ def check_adapter_base(adapter_path: str, base_model: str, aliases: tuple[str, .
 
 
 def check_adds_to_base(adapter_path: str) -> None:
-    """Stop for an adapter that, switched off, does not leave the base model: there would be no frozen worker.
+    """Check that an adapter, when it is off, leaves the base model unchanged. Otherwise there is no frozen worker.
 
-    By what PEFT 0.21 does: initialisations that subtract from the base weights what the adapter starts with
-    (`update_layer` in peft/tuners/lora/layer.py), biases of the base that are trained along and stay when the adapter
-    is off (`disable_adapter_layers` in peft/tuners/tuners_utils.py), repeated layers, KaSA's truncated weights. Full
-    copies (modules_to_save), trained tokens, DoRA and adapters on embeddings are switched off wholly.
+    With PEFT 0.21 the base model changes through: initialisations that subtract the adapter's first update from the
+    base weights (`update_layer` in peft/tuners/lora/layer.py); trained biases of the base model, which stay when the
+    adapter is off (`disable_adapter_layers` in peft/tuners/tuners_utils.py); repeated layers; KaSA's truncated weights.
+    Full copies (modules_to_save), trained tokens, DoRA and adapters on embeddings are switched off completely.
 
     Raises:
-        UserError: with what changes the base.
+        UserError: with what changes the base model.
     """
     config = read_adapter_config(adapter_path)
     start = config.get("init_lora_weights", True)
@@ -131,19 +140,19 @@ def check_adds_to_base(adapter_path: str) -> None:
             )
 
 
-# What PEFT offers as init_lora_weights, beside true and false, that leaves the base weights alone.
+# Values of PEFT's init_lora_weights, besides true and false, that do not change the base weights.
 _KEEPING_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def adapter_origin(adapter_path: str, base_model: str | None) -> tuple[dict[str, Any], str]:
-    """What is known of an adapter: the record of its training ({} without one), and the base model's name.
+    """The record of an adapter's training ({} without one), and the name of its base model.
 
     Args:
-        adapter_path: its folder.
-        base_model: the base model the user named, or None for the one that the adapter names.
+        adapter_path: folder of the adapter.
+        base_model: named by the user, or None for the one that the adapter names.
 
     Raises:
-        UserError: for an adapter that is not whole, names no base or names another one.
+        UserError: if the adapter is incomplete, names no base model, or names another one.
     """
     try:
         config = read_adapter_config(adapter_path)
@@ -157,7 +166,7 @@ def adapter_origin(adapter_path: str, base_model: str | None) -> tuple[dict[str,
         return record, base_model
     if not recorded:
         raise UserError(f"--adapter-path {adapter_path} does not say what it was trained on: add --base-model")
-    # The adapter's config has the path a name was resolved to; the name itself also means something elsewhere.
+    # The adapter's config contains the resolved path; the original name is also valid on other machines.
     named = str(record.get("settings", {}).get("base_model", ""))
     base = named if named and Path(named).name == Path(recorded).name else str(recorded)
     check_base_model(base)

@@ -1,4 +1,4 @@
-"""Checkpoints: which of them are complete, and which one to resume from."""
+"""Checkpoints: which ones are complete, and which one to resume from."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints that were written to the end, oldest first."""
+    """Checkpoints that are complete, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     return sorted(filter(_is_complete, found), key=checkpoint_step)
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
-    """The checkpoint to resume from.
+    """The newest complete checkpoint.
 
     Raises:
-        UserError: when there is no complete one.
+        UserError: if there is none.
     """
     complete = complete_checkpoints(output_dir)
     if not complete:
@@ -33,12 +33,12 @@ def newest_checkpoint(output_dir: Path) -> Path:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The optimiser step a checkpoint was taken after."""
+    """Number of optimiser steps before a checkpoint was saved."""
     return int(checkpoint.name.split("-")[-1])
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether every file needed to resume is there and whole."""
+    """Whether every file needed to resume exists and is complete."""
     if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
         return False
     states = [*checkpoint.glob("rng_state*.pth"), checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
@@ -48,7 +48,7 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
     return (
         len(states) > 2
-        # torch writes zip files, whose directory stands at the end: a cut-off one has none.
+        # torch writes zip files. Their directory is at the end, so an incomplete file has none.
         and all(zipfile.is_zipfile(path) for path in states)
         and safetensors_problem(checkpoint / "adapter_model.safetensors") is None
     )

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: everything a run writes goes through here. Nothing heavy is imported."""
+"""Write files so that they are either complete or missing; a run uses it for everything. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from common.errors import UserError
 
 
 def check_writable(folder: Path, flag: str) -> Path:
-    """Try to write where a folder is, or will be made.
+    """Try to write in a folder, or in the nearest existing folder above it.
+
+    Args:
+        folder: may not exist yet.
+        flag: that names it, for errors.
 
     Returns:
-        the folder itself, or the nearest one above it that exists.
+        The folder itself, or the nearest existing one above it.
 
     Raises:
-        UserError: when that is no folder or cannot be written.
+        UserError: if that is not a folder or cannot be written.
     """
     if not str(folder).strip() or folder == Path():
         raise UserError(f"{flag} is empty: name a folder")
@@ -41,10 +45,14 @@ def check_writable(folder: Path, flag: str) -> Path:
 
 
 def check_file_writable(path: Path, flag: str) -> None:
-    """Try to write a file; leaves nothing behind and changes nothing.
+    """Try to write a file; nothing is left behind or changed.
+
+    Args:
+        path: the file.
+        flag: that names it, for errors.
 
     Raises:
-        UserError: where it cannot be written.
+        UserError: if it cannot be written.
     """
     existed = path.exists()
     try:
@@ -58,7 +66,7 @@ def check_file_writable(path: Path, flag: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put the file's name into errors of writing it: those of an open file carry none."""
+    """Context manager: add the file's name to errors of writing it; those of an open file contain none."""
     try:
         yield
     except OSError as error:
@@ -67,12 +75,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one: a crash never leaves half of it."""
+    """Write a text file so that after a crash it is either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
-            # Half a surrogate pair, which models do emit, becomes its \uXXXX: in JSON that means the same.
+            # Half of a surrogate pair, which models sometimes emit, becomes its \uXXXX escape; JSON reads it back.
             with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.write(text)
                 stream.flush()
@@ -85,12 +93,12 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, readable for people."""
+    """Write JSON, indented, so that after a crash the file is either the old or the complete new one."""
     write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def publish_folder(source: Path, target: Path) -> None:
-    """Move finished files from a temporary folder on the same disk into place, each in one step."""
+    """Move finished files from a temporary folder to `target` on the same disk; each move is atomic."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         share(path)
@@ -98,10 +106,10 @@ def publish_folder(source: Path, target: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None where there is no file.
+    """The JSON object in a file, or None if there is no file.
 
     Raises:
-        UserError: for a file that holds no JSON object.
+        UserError: if the file does not hold a JSON object.
     """
     if not path.exists():
         return None
@@ -115,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def share(path: Path) -> None:
-    """Give a file made by `tempfile` (mode 600) the mode any other new file would have."""
+    """Give a file created by `tempfile` (mode 600) the mode of any other new file."""
     umask = os.umask(0)
     os.umask(umask)
     if path.is_file():
@@ -123,27 +131,27 @@ def share(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hex."""
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-SAVING = ".saving-"  # folders in which an adapter is put together
-# Names that this project gives to unfinished files and folders, those of its earlier versions too.
+SAVING = ".saving-"  # beginning of the names of folders in which an adapter is prepared
+# Names of unfinished files and folders that this project writes, and those of its earlier versions.
 _UNFINISHED = re.compile(
     rf"{re.escape(SAVING)}[a-z0-9_]{{8}}|\..+\.(?:json|jsonl|png|md)\.(?:\d+\.tmp|[a-z0-9_]{{8}}(?:\.tmp)?)"
 )
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run was writing; only while the folder is locked, or it may be another run's work."""
+    """Remove what a killed run has left unfinished. Call it only while the folder is locked, so no other run writes."""
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that it holds."""
+    """Remove a file, or a folder with everything in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -151,10 +159,11 @@ def remove(path: Path) -> None:
 
 
 def megabytes(size: int) -> str:
-    """A size in bytes for people."""
+    """A size in bytes as text for people."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def temporary_beside(path: Path) -> Path:
+    """Name of a temporary file for `path`, different in each process."""
     # In the same directory, because os.replace is atomic only within one file system.
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

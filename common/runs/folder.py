@@ -1,4 +1,4 @@
-"""The output folder of a run: never replaced without being asked to, and cleared of an older run as a whole."""
+"""The output folder of a run. It is replaced only on request, and then everything of the older run is removed."""
 
 from __future__ import annotations
 
@@ -25,16 +25,21 @@ _REPORTS = ("training_curves.png", "evaluation.json", "evaluation.jsonl", "evalu
 
 
 def holds_run(output_dir: Path) -> bool:
-    """Whether a folder holds something a run made."""
+    """Whether a folder contains something that a run made."""
     return any((output_dir / name).exists() for name in _RUN_FILES) or any(output_dir.glob("checkpoint-*"))
 
 
 @contextmanager
 def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
-    """Hold the output folder: no other run writes into it, and unfinished files of a killed one are gone.
+    """Context manager: lock the output folder against other runs, and remove unfinished files of a killed run.
+
+    Args:
+        output_dir: the folder.
+        overwrite: whether an older run there may be replaced.
+        resume: whether the run there continues.
 
     Raises:
-        UserError: while another run holds it; and as `check_output_dir`.
+        UserError: if another run holds the folder; and as `check_output_dir`.
     """
     check_writable(output_dir, "--output-dir")
     with only_run(output_dir / LOCK_FILE, f"--output-dir {output_dir}"):
@@ -45,10 +50,10 @@ def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterat
 
 
 def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None:
-    """Stop before anything could be lost or turn out unwritable at the end.
+    """Check before the run that nothing will be lost, and that results can be written.
 
     Raises:
-        UserError: when the folder cannot be written, or holds a run and nothing says what to do with it.
+        UserError: if the folder cannot be written, or holds a run and the flags do not say what to do with it.
     """
     check_writable(output_dir, "--output-dir")
     if holds_run(output_dir) and not overwrite and not resume:
@@ -60,7 +65,7 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
 
 
 def clear_run(output_dir: Path) -> None:
-    """Remove what an earlier run made, and nothing else."""
+    """Remove everything that an earlier run made, and nothing else."""
     for name in (*_RUN_FILES, *_REPORTS):
         (output_dir / name).unlink(missing_ok=True)
     for checkpoint in output_dir.glob("checkpoint-*"):

@@ -1,10 +1,10 @@
-"""One run per output folder: a lock that the kernel keeps, so that neither a crash nor a reboot leaves it behind.
+"""A lock that allows one run per output folder. The kernel holds it, so neither a crash nor a reboot leaves it behind.
 
-`flock` on a file, and not the `filelock` package: where a file system has no locks that falls back on a marker file,
-which a killed run would leave behind, and the holder's name could not stand in the locked file itself.
+It uses `flock` on a file instead of the `filelock` package. On file systems without locks, that package creates a
+marker file, which a killed run would leave behind. It also cannot store the holder's name in the locked file.
 
-On NFS Linux asks the server for the lock (NFSv4, or v3 with lockd), so it holds between machines too. A share that
-is mounted with `nolock` or `local_lock=flock` knows the runs of the own machine only.
+On NFS, Linux asks the server for the lock (NFSv4, or v3 with lockd), so it works between machines too. A share mounted
+with `nolock` or `local_lock=flock` knows only the runs of its own machine.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ LOCK_FILE = ".run.lock"
 
 @contextmanager
 def only_run(lock_file: Path, place: str) -> Iterator[None]:
-    """Hold a folder's lock; of several processes of one run the first one alone does.
+    """Context manager: hold a folder's lock. Of several processes of one run only the first takes it.
 
-    The file is removed at the end; one that a killed run has left is no lock.
+    The file is removed at the end. A file that a killed run left is not a lock.
 
     Args:
-        lock_file: its folder is made where it does not exist, and removed again if nothing came into it.
-        place: what is locked, as the user names it: `--output-dir ./run`.
+        lock_file: its folder is created if missing, and removed at the end if it is still empty.
+        place: what is locked, in the user's words: `--output-dir ./run`.
 
     Raises:
-        UserError: while another process holds it, with that process.
+        UserError: if another process holds the lock; the message names the process.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -47,25 +47,25 @@ def only_run(lock_file: Path, place: str) -> Iterator[None]:
         yield
     finally:
         if stream is not None:
-            with suppress(OSError):  # the folder may have gone away meanwhile, or be full or read-only
-                lock_file.unlink()  # while it is held: nobody else's file
+            with suppress(OSError):  # the folder may be gone, full or read-only
+                lock_file.unlink()  # before the lock is released, so it cannot be another run's file
             stream.close()
         for folder in made:
             try:
                 folder.rmdir()
-            except OSError:  # something came into it
+            except OSError:  # the folder is not empty any more
                 break
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder with those above it; returns those that were made, the deepest first."""
+    """Create a folder and missing ones above it. Returns those that were created, the deepest first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def _take(lock_file: Path, place: str) -> FileIO | None:
-    """The locked file, with this process named in it; None where the file system has no locks."""
+    """The locked file with this process's name in it; None if the file system has no locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -95,16 +95,16 @@ def _take(lock_file: Path, place: str) -> FileIO | None:
             return None
         if _is_file(stream, lock_file):
             break
-        stream.close()  # its holder removed it between our opening and locking it
+        stream.close()  # its holder removed it after it was opened here and before it was locked
     stream.truncate(0)
     me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    with suppress(OSError):  # a full disk: locked all the same
+    with suppress(OSError):  # the disk is full, but the lock holds
         stream.write(json.dumps({**me, "script": Path(sys.argv[0]).name}).encode())
     return stream
 
 
 def _is_file(stream: FileIO, path: Path) -> bool:
-    """Whether an open file is the one that a path names."""
+    """Whether an open file is still the file at this path."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:
@@ -112,9 +112,9 @@ def _is_file(stream: FileIO, path: Path) -> bool:
 
 
 def _holder(content: bytes) -> str:
-    """The process that a lock file names."""
+    """The process that a lock file names, as text."""
     try:
         found = json.loads(content)
         return f"{found['script']}, process {found['pid']} on {found['host']} since {found['since']}"
-    except (ValueError, TypeError, KeyError):  # it has only just taken the lock
+    except (ValueError, TypeError, KeyError):  # the holder has not written its name yet
         return "another run"

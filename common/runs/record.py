@@ -1,4 +1,4 @@
-"""`training_config.json`: what a run was started with, and the checks before it is continued."""
+"""`training_config.json`: the settings and facts of a run, and checks before a run is continued."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from common.errors import UserError
 from common.settings.fields import flag_of
 
 TRAINING_CONFIG = "training_config.json"
-WANDB_RUN = "wandb_run.json"  # which W&B run a resumed run goes on with
-# What runs did whose settings were stored before there was one for it.
+WANDB_RUN = "wandb_run.json"  # id of the W&B run that a resumed run continues
+# Values of settings in runs that were stored before the setting existed.
 BEFORE = {"cpu_dtype": "float32"}
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str], script: str) -> dict[str, Any]:
-    """The settings a run was started with, and what was given anew.
+    """The stored settings of a run, with the values that were given now.
+
+    Args:
+        output_dir: folder of the run.
+        given: settings from the command line.
+        resumable: names of settings that may change.
+        script: that started the run.
 
     Raises:
-        UserError: when there is no run, or for a given value that would make it another run.
+        UserError: if there is no run, or a given value would make it a different run.
     """
     record = read_run_record(output_dir)
     if record.get("script") != script:
@@ -31,7 +37,7 @@ def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str]
         )
     stored = {**BEFORE, **record["settings"]}
     if isinstance(record.get("four_bit"), bool):
-        # Left open, it was decided by the machine; the run goes on with that wherever it is continued.
+        # The machine decided this if it was not set; the run keeps that choice on any machine.
         stored = {**stored, "use_4bit": record["four_bit"]}
     for name, value in given.items():
         if name not in resumable and stored.get(name) != value:
@@ -48,10 +54,10 @@ def world_size() -> int:
 
 
 def check_same_processes(output_dir: Path) -> None:
-    """Stop when a run would go on with another number of processes: its steps would hold other groups of questions.
+    """Check that a resumed run has the same number of processes, because each step's questions depend on it.
 
     Raises:
-        UserError: with both numbers.
+        UserError: if the number differs.
     """
     stored, found = read_run_record(output_dir).get("processes", 1), world_size()
     if stored != found:
@@ -63,10 +69,14 @@ def check_same_processes(output_dir: Path) -> None:
 
 
 def check_same_data(output_dir: Path, found: str) -> None:
-    """Stop when a run would go on with other data.
+    """Check that a resumed run has the same data.
+
+    Args:
+        output_dir: folder of the run.
+        found: fingerprint of the data now.
 
     Raises:
-        UserError: when their fingerprint is not the stored one.
+        UserError: if it differs from the stored one.
     """
     stored = read_run_record(output_dir).get("data_fingerprint")
     if stored != found:
@@ -77,7 +87,7 @@ def check_same_data(output_dir: Path, found: str) -> None:
 
 
 def run_record(settings: dict[str, Any], **facts: Any) -> dict[str, Any]:
-    """What `training_config.json` holds: settings, library versions, and facts such as the data fingerprint."""
+    """The content of `training_config.json`: settings, library versions, and facts such as the data's fingerprint."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
     return {"settings": settings, "versions": versions, **facts}
 
@@ -86,7 +96,7 @@ def read_run_record(output_dir: Path) -> dict[str, Any]:
     """The stored record of a run.
 
     Raises:
-        UserError: when there is none to read.
+        UserError: if there is none, or it cannot be read.
     """
     path = output_dir / TRAINING_CONFIG
     try:

@@ -1,4 +1,4 @@
-"""A disk that is full (or fails): which file, how much is missing, and how the run goes on, in one line."""
+"""Explain a full or failing disk in one line: which file, how much is missing, and how to continue the run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from common.runs.files import megabytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FAILING = (*_FULL, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE)
-# Libraries that write outside Python tell the reason in words alone: safetensors and tokenizers with the number of
-# the error, torch with none (its writer finds the file shorter than what it wrote).
+# Libraries that write outside Python give the reason only as text: safetensors and tokenizers with the error number,
+# torch without (it reports that the file is shorter than what was written).
 _OS_ERROR = re.compile(r"os error (\d+)")
 _TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|inline_container\.cc.*write")
 
@@ -28,15 +28,15 @@ _TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|inlin
 def explained(
     folder: Path, go_on: Callable[[], str], checkpoint_bytes: Callable[[], int] | None = None
 ) -> Iterator[None]:
-    """Turn a failed write into one line with exit code 1; other errors pass.
+    """Context manager: turn a failed write into one line with exit code 1; other errors pass unchanged.
 
     Args:
-        folder: that the run writes to.
-        go_on: says what to do once there is room.
-        checkpoint_bytes: about how large a checkpoint is, where none is there to be measured.
+        folder: of the run.
+        go_on: returns what to do once there is room.
+        checkpoint_bytes: returns the approximate size of a checkpoint in bytes, for a run without one.
 
     Raises:
-        UserError: with the file, what is missing and free, and how to go on.
+        UserError: with the file, how much is missing and free, and how to continue.
     """
     try:
         yield
@@ -59,7 +59,7 @@ def resume_command(script: str, output_dir: Path) -> str:
 
 
 def how_to_resume(script: str, output_dir: Path) -> str:
-    """What to do once there is room again: continue from the last whole checkpoint, or start anew without one."""
+    """What to do once there is room: resume from the last complete checkpoint, or start again if there is none."""
     whole = complete_checkpoints(output_dir)
     if not whole:
         return "make room, then start anew: there is no checkpoint yet"
@@ -67,7 +67,7 @@ def how_to_resume(script: str, output_dir: Path) -> str:
 
 
 def _write_error(error: BaseException) -> int | None:
-    """The number of the error with which a write failed, None for an error of another kind."""
+    """Error number of a failed write, or None for another kind of error."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _FAILING:
@@ -83,16 +83,16 @@ def _write_error(error: BaseException) -> int | None:
 
 
 def _failed_file(error: BaseException, folder: Path) -> str:
-    """The file that could not be written: as the error says, else the one that was written last."""
+    """The file that could not be written: from the error, or else the file written last."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.filename is not None:
             return os.fsdecode(seen.filename)
         seen = seen.__cause__ or seen.__context__
     unfinished = _unfinished_checkpoint(folder)
-    if type(error).__module__.startswith("safetensors"):  # leaves nothing of the file behind
+    if type(error).__module__.startswith("safetensors"):  # removes its incomplete file
         return str((unfinished or folder) / "adapter_model.safetensors")
-    if type(error) is Exception:  # the tokenizers library's
+    if type(error) is Exception:  # raised by the tokenizers library
         return str((unfinished or folder) / "tokenizer.json")
     if unfinished is None:
         return f"a file in {folder}"
@@ -111,16 +111,16 @@ def _reason(number: int) -> str:
 
 
 def _room(number: int, folder: Path, checkpoint_bytes: Callable[[], int] | None) -> str:
-    """How much is free and how much is missing for the next checkpoint, as far as it can be known."""
+    """How much is free, and how much is missing for the next checkpoint, as far as that can be known."""
     if number not in _FULL:
         return ""
     free = shutil.disk_usage(folder).free
     whole = complete_checkpoints(folder)
     needed = size_of(whole[-1]) if whole else checkpoint_bytes() if checkpoint_bytes is not None else None
     shown = f" ({megabytes(free)} free"
-    if needed is None or number == errno.EDQUOT:  # what a quota leaves cannot be asked for
+    if needed is None or number == errno.EDQUOT:  # the room left by a quota cannot be queried
         return f"{shown})"
-    # The next attempt writes over what is there of the one that failed.
+    # The next attempt overwrites the files of the failed one.
     unfinished = _unfinished_checkpoint(folder)
     missing = needed - free - (0 if unfinished is None else size_of(unfinished))
     told = f", about {megabytes(missing)} missing" if missing > 0 else ""
@@ -128,5 +128,5 @@ def _room(number: int, folder: Path, checkpoint_bytes: Callable[[], int] | None)
 
 
 def size_of(folder: Path) -> int:
-    """Bytes in a folder's files."""
+    """Total size of a folder's files, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

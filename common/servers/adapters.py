@@ -1,10 +1,10 @@
-"""Versions of one adapter on vLLM servers: the planner of a training run, published anew after every step.
+"""Versions of one adapter on vLLM servers: the planner in training, published again after every optimiser step.
 
-Each version gets a new name and a new folder. vLLM can also replace an adapter in place, but then every later
-request reads it from disk again, and the prefix cache, whose key is name and path, may hold keys and values of the
-version before. A version is on all servers or on none.
+Each version has a new name and a new folder. vLLM can also replace an adapter under its old name. But then it reads
+the adapter from disk for every later request. Its prefix cache, whose key is name and path, may also return keys and
+values of the older version. A version is loaded on all servers or on none.
 
-The servers read the folder themselves: its path must mean the same to them as here.
+The servers read the folder themselves, so its path must be the same for them and for this process.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.servers.client import Server, ServerError
 
-PREFIX = "planner-"  # of the names of all versions; what an earlier run left on a server is known by it
-PAUSE_SECONDS = 2.0  # between two looks whether a server is back
+PREFIX = "planner-"  # beginning of all versions' names; identifies what an earlier run left on a server
+PAUSE_SECONDS = 2.0  # between two checks whether a server is back
 _SERVER_FLAGS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
 
 
@@ -28,9 +28,9 @@ class AdapterServers:
     """The current version of an adapter on one or several servers.
 
     Args:
-        servers: without retries of their own; all with one runner.
-        folder: for the versions' folders, on a disk that the servers see under the same path.
-        patience: seconds that a server may be away, while it restarts, before it is given up.
+        servers: servers that do not retry by themselves; all share one runner.
+        folder: parent of the versions' folders, on a disk that the servers see under the same path.
+        patience: seconds that a server may be away, for example to restart, before the call fails.
     """
 
     def __init__(self, servers: Sequence[Server], folder: Path, *, patience: float) -> None:
@@ -40,19 +40,20 @@ class AdapterServers:
         self._patience = patience
         self._run = secrets.token_hex(4)
         self._count = 0
-        self._outdated: Path | None = None  # of the version before: a server may be reading it still
+        self._outdated: Path | None = None  # folder of the previous version, which a server may still be reading
 
     def publish(self, save: Callable[[Path], None]) -> str:
-        """Make a version of what `save` writes, load it on all servers and unload the one before.
+        """Save a new version, load it on all servers, and unload the version before it.
 
         Args:
             save: writes adapter_config.json and adapter_model.safetensors into a folder.
 
         Returns:
-            its name.
+            Name of the new version.
 
         Raises:
-            UserError: where a server does not take it; then none has it, and the version before is still current.
+            UserError: if a server does not load it. Then no server has it, and the old version is still current. Also
+                if the folder cannot be written.
         """
         self._count += 1
         name = f"{PREFIX}{self._run}-{self._count}"
@@ -80,17 +81,17 @@ class AdapterServers:
         return name
 
     async def restore(self, server: Server) -> None:
-        """Wait until a server that failed answers again, and load the current version where it lacks it.
+        """Wait until a failed server answers again, and load the current version if it lacks it.
 
-        A server that was started anew has lost it.
+        A restarted server has lost the version.
 
         Raises:
-            ServerError: when the server stays away for too long or does not take it.
+            ServerError: if the server stays away for too long, or does not load the version.
         """
         await self._load(server)
 
     def clear(self) -> None:
-        """Unload and delete what earlier runs in the same folder left, such as one that was killed."""
+        """Unload and delete versions that earlier runs left in the same folder, for example after a kill."""
 
         async def stale(server: Server) -> None:
             for model in await server.models():
@@ -101,7 +102,7 @@ class AdapterServers:
         self._delete_folders()
 
     def close(self) -> None:
-        """Unload the current version and delete the folders."""
+        """Unload the current version and delete all folders."""
         if self.current is not None:
             name, self.current = self.current, None
             self._on_all(lambda server: self._unload(server, name))
@@ -114,7 +115,7 @@ class AdapterServers:
             self._folder.rmdir()
 
     def _on_all(self, work: Callable[[Server], Awaitable[None]]) -> None:
-        """Do something on all servers at once; all have finished when the first failure is raised."""
+        """Run `work` on all servers at once. An error is raised only after all have finished."""
 
         async def together() -> None:
             done = await asyncio.gather(*map(work, self.servers), return_exceptions=True)
@@ -134,7 +135,7 @@ class AdapterServers:
                 await server.post("/load_lora_adapter", body)
             except ServerError as error:
                 if "already been loaded" in _told(error):
-                    return  # another process of the run was quicker
+                    return  # another process of the run has loaded it
                 refused = load_problem(server, error, self._folder)
                 if refused is not None:
                     raise refused from error
@@ -148,16 +149,16 @@ class AdapterServers:
         try:
             await server.post("/unload_lora_adapter", {"lora_name": name})
         except ServerError:
-            # Not there any more, or the server is away: requests name their version, so nobody gets it unasked for,
-            # and the server drops the oldest one when it needs room.
+            # The version is gone already, or the server is away. That is harmless: each request names its version, and
+            # the server drops the oldest one when it needs room.
             return
 
 
 async def check_takes_adapters(server: Server) -> None:
-    """Make sure that adapters can be loaded while the server runs, by asking for one that does not exist.
+    """Check that adapters can be loaded while the server runs, by asking for one that does not exist.
 
     Raises:
-        UserError: where they cannot, with what the server's start lacks.
+        UserError: if they cannot; the message says which flags the server needs.
     """
     missing = Path("/nonexistent") / secrets.token_hex(4)
     try:
@@ -170,7 +171,7 @@ async def check_takes_adapters(server: Server) -> None:
 
 
 def load_problem(server: Server, error: ServerError, folder: Path) -> UserError | None:
-    """What a refusal to load an adapter means and how to mend it; None for what is no refusal."""
+    """The reason why a server refused to load an adapter, and what to do; None if the error is no refusal."""
     told, where = _told(error), f"--vllm-url {server.endpoint.url}"
     lower = told.casefold()
     if "max_lora_rank" in lower:
@@ -188,21 +189,21 @@ def load_problem(server: Server, error: ServerError, folder: Path) -> UserError 
 
 
 def status_of(error: ServerError) -> int | None:
-    """The HTTP status behind an error, None where no reply came."""
+    """HTTP status behind an error, or None if there was no reply."""
     return getattr(error.__cause__, "status_code", None)
 
 
 def _is_away(error: ServerError) -> bool:
-    """Whether a server may only be starting, or hidden behind a gateway that has lost it."""
+    """Whether the server may be restarting, or behind a gateway that cannot reach it."""
     return error.retryable and status_of(error) in (None, 429, 502, 503, 504)
 
 
 def _told(error: ServerError) -> str:
-    """All that a server said about an error."""
+    """The full text of a server's error message."""
     return str(getattr(error.__cause__, "body", None) or error)
 
 
 def _first_line(text: str) -> str:
-    """The part of vLLM's message about a rank that a reader needs."""
+    """The part of vLLM's message about the LoRA rank that a user needs."""
     start = max(text.find("LoRA rank"), 0)
     return text[start:].split(".")[0][:160]

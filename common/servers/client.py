@@ -1,6 +1,6 @@
-"""How an OpenAI-compatible server (vLLM above all) is asked: bounded concurrency, retries, errors of one line.
+"""Client of an OpenAI-compatible server, above all vLLM: limited concurrency, retries, errors in one line.
 
-The key is sent and kept nowhere else. What servers send back, and how, is in `common.servers.replies`.
+The key is sent to the server and stored nowhere else. `common.servers.replies` reads the replies.
 """
 
 from __future__ import annotations
@@ -24,31 +24,42 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 MAX_BACKOFF_SECONDS = 30.0
-# Of a training run: its retries take about 20 s of pauses, so a server that is briefly away costs no samples.
+# For a training run: pauses of about 20 s in total, so a server that is away for a short time costs no samples.
 TRAINING_RETRIES, TRAINING_CONCURRENCY = 5, 64
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a server is and how to talk to it. `timeout` is the seconds one attempt may take in all."""
+    """Address of a server and how to talk to it.
+
+    Attributes:
+        url: base address, such as http://localhost:8000/v1.
+        api_key: key of the server, or None for that of the environment.
+        timeout: limit of one attempt, in seconds.
+        retries: attempts after the first one.
+        concurrency: most requests at once.
+        flag: flag that named the address, for error messages.
+    """
 
     url: str
     api_key: str | None = field(default=None, repr=False)
     timeout: float = 120.0
     retries: int = 2
     concurrency: int = 32
-    flag: str = "--base-url"  # named in errors
+    flag: str = "--base-url"
 
 
 class ServerError(UserError):
-    """A request that came to nothing.
+    """A request that failed for good.
 
     Args:
-        retryable: whether another attempt may fare better.
-        wait: seconds the server asks for.
-        rejected: whether the server answered, with an error of this request's own: without what it asks for beyond
-            plain chat it may be taken.
-        about_roles: whether the error is about who says what: the model's chat template takes no system message.
+        message: one line for the user.
+        exit_code: of the script.
+        retryable: whether another attempt may succeed.
+        wait: pause that the server asks for, in seconds.
+        rejected: whether the server refused this request itself. It may accept the request without what goes beyond
+            plain chat, such as a JSON schema.
+        about_roles: whether the chat template of the model accepts no system message.
     """
 
     def __init__(
@@ -70,7 +81,7 @@ class ServerError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a server's model takes: system messages (else they go into the user's message), a JSON schema."""
+    """What a server's model accepts: system messages (if not, they go into the user's message), and a JSON schema."""
 
     system: bool = True
     schema: bool = True
@@ -80,12 +91,13 @@ class Server:
     """One OpenAI-compatible server.
 
     Args:
-        endpoint: address, key and patience.
-        runner: of the event loop that all requests run on; give two servers the same one to use both at once.
-        count_tokens: of a text, for servers that tell no counts; without it such an answer's count is None.
+        endpoint: address, key and limits.
+        runner: of the event loop for all requests; pass the same one to two servers to use both at once.
+        count_tokens: counts the tokens of a text, for servers that report no counts. Without it, the count of such an
+            answer is None.
 
     Raises:
-        UserError: for a key that cannot be one.
+        UserError: if the key cannot be a key.
     """
 
     def __init__(
@@ -99,12 +111,12 @@ class Server:
         self.endpoint = endpoint
         self.runner = runner or asyncio.Runner()
         self._key = api_key(endpoint.api_key) or "none"
-        # Retries and time limits are ours: the client's own cover neither a reply that is no JSON nor a trickle.
+        # This class does retries and time limits: those of AsyncOpenAI do not cover invalid JSON or a slow trickle.
         self._client = AsyncOpenAI(base_url=endpoint.url, api_key=self._key, max_retries=0, timeout=endpoint.timeout)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._count_tokens = count_tokens
         self._told_of_counts = False
-        self._form = Form()  # until the server refuses a part of it
+        self._form = Form()  # assumed until the server refuses a part of it
 
     @property
     def takes_schema(self) -> bool:
@@ -112,22 +124,22 @@ class Server:
         return self._form.schema
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run asynchronous work to its end; Ctrl-C cancels it."""
+        """Run a coroutine to its end. Ctrl-C cancels it."""
         return self.runner.run(work)
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         await self._client.close()
 
     async def models(self) -> list[ServedModel]:
-        """What the server serves.
+        """The models that the server serves.
 
         Raises:
-            ServerError: where nothing, or nothing of the kind, answers.
+            ServerError: if nothing answers, or the reply is not a list of models.
         """
 
         async def ask() -> list[ServedModel]:
-            # Not `client.models.list()`: it stumbles over a reply that is no JSON, and drops what vLLM adds.
+            # Not `client.models.list()`, which fails on a reply without JSON and drops vLLM's extra fields.
             page = self._checked(await self._client.get("/models", cast_to=object))
             entries = page.get("data") if isinstance(page, dict) else None
             if not isinstance(entries, list) or not all(isinstance(e, dict) and e.get("id") for e in entries):
@@ -137,10 +149,14 @@ class Server:
         return await self._attempts(ask)
 
     async def post(self, path: str, body: dict[str, Any]) -> Any:
-        """What the server answers to a request of vLLM's own: parsed JSON, or text where the reply is none.
+        """Send a request of vLLM's own interface; returns the reply's JSON, or its text if it is not JSON.
+
+        Args:
+            path: below the server's base address.
+            body: JSON-ready values.
 
         Raises:
-            ServerError: with what is wrong, after the retries; its cause has the `status_code`, where there was one.
+            ServerError: after the retries. The HTTP status, if there was one, is the `status_code` of its cause.
         """
 
         async def ask() -> Any:
@@ -161,11 +177,20 @@ class Server:
     ) -> Reply:
         """Answer one prompt.
 
-        What the server turns out not to take is left out for good once a request without it has succeeded: a JSON
-        schema, and a system message, which then goes into the first user message (training does the same).
+        A server may refuse a JSON schema or a system message. If it then accepts the request without it, later
+        requests leave it out too. The system message then goes into the first user message, as in training.
+
+        Args:
+            model: name on the server.
+            messages: the prompt.
+            max_tokens: limit of the completion, in tokens.
+            temperature: of sampling; 0 is greedy.
+            seed: of sampling; None for a random one.
+            schema: JSON schema that the completion must match, or None.
+            top_logprobs: number of alternatives per token whose log-probabilities are asked for; 0 for none.
 
         Raises:
-            ServerError: with what is wrong, after the retries.
+            ServerError: after the retries.
         """
         request: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
         if seed is not None:
@@ -193,14 +218,14 @@ class Server:
                 return reply
 
     def fold_system(self) -> None:
-        """Put system messages into the user's from now on: the model's chat template drops them."""
+        """From now on, put system messages into the user's message, because the chat template drops them."""
         self._form = replace(self._form, system=False)
 
     def _keep(self, form: Form) -> None:
-        """Go on with what has worked."""
+        """Use from now on what has worked."""
         if self._form.schema and not form.schema:
             logger.warning("%s takes no JSON schema: plans are asked for without one", self.endpoint.url)
-        # Of two requests in flight each may have found out one thing.
+        # Two requests at the same time may each have found one limit, so keep both.
         self._form = Form(self._form.system and form.system, self._form.schema and form.schema)
 
     async def _complete(self, request: dict[str, Any]) -> Reply:
@@ -211,7 +236,7 @@ class Server:
         return reply if reply.generation.tokens is not None else self._counted(reply)
 
     def _counted(self, reply: Reply) -> Reply:
-        """The reply with its tokens counted here, where that can be."""
+        """The reply with a token count: the server's, or one counted here if that is possible."""
         if not self._told_of_counts:
             self._told_of_counts = True
             known = self._count_tokens is not None
@@ -219,11 +244,11 @@ class Server:
             logger.warning("%s tells no token counts: %s", self.endpoint.url, outcome)
         if self._count_tokens is None:
             return reply
-        tokens = self._count_tokens(reply.written) + reply.generation.finished  # the end token
+        tokens = self._count_tokens(reply.written) + reply.generation.finished  # plus the end-of-sequence token
         return replace(reply, generation=replace(reply.generation, tokens=tokens))
 
     async def _attempts(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """`ask` until it succeeds, fails for good or has failed too often; waits longer each time."""
+        """Repeat `ask` until it succeeds, fails for good, or all attempts are used; each pause is longer."""
         for attempt in range(self.endpoint.retries + 1):
             try:
                 async with self._slots, asyncio.timeout(self.endpoint.timeout):
@@ -233,13 +258,13 @@ class Server:
                 if not explained.retryable or attempt == self.endpoint.retries:
                     scrub(error)
                     raise explained from error
-            # Doubled each time, with jitter, so that many clients do not come back at once.
+            # Doubled each time (exponential backoff), with jitter, so that many clients do not return at once.
             pause = min(MAX_BACKOFF_SECONDS, 0.5 * 2**attempt) * (1 + random.random() / 4)
             await asyncio.sleep(max(pause, min(explained.wait, MAX_BACKOFF_SECONDS)))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _checked(self, body: Any) -> Any:
-        """The body of a reply with status 200, unless it is an error all the same."""
+        """The body of a reply with status 200, unless it describes an error."""
         found = told_error(body)
         if found is None:
             return body
@@ -266,7 +291,7 @@ class Server:
         return f"{self.endpoint.flag} {self.endpoint.url}"
 
     def _explain(self, error: Exception) -> ServerError:
-        """One line for whatever went wrong, with the way out."""
+        """One line for any error, with what to do."""
         import openai
 
         if isinstance(error, ServerError):
@@ -286,14 +311,14 @@ class Server:
         if isinstance(error, openai.APIStatusError):
             reason = reason_in(error.body) if error.body is not None else ""
             return self._explain_status(error.status_code, reason, error.response.headers.get("retry-after", ""))
-        if isinstance(error, ValueError):  # a body that is no JSON, or of another shape
+        if isinstance(error, ValueError):  # the body is not JSON, or has an unexpected structure
             return self._not_openai("JSON")
         if isinstance(error, openai.OpenAIError):
             return ServerError(f"{self._where}: {self._clean(str(error))}")
         raise error
 
     def _explain_status(self, status: int, reason: str, wait: str) -> ServerError:
-        """One line for an error that the server answered with; `wait` is its Retry-After."""
+        """One line for an error status of the server; `wait` is its Retry-After header."""
         told = self._clean(reason) or "it gives no reason"
         about_roles = status not in _NOT_OF_THE_REQUEST and bool(_ROLES.search(reason))
         if status in (401, 403):
@@ -304,7 +329,7 @@ class Server:
         if status in (408, 409, 429) or status >= 500:
             return ServerError(
                 f"{self._where} is in trouble ({status}: {told}): look at the server's log",
-                retryable=not about_roles,  # a template's refusal comes as 500 from some servers, and stays
+                retryable=not about_roles,  # some servers report a template's refusal as 500, but it will not change
                 wait=float(wait) if wait.isdigit() else 0.0,
                 rejected=status not in _NOT_OF_THE_REQUEST,
                 about_roles=about_roles,
@@ -319,22 +344,22 @@ class Server:
         )
 
     def _clean(self, text: str) -> str:
-        """The first line of a text, short, without the key: servers like to repeat it."""
+        """First line of a server's text, shortened, without the key, which servers often repeat."""
         lines = redact(text).strip().splitlines() or [""]
-        # Also a key that is too short to be hidden everywhere.
+        # A short key is not hidden everywhere (`common.settings.secrets`), but here it is.
         line = lines[0] if self._key == "none" else lines[0].replace(self._key, HIDDEN)
         return line if len(line) <= 240 else line[:239] + "…"
 
 
 def _sendable(text: str) -> str:
-    """A text as UTF-8 can hold it: bytes of a command line that Python could not decode, as the UTF-8 that they are."""
+    """A text that UTF-8 can encode. Bytes of the command line that Python could not decode are decoded as UTF-8."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    except UnicodeEncodeError:  # half a surrogate pair: models do write them, and their text goes into prompts
+    except UnicodeEncodeError:  # half of a surrogate pair: models write them, and their text goes into prompts
         return text.encode("utf-8", "replace").decode()
 
 
-# Statuses that say nothing about what was asked: who asks, where, how often, and gateways before the server.
+# Statuses that say nothing about the request's content: authorisation, address, rate limit, gateways.
 _NOT_OF_THE_REQUEST = (401, 403, 404, 408, 409, 429, 502, 503, 504)
 _ROLES = re.compile(
     r"\broles?\b|system (message|prompt|instruction)|developer instruction|\balternat|chat.?template|jinja",

@@ -1,4 +1,4 @@
-"""Do the instructions arrive? A check for servers whose chat template drops system messages without a word."""
+"""Check that system messages reach the model, for servers whose chat template drops them without an error."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ _INSTRUCTIONS = ("Be brief.", "Be brief, be exact, be polite, and write numbers 
 
 
 async def fold_if_dropped(server: Server, model: str) -> bool:
-    """Have system messages put into the user's where the model would not see them; whether that was needed.
+    """Make the client put system messages into the user's message if the model would not see them.
 
-    Told by the prompt's length: a short and a long system message before the same question make prompts of one
-    length only where neither is in it. A server that tells no lengths, or none that can be right, is taken at its word.
+    The length of the prompt tells: with a short and a long system message before the same question, the prompts have
+    the same length only if the message is dropped. If a server reports no lengths, or impossible ones, nothing changes.
+
+    Args:
+        server: the client.
+        model: name on the server.
+
+    Returns:
+        Whether system messages are dropped.
 
     Raises:
-        ServerError: where a request fails.
+        ServerError: if a request fails.
     """
     lengths = []
     for instructions in _INSTRUCTIONS:

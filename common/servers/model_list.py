@@ -1,4 +1,4 @@
-"""What a server serves: which of its models is the base, which the planner, and whether they belong together."""
+"""The models that a server serves: which is the base model, which is the planner, and do they belong together?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from common.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """An entry of /v1/models. On vLLM an adapter has its base as `parent`, and `root` is where its files lie."""
+    """An entry of /v1/models.
+
+    Attributes:
+        name: on the server.
+        parent: on vLLM, the base model of an adapter; None for a base model, and on servers that do not report it.
+        root: on vLLM, the folder or Hub id of the weights.
+    """
 
     name: str
     parent: str | None = None
@@ -18,16 +24,16 @@ class ServedModel:
 
 
 def base_model(served: Sequence[ServedModel], asked: str | None, *, flag: str, adapter: str = "") -> ServedModel:
-    """The model to use as base: the one asked for, else the one entry without a parent.
+    """The base model: the one asked for, or else the only entry without a parent.
 
     Args:
         served: by the server.
         asked: its name, or None to detect it.
-        flag: that names it, for errors.
-        adapter: a name that is not the base's, on servers that tell no parents.
+        flag: the flag that names it, for errors.
+        adapter: a name that is not the base model's, for servers that report no parents.
 
     Raises:
-        UserError: when it is not served, is an adapter, or cannot be told from others.
+        UserError: if the model is not served, is an adapter, or several models are possible.
     """
     names = ", ".join(model.name for model in served) or "nothing"
     if asked is not None:
@@ -41,7 +47,7 @@ def base_model(served: Sequence[ServedModel], asked: str | None, *, flag: str, a
     if not bases:
         raise UserError(f"the server serves no base model besides the planner, found {names}: start it with the base")
     if len(bases) != 1:
-        # One model under several names has one root.
+        # One model with several names has one root.
         roots = {model.root or model.name for model in bases}
         if len(roots) != 1:
             raise UserError(f"{flag} is needed, the server does not serve exactly one base model: {names}")
@@ -49,7 +55,7 @@ def base_model(served: Sequence[ServedModel], asked: str | None, *, flag: str, a
 
 
 def adapter_of(served: Sequence[ServedModel], base: str) -> str | None:
-    """The name of an adapter that the same server serves and that could answer in the base's place."""
+    """Name of an adapter on the same server that might answer instead of the base model, or None."""
     return next((model.name for model in served if model.parent is not None and model.name != base), None)
 
 
@@ -57,7 +63,7 @@ def find_adapter(served: list[ServedModel], name: str) -> ServedModel:
     """The planner among the served models.
 
     Raises:
-        UserError: when it is not among them, or is no adapter.
+        UserError: if no model of this name is served.
     """
     found = next((model for model in served if model.name == name), None)
     names = ", ".join(model.name for model in served) or "nothing"
@@ -70,15 +76,15 @@ def find_adapter(served: list[ServedModel], name: str) -> ServedModel:
 
 
 def check_parent(served: list[ServedModel], adapter: ServedModel, base: ServedModel) -> None:
-    """Stop when the adapter belongs to another model than the one in use.
+    """Check that the adapter belongs to the base model in use.
 
     Raises:
-        UserError: with both names.
+        UserError: if it is the base model, or belongs to another model.
     """
     if adapter.name == base.name:
         raise UserError(f"--lora-adapter {adapter.name} is the base model itself: name an adapter")
     if adapter.parent in (None, base.name):
-        return  # other servers tell no parents
+        return  # other servers than vLLM report no parents
     parent = next((model for model in served if model.name == adapter.parent), None)
     if parent is None or parent.root is None or parent.root != base.root:  # one model may have several names
         raise UserError(

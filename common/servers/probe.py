@@ -1,13 +1,13 @@
-"""Who answers? A check that a server's base model is the base model, also while its adapter is busy.
+"""Check that a server's base model answers as itself, also while its adapter is busy.
 
-vLLM's CPU backend without a spare LoRA slot answers base requests that share a batch with adapter requests with
-the adapter, silently (docs/inference.md). A worker that is the planner in disguise makes every number wrong, so nothing
-is asked of a server before it has passed.
+vLLM's CPU backend has a fault: without a spare LoRA slot, base requests in one batch with adapter requests are
+answered by the adapter, without an error (docs/inference.md). If the planner answers as worker, every result is wrong.
+So a server is used only after it has passed this check.
 
-The same prompts go to the base alone (one at a time, and together), to the adapter alone, and to the base while
-the adapter is answering. Answers are compared by the probabilities of their first tokens: texts would tell less,
-since batching alone can turn a near tie. The distances between the two runs of the base alone are the noise that
-the others are judged by.
+The same prompts are sent to the base model alone (one at a time, then together), to the adapter alone, and to the base
+model while the adapter is busy. Answers are compared by the probabilities of their first tokens. Texts would be less
+reliable, because batching alone can change a near tie. The distance between the two runs of the base model alone is
+the noise; the other distances are compared with it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from common.servers.replies import Reply
 
 EXIT_CODE = 3
 TOKENS = 4  # compared per answer
-ALTERNATIVES = 5  # per token, the most that every server grants
-ROUNDS = 3  # of base requests beside adapter requests: one round can miss each other
-# A distance is told from the noise of batching when it is this many times as large. The floor is for servers
-# whose noise happens to measure 0: fp32 kernels agree to about 1e-5.
+ALTERNATIVES = 5  # per token: the most that every server returns
+ROUNDS = 3  # of base requests beside adapter requests, because in one round the two may not share a batch
+# A distance counts as real if it is this many times the noise. The floor is for servers whose noise happens to be 0:
+# fp32 kernels agree to about 1e-5.
 NOISE_FACTOR = 4.0
 NOISE_FLOOR = 1e-3
 _AMOUNTS = ((3, 5, 2), (7, 1, 6), (4, 4, 8), (9, 2, 1))
@@ -36,11 +36,14 @@ _AMOUNTS = ((3, 5, 2), (7, 1, 6), (4, 4, 8), (9, 2, 1))
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Distances (total variation, 0 same to 1 nothing in common), the largest of all prompts.
+    """Result of the check. Distances are total variations in [0, 1] (see `distance`), the largest of all prompts.
 
-    noise: the base alone against itself, one prompt at a time and all together.
-    separation: the adapter alone against the base alone; `adapter` is None, and it nan, where none is served.
-    drift: the base beside the adapter against the base alone.
+    Attributes:
+        base: name of the base model.
+        adapter: name of the adapter, or None if none is served.
+        noise: base model alone, one prompt at a time, against all together.
+        separation: adapter alone against base model alone; nan without an adapter.
+        drift: base model beside the busy adapter against base model alone.
     """
 
     base: str
@@ -51,17 +54,17 @@ class Probe:
 
     @property
     def threshold(self) -> float:
-        """Distances up to here are noise."""
+        """Largest distance that counts as noise."""
         return max(NOISE_FACTOR * self.noise, NOISE_FLOOR)
 
     @property
     def adapter_equals_base(self) -> bool:
-        """Whether the adapter cannot be told from the base: untrained, not loaded, or the base is not itself."""
+        """Whether adapter and base model answer alike: it is untrained or not loaded, or the base is not itself."""
         return self.separation <= self.threshold
 
     @property
     def contaminated(self) -> bool:
-        """Whether the base answers otherwise beside the adapter."""
+        """Whether the base model answers differently while the adapter is busy."""
         return self.drift > self.threshold
 
     def __str__(self) -> str:
@@ -73,11 +76,11 @@ class Probe:
         )
 
     def check(self, url: str, *, need_adapter: bool) -> None:
-        """Refuse a server that cannot be trusted.
+        """Refuse a server that answers requests with the wrong model.
 
         Args:
             url: of the server.
-            need_adapter: whether an adapter that equals the base is refused too.
+            need_adapter: whether to refuse also an adapter that answers like the base model.
 
         Raises:
             UserError: with exit code 3.
@@ -101,20 +104,21 @@ class Probe:
 
 
 async def probe(server: Server, base: str, adapter: str | None, style: str = "full") -> Probe:
-    """Measure who answers.
+    """Measure which model answers, with a few dozen short requests.
 
     Args:
-        server: to be probed, by a few dozen short requests.
-        base, adapter: names of the models there.
-        style: of the planner's prompt, on which adapter and base differ most.
+        server: the client.
+        base: name of the base model.
+        adapter: name of the adapter, or None.
+        style: of the planner's prompt, for which adapter and base model differ most.
 
     Raises:
-        ServerError: where a request fails.
+        ServerError: if a request fails.
     """
     if adapter is None:
         return Probe(base, None, 0.0, math.nan, 0.0)
-    # A name no one has used: whatever the server remembers of earlier prompts (its prefix cache may hold what a
-    # contaminated batch left there) is not of these.
+    # A name that no earlier prompt had, so that the server's prefix cache holds none of these prompts. It may hold
+    # wrong keys and values from an earlier batch.
     name = secrets.token_hex(3)
     prompts = [
         planner_messages(
@@ -149,11 +153,12 @@ async def probe(server: Server, base: str, adapter: str | None, style: str = "fu
 
 
 def distance(left: Reply, right: Reply) -> float:
-    """How differently two answers to one prompt began: 0 the same, 1 nothing in common.
+    """How differently two answers to one prompt begin, in [0, 1]: 0 means equal, 1 nothing in common.
 
-    The largest total variation (half the sum of |p − q|, over the listed tokens) up to and with the first place
-    where the answers part: beyond it they read different texts. Without log-probabilities, whether the texts
-    are equal.
+    Per token, the distance is the total variation, ½ Σ |p − q| over the tokens that are listed
+    (https://en.wikipedia.org/wiki/Total_variation_distance_of_probability_measures). The largest is returned, up to
+    and including the first token at which the answers differ; after it they continue different texts. Without
+    log-probabilities the result is 0 for equal texts, otherwise 1.
     """
     if not left.top or not right.top:
         return float(left.generation.text != right.generation.text)
@@ -168,10 +173,11 @@ def distance(left: Reply, right: Reply) -> float:
 
 
 def _gap(p: dict[str, float], q: dict[str, float], token: str) -> float:
-    """|p − q| of a token; where one side does not list it, the least it can be.
+    """|p − q| of a token; if one side does not list it, a lower bound.
 
-    What is not listed is at most as likely as the least of what is, and as all that is left: two alternatives of
-    nearly the same probability, of which noise lists now one and now the other, differ by next to nothing.
+    An unlisted token is at most as probable as the least probable listed token, and as the probability that is left.
+    The lower bound matters for two nearly equal alternatives, of which noise lists one or the other: they then differ
+    by almost nothing.
     """
     if token not in p:
         p, q = q, p

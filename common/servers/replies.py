@@ -1,4 +1,4 @@
-"""What a server's reply holds: OpenAI's form of it, and what other servers make of that form."""
+"""Read a server's reply: the format of OpenAI, and the variants of it that other servers send."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from typing import Any
 from common.generation import Generation
 from common.settings.secrets import redact
 
-# Reasons to end that mean "cut off": the limit's by many names, and a filter that stepped in. All others ("stop",
-# "eos", "eos_token", "stop_sequence", "end_turn", …) are the model's own end.
+# Finish reasons for an answer that was cut off: the token limit under many names, and content filters. Any other reason
+# ("stop", "eos", "eos_token", "stop_sequence", "end_turn", …) means that the model ended the answer itself.
 _CUT_OFF = {
     "length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "token_limit",
     "model_context_window_exceeded", "content_filter", "content_filtered", "safety", "recitation",
     "abort", "aborted", "cancelled", "error", "insufficient_system_resource",
 }  # fmt: skip
-# Where servers put what a model wrote before its answer, or all of it where they took the answer for reasoning.
+# Fields for the reasoning before the answer. Some servers put the whole answer there, if they take it for reasoning.
 _REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A server's answer to one prompt; where asked for, each token chosen and the log-probabilities around it.
+    """A server's answer to one prompt.
 
-    `chosen` has a token and `top` its likeliest alternatives (token → log-probability) per place, or both are
-    empty: not every server tells. `written` is all that the model wrote, reasoning too. `prompt_tokens` is None where
-    the server does not tell.
+    Attributes:
+        generation: the answer and its token count.
+        chosen: the tokens of the answer, if log-probabilities were asked for and the server returns them; else empty.
+        top: per token, the most likely alternatives (token → log-probability); else empty.
+        written: everything that the model wrote, reasoning included.
+        prompt_tokens: length of the prompt, or None if the server does not report it.
     """
 
     generation: Generation
@@ -37,14 +40,14 @@ class Reply:
 
 
 def read_reply(body: Any, max_tokens: int) -> Reply | None:
-    """The answer in the body of a chat completion; None where it holds none.
+    """The answer in the body of a chat completion, or None if there is none.
 
-    An answer without content is read where the server put it for reasoning; one without either is empty. Its token
-    count is None where the server tells none (null, or 0, as some do).
+    If the content is empty, the answer is read from the reasoning, where some servers put it; without both it is "".
+    The token count is None if the server reports none (null or 0).
 
     Args:
         body: of the reply, as parsed JSON.
-        max_tokens: longest answer asked for, which tells whether one without a reason to end was cut off.
+        max_tokens: limit that was asked for. Without a finish reason, it decides whether the answer was cut off.
     """
     choices = body.get("choices") if isinstance(body, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
@@ -61,16 +64,16 @@ def read_reply(body: Any, max_tokens: int) -> Reply | None:
     finished = _is_finished(choice.get("finish_reason"), tokens, max_tokens)
     content = _text(message.get("content"), reasoning=False)
     reasoning = next((found for name in _REASONING if (found := _text(message.get(name), reasoning=True))), "")
-    # Reasoning that was cut off had not come to its answer.
+    # Reasoning that was cut off has not reached an answer, so it is not used as one.
     text = content if content.strip() or not finished else reasoning
     generation = Generation(redact(text.strip()), tokens, finished)
     return Reply(generation, chosen, top, reasoning + content, _count(usage, "prompt_tokens", "input_tokens"))
 
 
 def told_error(body: Any) -> tuple[int | None, str] | None:
-    """(status, reason) of an error that a body holds, whatever the status it came with; None without one.
+    """(status, reason) of an error described in a body, whatever the HTTP status of the reply; None without an error.
 
-    OpenAI's is {"error": {"message": …, "code": …}}; others put it elsewhere, or into the first choice.
+    OpenAI's form is {"error": {"message": …, "code": …}}; other servers put it elsewhere, or into the first choice.
     """
     if not isinstance(body, dict):
         return None
@@ -88,7 +91,7 @@ def told_error(body: Any) -> tuple[int | None, str] | None:
 
 
 def reason_in(body: Any) -> str:
-    """What the body of an error says, "" where it says nothing."""
+    """The message in the body of an error, or ""."""
     for key in ("error", "message", "detail"):
         if isinstance(body, dict) and key in body:
             body = body[key]
@@ -112,13 +115,13 @@ def _completion_tokens(usage: Any) -> int | None:
 
 
 def _count(usage: Any, *names: str) -> int | None:
-    """The first of some counts that is told: 0 tokens are none, an answer has at least its end token."""
+    """The first of these counts that is reported. 0 counts as missing: an answer has at least its end token."""
     values = [usage.get(name) for name in names] if isinstance(usage, dict) else []
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def _text(value: Any, *, reasoning: bool) -> str:
-    """A message's text: plain, or in parts; of content, parts with reasoning are left out."""
+    """A message's text: a string, or a list of parts. Parts with reasoning are left out of the content."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -131,7 +134,7 @@ def _text(value: Any, *, reasoning: bool) -> str:
         return _text(inner, reasoning=True) if reasoning else ""
     if "text" in value:
         return _text(value["text"], reasoning=reasoning)
-    return "" if kind else json.dumps(value)  # a part of another kind, or JSON that was parsed already
+    return "" if kind else json.dumps(value)  # a part of another kind, or JSON that the server has parsed
 
 
 def _logprobs(value: Any) -> tuple[tuple[str, ...], tuple[dict[str, float], ...]]:

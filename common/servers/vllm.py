@@ -1,4 +1,4 @@
-"""vLLM servers: their command lines, and one on this machine, started and stopped."""
+"""vLLM servers: build their command lines, and start and stop one on this machine."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from common.runs.adapters import read_adapter_config
 from common.settings.grpo import TrainingArgs
 from common.settings.inference import ADAPTER_NAME
 
-START_SECONDS = 600  # a busy machine takes minutes, an idle one less than one
-# No model hub, no usage statistics; 1 GB of keys and values is plenty for a 135M model.
+START_SECONDS = 600  # limit for starting; a busy machine takes minutes, an idle one less than one
+# No access to the Hub, no usage statistics; 1 GB of KV cache is enough for a 135M model.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -33,13 +33,13 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-CONTEXT = 4096  # tokens of a prompt with its answer that a run's own server takes, or the model's most
+CONTEXT = 4096  # tokens of a prompt with its completion on a run's own server; less if the model has less
 PR_SET_PDEATHSIG = 1
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank
 
 
 def port_is_free(port: int) -> bool:
-    """Whether nothing listens on a port of this machine."""
+    """Whether no program listens on a port of this machine."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
@@ -47,9 +47,15 @@ def port_is_free(port: int) -> bool:
 def start(
     python: Path, command: Sequence[str], log: int | None = None, environment: Mapping[str, str] = MappingProxyType({})
 ) -> subprocess.Popen[bytes]:
-    """Start vLLM in a process group of its own; its output goes to `log` or the terminal.
+    """Start vLLM in its own process group. Its worker processes end with it.
 
-    Its workers end with it, and on Linux it ends with this process, whatever that one dies of.
+    On Linux the server also ends when this process ends, for any reason.
+
+    Args:
+        python: of an environment with vLLM.
+        command: arguments of `python`.
+        log: file descriptor for the output; None for the terminal.
+        environment: additional environment variables.
     """
 
     def end_with_parent() -> None:
@@ -69,10 +75,15 @@ def start(
 
 
 def wait_until_ready(server: subprocess.Popen[bytes] | None, port: int, seconds: float = START_SECONDS) -> None:
-    """Return once the server answers; None stands for one that another process started.
+    """Wait until the server answers.
+
+    Args:
+        server: the process, or None if another process started it.
+        port: of the server on this machine.
+        seconds: limit.
 
     Raises:
-        UserError: with exit code 1, when it ends or takes too long.
+        UserError: with exit code 1, if the server ends or takes too long.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -88,7 +99,7 @@ def wait_until_ready(server: subprocess.Popen[bytes] | None, port: int, seconds:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and all its workers, by force where asking is not enough."""
+    """End the server and all its worker processes; they are killed if they do not end when asked."""
     for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
         try:
             os.killpg(server.pid, number)
@@ -99,38 +110,39 @@ def stop(server: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
         if number is signal.SIGTERM:
-            continue  # the parent is gone; whatever it left behind is not worth waiting for
+            continue  # the parent is gone, and other processes of the group need no wait
 
 
 def server_command(
     base: str, adapter: Path | str, *, port: int = 8000, cpu: bool, chat_template: str | None = None
 ) -> list[str]:
-    """The arguments of `python` that serve an adapter and its base with vLLM.
+    """Arguments of `python` that serve an adapter and its base model with vLLM.
 
-    A slot more than there are adapters, because vLLM's CPU backend otherwise answers base requests with the
-    adapter (docs/inference.md); the rank from the adapter's config, rounded up to one that vLLM takes.
+    The command reserves one more LoRA slot than there are adapters. Otherwise vLLM's CPU backend answers base requests
+    with the adapter (docs/inference.md). The rank comes from the adapter's config, rounded up to one that vLLM accepts.
 
     Args:
         base: Hub id or folder of the base model.
-        adapter: its folder.
-        cpu: whether there is no GPU: single precision, little memory, this machine only.
-        chat_template: file with one, for base models that bring none.
+        adapter: folder of the adapter.
+        port: of the server.
+        cpu: whether there is no GPU; then fp32, little memory, reachable from this machine only.
+        chat_template: file for a base model without a chat template of its own.
 
     Raises:
-        UserError: when the folder holds no LoRA adapter, or one of too high a rank.
+        UserError: if the folder holds no LoRA adapter, or the rank is too high.
     """
     config = read_adapter_config(str(adapter), "--lora-modules")
-    # With rank_pattern some layers may have a higher rank than `r`.
+    # With rank_pattern, some layers may have a higher rank than `r`.
     needed = max([config["r"], *config.get("rank_pattern", {}).values()])
     command = _base_command(base, needed, cpu=cpu, chat_template=chat_template)
     return [*command, "--lora-modules", f"{ADAPTER_NAME}={adapter}", "--port", str(port)]
 
 
 def _base_command(base: str, rank: int, *, cpu: bool, chat_template: str | None) -> list[str]:
-    """The arguments that serve a base model, and adapters up to a rank, one at a time.
+    """Arguments that serve a base model, and one adapter at a time with at most this rank.
 
     Raises:
-        UserError: for a rank that vLLM does not take.
+        UserError: for a rank that vLLM does not accept.
     """
     served = next((served for served in _LORA_RANKS if served >= rank), None)
     if served is None:
@@ -155,22 +167,24 @@ def training_command(
     gpu_memory: float = 0.4,
     chat_template: str | None = None,
 ) -> list[str]:
-    """The arguments that serve a training run: the base, and adapter versions that are loaded while it runs.
+    """Arguments that serve a training run: the base model, and adapter versions that are loaded while it runs.
 
     Args:
         base: Hub id or folder of the base model.
         rank: of the LoRA adapter.
-        context: tokens of the longest prompt with its answer.
+        port: of the server.
+        context: tokens of the longest prompt with its completion.
         cpu: whether there is no GPU.
-        four_bit: whether the trainer's base is quantised; the server's is then too.
-        gpu_memory: share of a GPU's memory that the server takes.
-        chat_template: file with one, for base models that bring none.
+        four_bit: whether the trainer's base model is quantised; the server's is then quantised too.
+        gpu_memory: share in [0, 1] of the GPU's memory for the server.
+        chat_template: file for a base model without a chat template of its own.
 
     Raises:
-        UserError: for a rank that vLLM does not take.
+        UserError: for a rank that vLLM does not accept.
     """
     command = _base_command(base, rank, cpu=cpu, chat_template=chat_template)
-    # Log-probabilities at the sampling temperature, as the trainer's; no sampling defaults of the model.
+    # The server must return log-probabilities at the sampling temperature, like the trainer's, and must not use
+    # sampling defaults of the model.
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     command += ["--max-model-len", str(context), "--served-model-name", Path(base).name]
     if not cpu:
@@ -181,15 +195,15 @@ def training_command(
 
 @contextmanager
 def serve_base(args: TrainingArgs) -> Iterator[TrainingArgs]:
-    """Inside, the server that `--vllm-python` asks for runs; without it nothing is started.
+    """Context manager: inside it, the server of `--vllm-python` runs; without that flag nothing is started.
 
-    Of several processes on one machine the first starts it, and the others wait until it answers.
+    If several processes of a run are on one machine, the first starts the server and the others wait for it.
 
     Yields:
-        the settings, with the server's address as `--vllm-url`.
+        The settings, with the server's address as `--vllm-url`.
 
     Raises:
-        UserError: where it cannot be started.
+        UserError: if the server cannot be started.
     """
     if args.vllm_python is None:
         yield args
@@ -239,7 +253,7 @@ def _model_of(args: TrainingArgs) -> str:
 
 
 def _command_of(args: TrainingArgs, folder: Path) -> list[str]:
-    """The command of the server that goes with a run; a chat template that it needs is written into a folder."""
+    """Command of the server for a run. A chat template that it needs is written into `folder`."""
     import torch
     from transformers import AutoConfig
 
@@ -264,10 +278,10 @@ def _command_of(args: TrainingArgs, folder: Path) -> list[str]:
 
 
 def _rank_of(args: TrainingArgs) -> int:
-    """Of the adapter in training: a warm start's own."""
+    """LoRA rank in training; with a warm start, that of its adapter."""
     return args.lora_r if args.adapter_path is None else int(read_adapter_config(args.adapter_path)["r"])
 
 
 def shown_command(command: list[str]) -> str:
-    """A command as text to paste into a shell."""
+    """A command as text that can be pasted into a shell."""
     return shlex.join(["python", *command])

@@ -1,4 +1,7 @@
-"""DOC"""
+"""Fields of settings dataclasses: what the command line needs to know of each, and checks of single values.
+
+Nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,14 @@ from urllib.parse import urlsplit
 
 
 def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
-    """A dataclass field that carries what the command line needs to know about it."""
+    """A dataclass field with the metadata from which `common.cli` builds its flag.
+
+    Args:
+        default: value of the field; `MISSING` if it has none.
+        group: heading in the help text.
+        help: help text of the flag.
+        extra: `metavar` for the help text; `positive`, `fraction` (in [0, 1]) or `minimum` for `check_values`.
+    """
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
 
@@ -19,16 +29,16 @@ def flag_of(name: str) -> str:
 
 
 def check_values(settings: Any) -> list[str]:
-    """What is wrong with single values of a settings dataclass, one line each."""
+    """Problems with single values of a settings dataclass, one line each."""
     return [problem for spec in fields(settings) if (problem := _problem_with(spec, getattr(settings, spec.name)))]
 
 
 def url_problem(url: str) -> str | None:
-    """What is wrong with a server's address, or None."""
+    """The problem with a server's address, or None."""
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is not a number
         fine = False
     if "@" in url:
         return "has a user name or password in it, which would be shown and stored: give a key in $OPENAI_API_KEY"
@@ -36,7 +46,7 @@ def url_problem(url: str) -> str | None:
 
 
 def _problem_with(spec: Any, value: Any) -> str | None:
-    """What is wrong with one number, or None. Types and choices are checked by the parser."""
+    """The problem with one number, or None. The parser of the command line checks types and choices."""
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     flag = flag_of(spec.name)

@@ -1,7 +1,7 @@
-"""Every setting of a GRPO run, its default, its help text and its checks, in one place.
+"""All settings of a GRPO run: default, help text and checks.
 
-The command line is read off these fields (`common.cli`), a run stores them in `training_config.json`,
-and evaluation and serving read them back from there. Nothing heavy is imported here.
+`common.cli` builds the command line from these fields. A run stores them in `training_config.json`, where evaluation
+and serving read them. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ PACKAGED_MODEL = "packaged/SmolLM2-135M-Instruct"
 
 @dataclass(kw_only=True)
 class TrainingArgs:
-    """Settings of `grpo_training.py`. Lengths are tokens, times are seconds, weights are unitless."""
+    """Settings of `grpo_training.py`. Lengths are in tokens, times in seconds; weights have no unit.
+
+    The help text of each field documents it. GRPO: DeepSeekMath, arXiv:2402.03300. Loss types: arXiv:2503.14476 (DAPO)
+    and arXiv:2503.20783 (Dr. GRPO). LoRA multiplies its update by lora_alpha / lora_r (arXiv:2106.09685).
+    """
 
     # fmt: off
     base_model: str = setting("meta-llama/Llama-3.1-8B-Instruct", "model", "Hub id or folder of the base model (planner and frozen worker)", metavar="MODEL")
@@ -100,7 +104,10 @@ class TrainingArgs:
     # fmt: on
 
     def validate(self, *, world_size: int | None = None) -> None:
-        """Check every value and every rule between values that needs neither a file nor a model.
+        """Check every value, and every rule between values, that needs neither a file nor a model.
+
+        Args:
+            world_size: number of processes (default: $WORLD_SIZE, or 1).
 
         Raises:
             UserErrors: with all problems found, one line each.
@@ -128,7 +135,7 @@ class TrainingArgs:
             raise UserErrors(problems)
 
     def vllm_urls(self) -> list[str]:
-        """The servers of `--vllm-url`, one address each."""
+        """The addresses in `--vllm-url`, one per server."""
         return [url.strip() for url in (self.vllm_url or "").split(",") if url.strip()]
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,13 +144,13 @@ class TrainingArgs:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingArgs:
-        """Settings as stored by `to_dict`; names this version does not know are dropped."""
+        """Settings as stored by `to_dict`; unknown names, from other versions, are dropped."""
         known = {spec.name for spec in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
 
 def _vllm_problems(args: TrainingArgs) -> list[str]:
-    """What does not go together with planner and worker on vLLM servers."""
+    """Settings that cannot be combined with vLLM servers, one line each."""
     if args.vllm_url is None and args.vllm_python is None:
         return []
     problems = [f"--vllm-url {problem}" for url in args.vllm_urls() if (problem := url_problem(url)) is not None]
@@ -171,7 +178,7 @@ def _vllm_problems(args: TrainingArgs) -> list[str]:
 
 
 def _divisibility_problem(args: TrainingArgs, processes: int) -> list[str]:
-    """GRPO groups must fill a generation batch exactly; TRL says so only after the model is loaded."""
+    """GRPO groups must fill a generation batch exactly. TRL checks this only after the model is loaded."""
     per_pass = args.batch_size * processes
     generation_batch = per_pass * args.grad_accum
     if generation_batch % args.num_generations == 0:
@@ -187,7 +194,7 @@ def _divisibility_problem(args: TrainingArgs, processes: int) -> list[str]:
     ]
 
 
-# `--demo`: a run for a laptop without a GPU, network or account. Explicit flags override it.
+# Values of `--demo`: a run for a laptop without GPU, network or account. Explicit flags override them.
 DEMO: dict[str, Any] = {
     "base_model": PACKAGED_MODEL,
     "dataset": "generated:shares?people=6&low=1&high=5",
@@ -203,7 +210,7 @@ DEMO: dict[str, Any] = {
     "scale_rewards": "batch",
     "temperature": 0.8,
     "max_completion_length": 64,
-    "max_subproblems": 3,  # the few-shot worker combines three results and ignores a surplus one: no reward for it
+    "max_subproblems": 3,  # the few-shot worker combines three results and ignores a fourth: no reward for one
     "planner_style": "short",
     "worker_style": "few-shot",
     "worker_max_tokens": 96,
@@ -211,7 +218,7 @@ DEMO: dict[str, Any] = {
     "eval_samples": 100,
     "wandb": False,
 }
-# What may differ when a run is continued: nothing that changes its data, its model or its reward.
+# Settings that may change when a run is continued: none of them changes its data, its model or its reward.
 RESUMABLE = {
     "max_steps", "save_steps", "save_total_limit", "output_dir", "wandb", "wandb_project", "wandb_run_name",
     "worker_batch_tokens", "worker_cache_size", "worker_url", "worker_timeout", "gradient_checkpointing",

@@ -1,4 +1,4 @@
-"""Every setting of `inference_vllm.py`. Nothing heavy is imported here."""
+"""All settings of `inference_vllm.py`. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ADAPTER_NAME = "recursive_reasoner"
 
 @dataclass(kw_only=True)
 class ServingArgs:
-    """Settings of `inference_vllm.py`. Lengths are tokens, times are seconds."""
+    """Settings of `inference_vllm.py`. Lengths are in tokens, times in seconds. Each field's help text documents it."""
 
     # fmt: off
     base_url: str = setting("http://localhost:8000/v1", "server", "address of the OpenAI-compatible server", metavar="URL")
@@ -45,7 +45,11 @@ class ServingArgs:
     # fmt: on
 
     def validate(self) -> None:
-        """Raise `UserErrors` with every value that cannot be right."""
+        """Check every value.
+
+        Raises:
+            UserErrors: with all problems found, one line each.
+        """
         problems = check_values(self)
         for flag, url in (("--base-url", self.base_url), ("--worker-url", self.worker_url)):
             problem = None if url is None else url_problem(url)

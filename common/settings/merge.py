@@ -1,4 +1,4 @@
-"""Every setting of `merge_and_push.py`. Nothing heavy is imported here."""
+"""All settings of `merge_and_push.py`. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.errors import UserErrors
 from common.settings.fields import setting
 from common.settings.grpo import TrainingArgs
 
-# The Hub's own rule (huggingface_hub.utils.validate_repo_id), without an import that takes half a second.
+# The Hub's rule (huggingface_hub.utils.validate_repo_id), copied because importing it takes half a second.
 REPO_NAME = re.compile(
     r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII
 )
@@ -19,7 +19,7 @@ REPO_NAME = re.compile(
 
 @dataclass(kw_only=True)
 class MergeArgs:
-    """Settings of a merge. The token is none of them: they are printed."""
+    """Settings of a merge. The Hub token is not among them, because settings are printed and stored."""
 
     # fmt: off
     base_model: str | None = setting(None, "model", "Hub id or folder of the base model (default: the one the adapter names)", metavar="MODEL")
@@ -47,7 +47,11 @@ class MergeArgs:
         return adapter.with_name(f"{adapter.name}-merged")
 
     def validate(self) -> None:
-        """Raise `UserErrors` with every value that is wrong in itself."""
+        """Check every value.
+
+        Raises:
+            UserErrors: with all problems found, one line each.
+        """
         problems = []
         if not REPO_NAME.fullmatch(self.repo_name):
             problems.append(

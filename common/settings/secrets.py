@@ -1,8 +1,8 @@
-"""Keys and tokens: cleaned and checked before they are used, and hidden in all that this process shows.
+"""Keys and tokens: check them before use, and hide them in everything that this process shows.
 
-Every key the process knows of is registered here, once: `protect_process` does so for what environment, command
-line and logins hold. `redact` then takes keys out of a text, whole or in parts, plain or as libraries quote them;
-everything printed passes through it (`common.cli`), and so does everything a server sends back.
+`protect_process` registers every key found in the environment, the command line and logins. `redact` then removes
+keys from a text: whole keys and parts of them, in plain text and in the encodings that libraries use. Everything
+printed passes through it (`common.cli`), and so does everything that a server sends back.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from common.errors import UserError
 
 OPENAI_VARIABLE, HUB_VARIABLE, WANDB_VARIABLE = "OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY"
 _VARIABLES = (OPENAI_VARIABLE, HUB_VARIABLE, "HUGGING_FACE_HUB_TOKEN", WANDB_VARIABLE)
-_ADDRESSES = ("http_proxy", "https_proxy", "all_proxy", "hf_endpoint", "wandb_base_url")  # may hold a password
+_ADDRESSES = ("http_proxy", "https_proxy", "all_proxy", "hf_endpoint", "wandb_base_url")  # may contain a password
 _FLAG = re.compile(r"--?[\w-]*(key|token|secret|password)", re.IGNORECASE)
-_PREFIXES = ("sk-", "hf_")  # of OpenAI's and the Hub's keys, also where a flag is misspelt
+_PREFIXES = ("sk-", "hf_")  # how keys of OpenAI and the Hub begin; finds them also behind a misspelt flag
 
 HIDDEN = "[key]"
-# As many characters of a key in a row are taken for a part of it. A shorter "key" is no secret but what a local
-# server is happy with ("EMPTY", "none"): hiding that everywhere would mutilate texts, and numbers.
+# A run of this many characters of a key counts as a part of it. A shorter key is not hidden: it is a placeholder for a
+# local server ("EMPTY", "none"), and hiding it would damage texts and numbers.
 PART = 8
 
-_parts: set[str] = set()  # each PART characters of every protected key, in every way of writing it
+_parts: set[str] = set()  # every run of PART characters of every protected key, in each encoding
 
 
 def clean_key(value: str | None, source: str) -> str | None:
-    """A key without the line break or spaces that copying leaves at its ends, protected; None where there is none.
+    """Check and protect a key. Returns it without line breaks or spaces at its ends, or None if there is none.
 
     Args:
-        value: as it was given.
-        source: the flag or variable it came from, for the error.
+        value: the key as given.
+        source: flag or variable that holds it, for the error message.
 
     Raises:
-        UserError: for characters that no key has. It does not show the key.
+        UserError: if it contains characters that no key has. The message does not show the key.
     """
     if value is None or not value.strip():
         return None
@@ -56,16 +56,16 @@ def clean_key(value: str | None, source: str) -> str | None:
 
 
 def api_key(given: str | None) -> str | None:
-    """The key of the servers: the one given, else the environment's, cleaned and checked.
+    """The checked key of the servers: the one given, or else that of the environment; None if there is none.
 
     Raises:
-        UserError: where it cannot be one.
+        UserError: if it cannot be a key.
     """
     return clean_key(given, "--api-key") or clean_key(os.environ.get(OPENAI_VARIABLE), OPENAI_VARIABLE)
 
 
 def api_key_problem(given: str | None = None) -> str | None:
-    """What is wrong with the key of the servers, or None."""
+    """The problem with the key of the servers, or None."""
     try:
         api_key(given)
     except UserError as error:
@@ -74,10 +74,10 @@ def api_key_problem(given: str | None = None) -> str | None:
 
 
 def hub_token() -> str | None:
-    """The Hub token of the environment, else of the login, cleaned and checked.
+    """The checked Hub token of the environment, or else of the login; None if there is none.
 
     Raises:
-        UserError: where it cannot be one.
+        UserError: if it cannot be a token.
     """
     for name in (HUB_VARIABLE, "HUGGING_FACE_HUB_TOKEN"):
         if (token := clean_key(os.environ.get(name), name)) is not None:
@@ -86,13 +86,13 @@ def hub_token() -> str | None:
 
 
 def protect(key: str) -> None:
-    """Hide a key from now on, however it is written; one of fewer than eight characters is none."""
+    """Hide a key from now on, in each encoding. A key of fewer than eight characters is not hidden."""
     if len(key) < PART:
         return
     raw = key.encode("utf-8", "surrogateescape")
     forms = {key, quote(raw, safe=""), html.escape(key), raw.hex(), repr(key)[1:-1], repr(raw)[2:-1]}
     forms |= {json.dumps(key, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)}
-    for before in range(3):  # base64 writes a text in one of three ways, by where in the whole it stands
+    for before in range(3):  # base64 has three forms of a text, depending on its position in the whole
         text = base64.b64encode(b"\0" * before + raw).decode()
         inner = text[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6]
         forms |= {inner, inner.translate(str.maketrans("+/", "-_"))}
@@ -101,24 +101,24 @@ def protect(key: str) -> None:
 
 
 def redact(text: str) -> str:
-    """A text without the protected keys and without parts of them."""
+    """The text without protected keys and parts of them."""
     if not _parts:
         return text
     pieces: list[str] = []
     end = 0
     for start in range(len(text) - PART + 1):
         if text[start : start + PART] in _parts:
-            if start > end or not pieces:  # else it goes on from the part before
+            if start > end or not pieces:  # otherwise it continues the previous part
                 pieces += [text[end:start], HIDDEN]
             end = start + PART
     return "".join([*pieces, text[end:]])
 
 
 def redact_logs(folder: Path) -> None:
-    """Take keys out of the logs that a library's own process has written below a folder, where there are any."""
+    """Remove keys from the log files that a library's process wrote below a folder; no error if there are none."""
     for path in folder.rglob("*.log"):
         if path.is_symlink():
-            continue  # to another one
+            continue  # a link to another log
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
         clean = redact(text)
         if clean != text:
@@ -126,7 +126,7 @@ def redact_logs(folder: Path) -> None:
 
 
 def scrub(error: BaseException) -> None:
-    """Take keys out of an error and of those that led to it, wherever their text is kept."""
+    """Remove keys from an error and from the errors that caused it, wherever they keep text."""
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -140,9 +140,9 @@ def scrub(error: BaseException) -> None:
 
 
 def protect_process(argv: Sequence[str]) -> None:
-    """Protect every key that environment, command line and logins hold, and clean those of the environment.
+    """Protect every key in the environment, the command line and logins, and strip those of the environment.
 
-    A key that cannot be one is told by `clean_key` where it is used, not here: not every command needs each.
+    An invalid key is reported by `clean_key` when it is used, not here, because not every command needs every key.
     """
     for name in _VARIABLES:
         value = os.environ.get(name)
@@ -170,24 +170,24 @@ def _in_addresses() -> Iterator[str]:
 
 
 def _password(address: str) -> str:
-    """The password in `http://name:password@host`, "" where there is none."""
+    """The password in `http://name:password@host`, or "" if there is none."""
     found = re.search(r"//[^/@:]*:(.*)@", address)
     return found[1] if found else ""
 
 
 def _in_logins() -> Iterator[str]:
     yield _login_token() or ""
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")  # where W&B keeps its key
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")  # W&B stores its key here
     try:
         hosts = netrc.netrc(str(path)).hosts
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        return  # what cannot be read is used by nobody
+        return  # nobody can use a login that cannot be read
     for _, _, password in hosts.values():
         yield password or ""
 
 
 def _login_file() -> Path:
-    """Where `hf auth login` keeps its token: huggingface_hub's own rule, without its import."""
+    """File of the token that `hf auth login` stores, by the rule of huggingface_hub, without importing it."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
     return Path(os.path.expandvars(os.environ.get("HF_TOKEN_PATH") or f"{home}/token")).expanduser()

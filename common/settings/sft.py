@@ -1,6 +1,6 @@
-"""Every setting of the supervised baseline. Nothing heavy is imported here.
+"""All settings of the supervised baseline. Nothing heavy is imported here.
 
-Settings without a default here have theirs at the top of `dummy_planner.py`, where it is documented.
+Settings without a default here have it at the top of `dummy_planner.py`, where it is documented.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from common.settings.grpo import DEMO
 
 @dataclass(kw_only=True)
 class SupervisedArgs:
-    """Settings of the supervised baseline. Lengths are tokens."""
+    """Settings of the supervised baseline. Lengths are in tokens. Each field's help text documents it."""
 
     # fmt: off
     base_model: str = setting(MISSING, "model", "Hub id or folder of the base model", metavar="MODEL")
@@ -51,7 +51,11 @@ class SupervisedArgs:
     # fmt: on
 
     def validate(self) -> None:
-        """Raise `UserErrors` with every value that is out of range."""
+        """Check every value.
+
+        Raises:
+            UserErrors: with all problems found, one line each.
+        """
         problems = check_values(self)
         if problems:
             raise UserErrors(problems)
@@ -61,7 +65,7 @@ class SupervisedArgs:
         return asdict(self)
 
 
-# The warm start of `make demo`; the questions are of the GRPO demo's family, drawn with another seed.
+# Values of `--demo`: the warm start of `make demo`. Its questions are like the GRPO demo's, from another seed.
 SFT_DEMO: dict[str, Any] = {
     "base_model": DEMO["base_model"],
     "format": "json-plan",

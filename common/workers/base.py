@@ -1,4 +1,4 @@
-"""What the pipeline needs of a worker, whatever is behind it, and the three documented calls."""
+"""The interface that the pipeline needs of a worker, and the three documented calls."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ T = TypeVar("T")
 
 
 class Worker(Protocol):
-    """What the executor needs of a worker, whatever is behind it."""
+    """A worker, local or on a server: `style` of its prompts, answers, and counters."""
 
     style: str
 
     def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
-        """Answer prompts, in order; one that cannot be answered carries its `error`."""
+        """Answer prompts, in their order. A prompt that cannot be answered gives a `Generation` with an `error`."""
 
     def take_stats(self) -> WorkerStats:
-        """The counts since the last call, which starts them anew."""
+        """The counters since the last call; counting starts again at 0."""
 
 
 @runtime_checkable
 class ConcurrentWorker(Worker, Protocol):
-    """A worker that gains nothing from batches: each prompt is answered on its own, many at a time."""
+    """A worker that answers each prompt separately and many at a time, so batches bring no gain (a server)."""
 
     async def answer(self, request: Sequence[Message]) -> Generation:
-        """Answer one prompt; `error` says why there is no answer."""
+        """Answer one prompt; the `error` of the result says why there is no answer."""
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run asynchronous work on this worker to its end."""
+        """Run a coroutine of this worker to its end."""
 
 
 class WorkerCalls:
-    """The three documented calls, thin views on the `generate` of the worker they are mixed into."""
+    """The three documented calls as a mix-in; each calls the worker's `generate` with one prompt."""
 
     style: str
     generate: Callable[[Sequence[Sequence[Message]]], list[Generation]]
@@ -46,9 +46,9 @@ class WorkerCalls:
         return self.generate([prompts.subproblem_messages(subproblem, question, self.style)])[0]
 
     def combine_solutions(self, question: str, subproblems: Sequence[str], solutions: Sequence[str]) -> Generation:
-        """Answer a question from its solved subproblems."""
+        """Answer a question with the solutions of its subproblems."""
         return self.generate([prompts.combine_messages(question, subproblems, solutions, self.style)])[0]
 
     def solve_directly(self, question: str) -> Generation:
-        """Answer a whole question, steps written out."""
+        """Answer a whole question step by step."""
         return self.generate([prompts.direct_messages(question, self.style)])[0]

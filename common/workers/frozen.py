@@ -1,8 +1,8 @@
-"""Whether the worker is what it is said to be: the base model, not changed by an adapter or by training.
+"""Check that the worker is the base model, unchanged by an adapter or by training.
 
-With the adapter switched off, a model must give the very logits that its base gave before it was wrapped. What an
-adapter does to the base beside adding to it (initialisations that subtract from the weights, trained biases,
-embeddings of its own) shows here, whatever its config says.
+With the adapter off, the model must give the same logits as its base model did before it was wrapped. The check finds
+everything that an adapter does to the base model besides adding an update, whatever its config says: initialisations
+that subtract from the weights, trained biases, embeddings of its own.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from common import prompts
 from common.errors import UserError
 from common.workers.local import inference
 
-POSITIONS = 8  # the last ones of each prompt: they depend on all before them, and a vocabulary is wide
-# Same weights and same prompts give the same logits, bit by bit, wherever the same kernels run. Another kernel (a
-# wrapper that moved the weights) sums in another order: so many units of rounding are let pass, of the largest logit.
+POSITIONS = 8  # last tokens of each prompt: they depend on all before them, and logits of all would be large
+# The same kernels give bit-equal logits for the same weights and prompts. Other kernels (of a wrapper that moved the
+# weights) sum in another order. So a difference of this many rounding units of the largest logit is allowed.
 ROUNDINGS = {"float32": 64, "float16": 4, "bfloat16": 4}
 
 
 class FrozenBase:
-    """The base model's logits on a few fixed prompts, and how far a model with its adapter off lies from them.
+    """The base model's logits on a few fixed prompts, for comparison with a model whose adapter is off.
 
     Args:
         base: the base model, before anything wraps it.
@@ -39,15 +39,15 @@ class FrozenBase:
         self._found: dict[int, float] = {}
 
     def measure(self, model: Any, *, step: int, adapter_path: str | None) -> None:
-        """Compare now, and remember it for the run's record.
+        """Compare the logits now, and store the result for the run's record.
 
         Args:
-            model: the one that training goes on with.
-            step: at which this is.
-            adapter_path: the adapter that training started from, to be named where it is to blame.
+            model: the model in training.
+            step: optimiser steps done.
+            adapter_path: adapter from which training started, or None; named in the error.
 
         Raises:
-            UserError: where the logits are not the base model's.
+            UserError: if the logits are not the base model's.
         """
         self._found[step] = self.largest_difference(model)
         if self._found[step] <= self.tolerance:
@@ -68,7 +68,7 @@ class FrozenBase:
         )
 
     def largest_difference(self, model: Any) -> float:
-        """Over all prompts and positions, adapter off; infinite where a logit is not a number."""
+        """Largest difference of a logit over all prompts and positions, adapter off; infinite if one is NaN."""
         import torch
 
         apart = 0.0
@@ -78,7 +78,7 @@ class FrozenBase:
         return apart
 
     def record(self) -> dict[str, Any]:
-        """What `training_config.json` says about it."""
+        """The entries about this check in `training_config.json`."""
         apart = max(self._found.values())
         return {
             "worker_equals_base": apart <= self.tolerance,
@@ -88,7 +88,7 @@ class FrozenBase:
         }
 
     def _logits(self, model: Any) -> list[Any]:
-        """(POSITIONS, V) of each prompt, on the CPU."""
+        """Logits (POSITIONS, V) of each prompt, on the CPU."""
         import torch
 
         with inference(model, adapter=False) as inner:

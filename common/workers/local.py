@@ -1,7 +1,7 @@
 """The frozen worker: solves subproblems, combines their solutions, or solves a question directly.
 
-In training it is the trainer's own model with the adapter switched off, so that one copy of the base
-weights serves both roles.
+In training it is the trainer's own model with the adapter off, so one copy of the base weights serves planner and
+worker.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def inference(model: Any, *, adapter: bool) -> Iterator[Any]:
-    """A trainer's model made ready to generate: eval mode, no gradients, adapter on or off.
+    """Context manager: a trainer's model ready to generate: eval mode, no gradients, adapter on or off.
 
-    Reward functions run in train mode with gradient checkpointing on, where transformers silently drops
-    the KV cache and greedy output turns to garbage; and a model left in eval mode breaks TRL's metrics.
-    So every module's own flag is put back, also after an error.
+    Reward functions run in train mode with gradient checkpointing. In that mode transformers silently disables the
+    KV cache, and greedy output becomes wrong. A model left in eval mode would break TRL's metrics. So the mode of
+    every module is restored afterwards, also after an error.
     """
     import torch
 
@@ -43,20 +43,20 @@ def inference(model: Any, *, adapter: bool) -> Iterator[Any]:
 
 
 class LocalModel:
-    """Answers prompts with a local model, batched; greedy answers are shared and remembered.
+    """Answers prompts with a local model in batches. Greedy answers are shared and cached.
 
     Args:
-        model: the (PEFT-wrapped) model, or a function that gives it; the latter lets a worker exist
-            before the trainer that owns the model does.
+        model: the model, maybe wrapped by PEFT, or a function that returns it. With a function, the worker can be
+            created before the trainer that owns the model.
         tokenizer: of the model, with a chat template.
-        adapter: whether the adapter takes part.
-        max_tokens: longest answer.
-        batch_tokens: padded tokens, answer included, of one micro-batch.
-        cache_size: greedy answers remembered across calls, least recently used dropped first. Leave it 0
-            for a model whose weights change.
-        temperature: above 0 answers are sampled, each request on its own.
-        seed: of the samples.
-        cpu_dtype: "bfloat16" for matrix products in bf16 where the model is on a CPU (`common.decoding.packing`).
+        adapter: whether the adapter is on.
+        max_tokens: limit of an answer, in tokens.
+        batch_tokens: limit of a micro-batch, in padded tokens of prompts and answers.
+        cache_size: greedy answers kept across calls; the least recently used is dropped first. Use 0 for a model
+            whose weights change.
+        temperature: above 0, answers are sampled, and each request gets its own.
+        seed: of sampling.
+        cpu_dtype: "bfloat16" for matrix products in bf16 on a CPU (`common.decoding.packing`).
     """
 
     def __init__(
@@ -83,16 +83,16 @@ class LocalModel:
         self._seed = seed
         self._cpu_dtype = cpu_dtype
         self._cache: OrderedDict[str, Generation] = OrderedDict()
-        # Keys and values of what prompts of a kind begin with, kept for the same models as answers are.
+        # Keys and values of shared beginnings of prompts; kept under the same condition as answers.
         self._prefixes: dict[Hashable, Any] | None = {} if cache_size else None
         self._stats = WorkerStats()
 
     def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
-        """Answer prompts, in order. Identical prompts are run once; failures fail only their own prompt."""
+        """Answer prompts, in their order. Identical prompts are run once; a failure affects only its own prompt."""
         started = time.perf_counter()
         shaped = [prompts.fold_system(request) if self._fold_system else request for request in requests]
         texts = [prompts.render(self._tokenizer, request) for request in shaped]
-        # Prompts that differ in their last message only (few-shot turns) share most of what has to be read.
+        # Prompts that differ only in their last message (few-shot turns before it) share most of the prefill.
         kinds = {text: tuple(m["content"] for m in request[:-1]) for text, request in zip(texts, shaped, strict=True)}
         found = self._run(texts, kinds) if self._temperature > 0 else self._greedy(texts, kinds)
         self._stats.requests += len(texts)
@@ -101,7 +101,7 @@ class LocalModel:
         return found
 
     def take_stats(self) -> WorkerStats:
-        """The counts since the last call, which starts them anew."""
+        """The counters since the last call; counting starts again at 0."""
         stats, self._stats = self._stats, WorkerStats()
         return stats
 
@@ -125,7 +125,7 @@ class LocalModel:
             self._cache.popitem(last=False)
 
     def _run(self, texts: Sequence[str], kinds: dict[str, tuple[str, ...]]) -> list[Generation]:
-        """Run the model on every text, in micro-batches of alike prompts within the token budget."""
+        """Run the model on all texts, in micro-batches of similar prompts within the token limit."""
         if not texts:
             return []
         from common.decoding.packing import packed_linears
@@ -161,7 +161,7 @@ class LocalModel:
         return [answers[index] for index in range(len(texts))]
 
     def _run_batch(self, model: Any, encoded: Sequence[tuple[list[int], Hashable]]) -> list[Generation]:
-        """One micro-batch of prompts and their kinds; if it fails, its halves, down to the one prompt that fails."""
+        """Run one micro-batch of (token ids, kind). If it fails, run its halves, down to the prompt that fails."""
         if not encoded:
             return []
         import torch
@@ -171,7 +171,7 @@ class LocalModel:
         eos_ids = end_token_ids(model, self._tokenizer)
         generator = None
         if self._temperature > 0:
-            self._seed += 1  # another batch, other samples; the same run, the same ones
+            self._seed += 1  # a new seed for each batch, so that a repeated run draws the same samples
             generator = torch.Generator(device=model.device).manual_seed(self._seed)
         try:
             outputs = decode(
@@ -195,7 +195,7 @@ class LocalModel:
                 Generation(text.strip(), len(ids), bool(ids) and ids[-1] in eos_ids)
                 for ids, text in zip(outputs, texts, strict=True)
             ]
-        # The failed attempt's tensors are freed only here, outside the except block that held them.
+        # Outside the except block, because the tensors of the failed attempt are freed only after it.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(encoded) == 1:
@@ -204,7 +204,7 @@ class LocalModel:
         return [*self._run_batch(model, encoded[:middle]), *self._run_batch(model, encoded[middle:])]
 
     def _lower_budget(self, failed: Sequence[list[int]]) -> None:
-        """Half of a batch that memory did not hold is the most from now on: the next batches would fail like it."""
+        """Limit later batches to half of one that did not fit into memory, because they would fail too."""
         tokens = len(failed) * (max(map(len, failed)) + self._max_tokens)
         if tokens // 2 < self._batch_tokens:
             self._batch_tokens = tokens // 2
@@ -216,7 +216,7 @@ class LocalModel:
 
 
 class FrozenWorker(LocalModel, WorkerCalls):
-    """The worker on a local model: adapter off, greedy, so that a prompt has one answer.
+    """The worker on a local model: adapter off, greedy, so a prompt always has the same answer.
 
     Args:
         style: of the prompts, see `common.prompts`.
@@ -247,19 +247,19 @@ class FrozenWorker(LocalModel, WorkerCalls):
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer: the tokenizer's own and all that the generation config declares."""
+    """Ids of all tokens that end an answer: the tokenizer's own, and those in the generation config."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = declared if isinstance(declared, list) else [declared]
     return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out: a type of its own on a GPU, a plain RuntimeError on a CPU."""
+    """Whether an error means that memory ran out. It has its own type on a GPU; on a CPU it is a RuntimeError."""
     import torch
 
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _is_getter(model: Any) -> bool:
-    """Whether `model` is a plain function that gives the model (a model is callable too)."""
+    """Whether `model` is a function that returns the model. A model is callable too, so callability is not enough."""
     return callable(model) and not hasattr(model, "parameters")

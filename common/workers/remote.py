@@ -1,7 +1,7 @@
-"""A model on an OpenAI-compatible server in the place of a local one.
+"""A model on an OpenAI-compatible server, used in place of a local one.
 
-`ServerModel` is to a server what `LocalModel` is to local weights, and `ServerWorker` what `FrozenWorker` is. How
-a server is asked is in `common.servers.client`.
+`ServerModel` corresponds to `LocalModel`, and `ServerWorker` to `FrozenWorker`. `common.servers.client` sends the
+requests.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from common.workers.rollouts import check_rollout_server, vllm_servers
 
 
 class ServerModel:
-    """Answers prompts with one model of a server, all in flight together; greedy answers are shared and remembered.
+    """Answers prompts with one model of a server, all at the same time. Greedy answers are shared and cached.
 
     Args:
-        server: that serves it.
-        model: its name there.
-        max_tokens: longest answer.
-        temperature: above 0 answers are sampled, each request on its own.
-        seed: of the first sample, the next one's is one higher; None leaves it to the server.
-        schema: JSON schema of the answers, where the server supports it.
-        cache_size: greedy answers remembered, least recently used dropped first.
-        others: servers that serve the same and share the requests.
+        server: the client.
+        model: name of the model on the server.
+        max_tokens: limit of an answer, in tokens.
+        temperature: above 0, answers are sampled, and each request gets its own.
+        seed: of the first sample; each later one adds 1. None leaves the seed to the server.
+        schema: JSON schema of the answers, if the server supports one.
+        cache_size: greedy answers kept; the least recently used is dropped first.
+        others: servers with the same model, which share the requests.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ServerModel:
         self._stats = WorkerStats()
 
     def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
-        """Answer prompts, in order; failures fail only their own prompt."""
+        """Answer prompts, in their order; a failure affects only its own prompt."""
 
         async def together() -> list[Generation]:
             return await asyncio.gather(*(self.answer(request) for request in requests))
@@ -75,7 +75,7 @@ class ServerModel:
         return self.wait(together())
 
     async def answer(self, request: Sequence[Message]) -> Generation:
-        """Answer one prompt; one that cannot be answered carries its `error`."""
+        """Answer one prompt; the `error` of the result says why there is no answer."""
         self._stats.requests += 1
         key = json.dumps(request) if self._temperature == 0 else None
         task = self._answers.get(key) if key is not None else None
@@ -88,7 +88,7 @@ class ServerModel:
         try:
             found = await task
         finally:
-            # Whatever became of it: only a finished, successful answer is kept beyond those in flight.
+            # Keep only finished, successful answers in the cache, and answers that are still awaited.
             if key is not None and (not task.done() or task.cancelled() or task.result().error is not None):
                 self._answers.pop(key, None)
         self._stats.failures += found.error is not None
@@ -116,7 +116,7 @@ class ServerModel:
         return reply.generation
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run asynchronous work to its end, its time counted."""
+        """Run a coroutine to its end and count its time."""
         started = time.perf_counter()
         try:
             return self.server.run(work)
@@ -124,13 +124,13 @@ class ServerModel:
             self._stats.seconds += time.perf_counter() - started
 
     def take_stats(self) -> WorkerStats:
-        """The counts since the last call, which starts them anew."""
+        """The counters since the last call; counting starts again at 0."""
         stats, self._stats = self._stats, WorkerStats()
         return stats
 
 
 class ServerWorker(ServerModel, WorkerCalls):
-    """The worker on a server: its base model, greedy, so that a prompt has one answer.
+    """The worker on a server: its base model, greedy, so a prompt always has the same answer.
 
     Args:
         style: of the prompts, see `common.prompts`.
@@ -152,14 +152,14 @@ class ServerWorker(ServerModel, WorkerCalls):
 
     @classmethod
     def from_settings(cls, args: TrainingArgs, tokenizer: Any = None) -> ServerWorker:
-        """The worker that `--worker-url` or `--vllm-url` and their companions name.
+        """The worker that `--worker-url` or `--vllm-url` and related flags describe.
 
         Args:
             args: settings of the run.
-            tokenizer: of the run's base model, to count answers where the server does not.
+            tokenizer: of the run's base model, to count tokens if the server does not.
 
         Raises:
-            UserError: where a server cannot be reached, or serves no such base model, or two serve different ones.
+            UserError: if a server cannot be reached, has no such base model, or two servers have different ones.
         """
         count = None if tokenizer is None else lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
         if args.worker_url is not None:
@@ -194,13 +194,13 @@ class ServerWorker(ServerModel, WorkerCalls):
 
 
 def check_worker(args: TrainingArgs) -> None:
-    """Make sure that the server which `--worker-url` names answers, and with its base model.
+    """Check that the server of `--worker-url` answers, and with its base model.
 
-    Of the servers of `--vllm-url`, that they can take adapters. There planner and worker are never asked at the same
-    time, so their base need not answer as itself beside an adapter.
+    The servers of `--vllm-url` are checked for loading adapters instead. There the planner and the worker are never
+    asked at the same time, so the base model need not answer as itself while the adapter is busy.
 
     Raises:
-        UserError: where it does not; with exit code 3 where an adapter answers in the base's place.
+        UserError: if a check fails; with exit code 3 if an adapter answers instead of the base model.
     """
     if os.environ.get("RANK", "0") != "0":
         return  # once is enough; a process that stops ends the others
@@ -210,7 +210,7 @@ def check_worker(args: TrainingArgs) -> None:
             for server in servers:
                 server.run(server.models())
         except ServerError as error:
-            raise UserError(str(error)) from error  # nothing has run yet: the address or the server is to be mended
+            raise UserError(str(error)) from error  # exit code 2: nothing has run yet, so the address may be wrong
         worker = ServerWorker.from_settings(args)
         for server in servers:
             server.run(check_rollout_server(server, worker.model, args.temperature))

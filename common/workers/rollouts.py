@@ -1,9 +1,9 @@
-"""Rollouts of GRPO from vLLM servers, and the proof that the policy in training wrote them.
+"""Rollouts (sampled completions) for GRPO from vLLM servers, and the check that they come from the current policy.
 
-`ServedPlanner` takes the place of TRL's own vLLM client: TRL asks it to `sync_weights()` before the first rollouts of
-a step, and to `generate()`. Prompts and completions travel as token ids, with the log-probability of each sampled
-token. These the trainer compares with its own (`PolicyCheck`), on every step: a server that answers with the base, or
-with an older version, cannot have them.
+`ServedPlanner` replaces TRL's own vLLM client. TRL calls its `sync_weights()` before the first rollouts of a step, and
+then `generate()`. Prompts and completions are sent as token ids, with the log-probability of each sampled token. The
+trainer compares these with its own on every step (`PolicyCheck`). A server that answers with the base model, or with
+an older version of the adapter, returns other log-probabilities and is found out.
 """
 
 from __future__ import annotations
@@ -26,19 +26,26 @@ from common.settings.grpo import TrainingArgs
 
 logger = logging.getLogger(__name__)
 
-# The largest gap of one token, where server and trainer compute in fp32; and the mean of all tokens of a step, where
-# one of them does not. Measured in docs/training.md.
+# Limits in nats, measured in docs/training.md. If server and trainer compute in fp32: the largest difference of one
+# token. If one of them does not: the mean over all tokens of a step.
 FP32_LIMIT = 1e-3
 HALF_LIMIT = 0.1
 
 
 class RunStoppedError(UserError):
-    """Training cannot go on, in all processes alike: a checkpoint of the steps before is worth having."""
+    """Training cannot continue in any process. A checkpoint of the steps done so far is worth saving."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are sampled. `end_ids` are the tokens that end one."""
+    """How completions are sampled.
+
+    Attributes:
+        temperature: of sampling.
+        max_tokens: limit of a completion, in tokens.
+        end_ids: ids of the tokens that end a completion.
+        seed: of the run.
+    """
 
     temperature: float
     max_tokens: int
@@ -48,7 +55,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One completion: T token ids, T log-probabilities, and why there is none."""
+    """One completion: T token ids, their T log-probabilities (None if unknown), and an error if there is none."""
 
     ids: list[int]
     logprobs: list[float | None]
@@ -58,15 +65,15 @@ class Rollout:
 class ServedPlanner:
     """The planner in training, on vLLM servers.
 
-    Every process asks for its own prompts. A group's completions come from one server, also where its prompts are
-    spread over processes.
+    Each process asks for its own prompts. All completions of a group come from one server, also if the group's prompts
+    belong to several processes.
 
     Args:
-        adapters: where the versions are published; its servers also answer when asked for nothing else.
-        servers: the same servers, with the patience of a request for a completion.
+        adapters: publishes the versions of the adapter.
+        servers: the same servers, with the retries and time limits of requests for completions.
         save: writes the adapter in training into a folder.
         sampling: of the completions.
-        step: the number of optimiser steps done.
+        step: returns the number of optimiser steps done.
     """
 
     def __init__(
@@ -77,23 +84,29 @@ class ServedPlanner:
         sampling: Sampling,
         step: Callable[[], int],
     ) -> None:
-        self.errors: list[str | None] = []  # of the latest rollouts, one each
+        self.errors: list[str | None] = []  # one for each of the latest rollouts; None for a success
         self._adapters = adapters
         self._servers = list(servers)
         self._save = save
         self._sampling = sampling
         self._step = step
         self._name = ""
-        self._asked: tuple[int, int] = (-1, 0)  # step, and how often rollouts were asked for in it
+        self._asked: tuple[int, int] = (-1, 0)  # step, and number of earlier calls of `generate` in it
 
     @classmethod
     def from_settings(
         cls, args: TrainingArgs, *, save: Callable[[Path], None], end_ids: Sequence[int], step: Callable[[], int]
     ) -> ServedPlanner:
-        """The planner on the servers of `--vllm-url`; what an earlier run left there is unloaded.
+        """The planner on the servers of `--vllm-url`. Adapters that an earlier run left there are unloaded.
+
+        Args:
+            args: settings of the run.
+            save: as in the class.
+            end_ids: ids of the tokens that end a completion.
+            step: as in the class.
 
         Raises:
-            UserError: where a server does not answer.
+            UserError: if a server does not answer.
         """
         admin = vllm_servers(args, retries=0)
         servers = vllm_servers(args, retries=TRAINING_RETRIES, runner=admin[0].runner)
@@ -110,14 +123,14 @@ class ServedPlanner:
         )
 
     def close(self) -> None:
-        """Unload the current version and delete what was written for the servers."""
+        """Unload the current version, and delete the adapter folders written for the servers."""
         self._adapters.close()
 
     def sync_weights(self) -> None:
-        """Publish the adapter as it is now; every process must call it.
+        """Publish the present weights of the adapter. Every process must call it.
 
         Raises:
-            RunStoppedError: in all processes, where a server does not take it.
+            RunStoppedError: in all processes, if a server does not load the adapter.
         """
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
@@ -140,20 +153,22 @@ class ServedPlanner:
         num_generations: int = 1,
         profiler: Any = None,
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float | None]]], None]:
-        """Completions of this process's B prompts, after the retries; every process must call it.
+        """Completions of this process's B prompts, after the retries. Every process must call it.
 
         Args:
-            prompts: token ids; equal ones of a group follow each other.
+            prompts: B lists of token ids; the equal prompts of a group stand next to each other.
             images: must be None.
-            num_generations: size of a group.
-            profiler: context in which the servers work.
+            num_generations: size of a group (G).
+            profiler: context manager around the servers' work.
 
         Returns:
-            prompts, completions (B lists of T token ids), their log-probabilities (B × T × 1), and None. A prompt
-            without completion has one end token of unknown log-probability, and says why in `errors`.
+            The prompts, the completions (B lists of T token ids), their log-probabilities (B × T × 1), and None. A
+            prompt without a completion gets one end-of-sequence token with unknown log-probability, and its reason is
+            in `errors`.
 
         Raises:
-            RunStoppedError: in all processes, when one of them got no completion at all.
+            RunStoppedError: in all processes, if one of them got no completion at all.
+            UserError: for prompts with images.
         """
         from accelerate import PartialState
         from accelerate.utils import gather_object
@@ -177,8 +192,8 @@ class ServedPlanner:
             rollouts = self._servers[0].run(wave())
         self.errors = [rollout.error for rollout in rollouts]
         failed = [error for error in self.errors if error is not None]
-        # Also a barrier: the worker is asked on the same servers next, and on vLLM's CPU backend its answers are
-        # wrong while any process has planner requests in flight (docs/training.md).
+        # Gathering also makes all processes wait. The worker uses the same servers next, and on vLLM's CPU backend its
+        # answers are wrong while any process has planner requests in flight (docs/training.md).
         lost = gather_object([failed[0] if len(failed) == len(rollouts) else None])
         if any(lost):
             raise RunStoppedError(f"no completion from the servers: {next(filter(None, lost))}", exit_code=1)
@@ -195,13 +210,14 @@ class ServedPlanner:
     async def _rollout(
         self, prompt: list[int], place: int, number: int, calls: int, waits: dict[int, asyncio.Task[None]]
     ) -> Rollout:
-        """One completion; from a server that has to be waited for, at the second attempt.
+        """One completion. If its server fails, wait for the server and try once more.
 
         Args:
-            place: among the prompts of all processes.
-            number: of the server.
-            calls: how often rollouts were asked for in this step before.
-            waits: for servers that failed, one for all the prompts of a server.
+            prompt: token ids.
+            place: index of the prompt among those of all processes.
+            number: index of the server.
+            calls: number of earlier calls of `generate` in this step.
+            waits: tasks that wait for a failed server, one per server.
         """
         server = self._servers[number]
         try:
@@ -219,10 +235,10 @@ class ServedPlanner:
             return Rollout([self._sampling.end_ids[0]], [None], str(error))
 
     def sample_base(self, base: str, prompt: Sequence[int]) -> list[Rollout]:
-        """A completion of a prompt by the base model of each server.
+        """One completion of a prompt by the base model of each server.
 
         Raises:
-            ServerError: where a server gives none.
+            ServerError: if a server gives none.
         """
 
         async def together() -> list[Rollout]:
@@ -241,9 +257,9 @@ class ServedPlanner:
                 "temperature": sampling.temperature,
                 "stop_token_ids": list(sampling.end_ids),
                 "seed": request_seed(sampling.seed, self._step(), calls, place),
-                "logprobs": 0,  # of the sampled token alone
+                "logprobs": 0,  # log-probability of the sampled token only, without alternatives
                 "return_token_ids": True,
-                # Said, because a server's own defaults are the model's, which training does not use.
+                # Set explicitly, because a server's defaults come from the model, and training does not use those.
                 "top_p": 1.0,
                 "top_k": 0,
                 "min_p": 0.0,
@@ -257,7 +273,7 @@ class ServedPlanner:
 
 
 def vllm_servers(args: TrainingArgs, *, retries: int, runner: asyncio.Runner | None = None) -> list[Server]:
-    """The servers of `--vllm-url`, all with one runner."""
+    """Clients for the servers of `--vllm-url`; all share one runner."""
     servers: list[Server] = []
     for url in args.vllm_urls():
         endpoint = Endpoint(url, None, args.vllm_timeout, retries, TRAINING_CONCURRENCY, "--vllm-url")
@@ -266,18 +282,18 @@ def vllm_servers(args: TrainingArgs, *, retries: int, runner: asyncio.Runner | N
 
 
 async def check_rollout_server(server: Server, base: str, temperature: float) -> None:
-    """Make sure that a server can do what rollouts need, before a model is loaded.
+    """Check before a model is loaded that a server can do what rollouts need.
 
     Raises:
-        UserError: with the flag that its start lacks.
+        UserError: if it cannot; the message names the missing flag.
     """
     await check_takes_adapters(server)
     if temperature == 1:
-        return  # log-probabilities before and after the temperature are the same
+        return  # at temperature 1, log-probabilities before and after the temperature are the same
     request = {"model": base, "prompt": "The sum of 2 and 3 is", "max_tokens": 1, "logprobs": 1, "seed": 0}
     request |= {"top_p": 1.0, "top_k": 0, "return_token_ids": True}
     told = []
-    for heat in (1.0, 2.0):  # the highest that vLLM takes
+    for heat in (1.0, 2.0):  # 2 is the highest temperature that vLLM accepts
         reply = await server.post("/completions", {**request, "temperature": heat})
         read_completion(server, reply)
         told.append(max(reply["choices"][0]["logprobs"]["top_logprobs"][0].values()))
@@ -289,10 +305,10 @@ async def check_rollout_server(server: Server, base: str, temperature: float) ->
 
 
 def read_completion(server: Server, reply: Any) -> tuple[list[int], list[float | None]]:
-    """Token ids of a completion and their log-probabilities.
+    """The T token ids of a completion, and their T log-probabilities.
 
     Raises:
-        ServerError: when the reply has none.
+        ServerError: if the reply does not contain them.
     """
     choices = reply.get("choices") if isinstance(reply, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
@@ -307,18 +323,21 @@ def read_completion(server: Server, reply: Any) -> tuple[list[int], list[float |
 
 
 def request_seed(seed: int, step: int, calls: int, place: int) -> int:
-    """A seed of its own for each completion of a run, the same when the run is repeated or resumed."""
+    """A seed for one completion of a run. A repeated or resumed run gets the same seeds."""
     digest = hashlib.blake2b(f"{seed} {step} {calls} {place}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 2  # vLLM takes 63 bits
+    return int.from_bytes(digest) >> 2  # vLLM accepts seeds of up to 63 bits
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyCheck:
-    """The limit of the gap between a server's log-probabilities of the sampled tokens and the trainer's.
+    """The limit for the difference between a server's and the trainer's log-probabilities of the sampled tokens.
+
+    The difference is the logarithm of the importance ratio, trainer's probability / server's probability. TRL also
+    corrects the loss with that ratio (truncated importance sampling, https://fengyao.notion.site/off-policy-rl).
 
     Args:
-        limit: largest gap that is taken for rounding.
-        of_mean: whether it holds for the mean of a step's tokens, instead of for every token.
+        limit: largest difference that rounding explains, in nats.
+        of_mean: whether it applies to the mean over a step's tokens instead of to every token.
     """
 
     limit: float
@@ -326,20 +345,21 @@ class PolicyCheck:
 
     @classmethod
     def of(cls, asked: float | None, *, full_precision: bool) -> PolicyCheck:
-        """The limit asked for, else the one of the trainer's precision."""
+        """The limit that was asked for, or else that of the trainer's precision (fp32 or not)."""
         return cls(asked or (FP32_LIMIT if full_precision else HALF_LIMIT), not full_precision)
 
     def check(self, mean: float, largest: float, accused: str) -> None:
         """Stop a run whose server answers with another policy.
 
         Args:
-            mean, largest: gap of some tokens (nats).
-            accused: what the server got wrong, if it did.
+            mean: mean difference over some tokens (nats).
+            largest: largest difference of one token (nats).
+            accused: beginning of the error message: what the server did wrong.
 
         Raises:
             RunStoppedError: with exit code 3.
         """
-        if (mean if self.of_mean else largest) <= self.limit:  # which nan is not
+        if (mean if self.of_mean else largest) <= self.limit:  # false for nan
             return
         kind = "mean" if self.of_mean else "largest"
         raise RunStoppedError(

@@ -53,7 +53,7 @@ TINY: dict[str, Any] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """The parser of the command line."""
     parser = Parser(prog="gpu_step", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape and short completions, on any machine")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default: 3)")
@@ -65,7 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the model, train, generate, report. Returns the exit code."""
+    """Make the model, train, generate, and report. Returns the exit code.
+
+    Raises:
+        UserError: if the machine has no GPU (except with --tiny).
+    """
     options = build_parser().parse_args(argv)
     import torch
 
@@ -92,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_random_model(folder: Path, shape: dict[str, Any]) -> None:
-    """A Llama of this shape with random bf16 weights, and a tokenizer whose tokens it knows."""
+    """Write a Llama of this shape with random bf16 weights, and a tokenizer with ids below its vocabulary size."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -110,7 +114,7 @@ def write_random_model(folder: Path, shape: dict[str, Any]) -> None:
 
 
 def training(folder: Path, steps: int, *, tiny: bool) -> tuple[str, float]:
-    """A few GRPO steps with the default settings: the table of a step's parts, and peak GPU memory in GiB."""
+    """Run a few GRPO steps with default settings. Returns the table of a step's parts, and peak GPU memory in GiB."""
     from common import models
     from common.training import device, grpo
 
@@ -123,13 +127,13 @@ def training(folder: Path, steps: int, *, tiny: bool) -> tuple[str, float]:
         reward: Any = trainer.reward_funcs[0]
         reward.executor = executor.with_fallback()
         trainer.train()
-        # The first step pays for kernels being compiled and memory being found.
+        # The first step also compiles kernels and reserves memory, so it is left out.
         records = read_jsonl(Path(output) / "metrics.jsonl")
     return format_table(breakdown_rows(records[1:] or records)), peak_gib()
 
 
 def inference(folder: Path, *, tiny: bool) -> tuple[int, float, float]:
-    """The worker on the mix, 4-bit on a GPU: tokens generated, seconds, and peak GPU memory in GiB."""
+    """Run the worker on the mix, 4-bit on a GPU. Returns tokens generated, seconds, and peak GPU memory in GiB."""
     import torch
 
     from common import models
@@ -148,7 +152,7 @@ def inference(folder: Path, *, tiny: bool) -> tuple[int, float, float]:
 
 
 def reset_peak() -> None:
-    """Forget what earlier parts left behind."""
+    """Free memory of earlier parts and restart the measurement of the peak."""
     import gc
 
     import torch
@@ -160,7 +164,7 @@ def reset_peak() -> None:
 
 
 def peak_gib() -> float:
-    """Most GPU memory that torch has held since the last reset; 0 without a GPU."""
+    """Peak GPU memory that torch has held since `reset_peak`, in GiB; 0 without a GPU."""
     import torch
 
     return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0

@@ -1,7 +1,7 @@
-"""One measurement in a process of its own: `python -m tests.benchmarks.measure '{"task": "reward", …}'`.
+"""One measurement in its own process: `python -m tests.benchmarks.measure '{"task": "reward", …}'`.
 
-Prints one line of JSON. Started by `reward_step`, which repeats and compares; a fresh process each time, so that
-no measurement inherits another's caches, memory or thread pool.
+Prints one line of JSON. `reward_step` starts it, repeats it and compares the results. A new process each time means
+that no measurement uses caches, memory or threads of another.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ CpuDtype = Literal["float32", "bfloat16"]
 class Job:
     """What to measure.
 
-    Args:
-        task: "reward": one call of the reward function's pipeline; "train": a short GRPO run; "demo": steps of the
-            demo's GRPO run.
-        variant: "one-call", "ours", "padded" or "vllm"; for "train" "ours", "unpacked" (ours without the packed copy
-            of the weights) or "two-copies" (unpacked too, as a plain implementation is).
+    Attributes:
+        task: "reward" for one call of the reward function's pipeline; "train" for a short GRPO run; "demo" for steps of
+            the demo's GRPO run.
+        variant: "one-call", "ours", "padded" or "vllm". For "train": "ours", "unpacked" (ours without packed copies of
+            the weights) or "two-copies" (unpacked, with a second copy of the model, as a plain implementation has).
         plans: "grpo" or "distinct".
-        completions: how many of them.
-        max_tokens: longest answer of the worker.
+        completions: number of completions.
+        max_tokens: limit of the worker's answer, in tokens.
         style: of the worker's prompts.
-        cpu_dtype: of our matrix products, or of the server's.
-        url, server: of the vLLM server, and its process id, whose CPU time and memory count where given.
+        cpu_dtype: of our matrix products, or of the server.
+        url: of the vLLM server.
+        server: its process id, whose CPU time and memory are measured too; 0 for none.
     """
 
     task: str = "reward"
@@ -51,7 +52,7 @@ class Job:
 
 
 def reward_step(job: Job) -> dict[str, Any]:
-    """Carry out the plans once: seconds, tokens, peak memory in MiB, and the texts that came out."""
+    """Carry out the plans once. Returns seconds, tokens, peak memory in MiB, and the texts."""
     from common.models import load_base, load_tokenizer
     from common.pipeline import PipelineExecutor
     from common.settings.grpo import PACKAGED_MODEL, TrainingArgs
@@ -60,7 +61,7 @@ def reward_step(job: Job) -> dict[str, Any]:
     from common.workers.local import FrozenWorker
 
     if job.variant == "ours":
-        device.tune_for_cpu()  # as our runs do; the others are plain in this too
+        device.tune_for_cpu()  # as in our runs; the other variants do without it
     items = (mix.grpo_mix if job.plans == "grpo" else mix.distinct_mix)(job.completions)
     encoder = SentenceEncoder(TrainingArgs.embedding_model)
     encoder(["load the encoder"])
@@ -68,7 +69,7 @@ def reward_step(job: Job) -> dict[str, Any]:
     tokenizer = load_tokenizer(PACKAGED_MODEL)
     models = []
     if job.variant != "vllm":
-        # Besides the worker's, the plain implementation holds the copy that the trainer trains.
+        # A plain implementation holds two copies: the worker, and the model that the trainer trains.
         models = [load_base(PACKAGED_MODEL, four_bit=False).eval() for _ in range(1 + (job.variant == "one-call"))]
     worker: Any
     if job.variant == "vllm":
@@ -79,7 +80,7 @@ def reward_step(job: Job) -> dict[str, Any]:
         worker = mix.GenerateWorker(
             models[0], tokenizer, style=job.style, max_tokens=job.max_tokens, at_once=job.variant == "padded"
         )
-    worker.generate([[{"role": "user", "content": "Hello"}]])  # what is done once is no part of a step
+    worker.generate([[{"role": "user", "content": "Hello"}]])  # warm-up, not part of the measured step
     worker.take_stats()
     if job.variant == "vllm":
         worker.forget()
@@ -106,7 +107,7 @@ def reward_step(job: Job) -> dict[str, Any]:
 
 
 def training_steps(job: Job) -> dict[str, Any]:
-    """Two GRPO steps with the documented batch sizes: seconds, and peak memory in MiB."""
+    """Run two GRPO steps with the default batch sizes. Returns seconds, and peak memory in MiB."""
     from common import models
     from common.decoding import packing
     from common.problems.questions import Question
@@ -135,7 +136,7 @@ def training_steps(job: Job) -> dict[str, Any]:
         questions = [Question(group[0].question, group[0].ground_truth or "") for group in mix.load_groups()]
         trainer, executor = grpo.build_trainer(args, questions, tokenizer)
         reward: Any = trainer.reward_funcs[0]
-        # An untrained small planner writes no valid plan: solved directly, so that the worker has work.
+        # An untrained small planner writes no valid plan; solving directly instead gives the worker its usual load.
         reward.executor = executor.with_fallback()
         if job.variant == "two-copies":
             second = models.load_base(PACKAGED_MODEL, four_bit=False).eval()
@@ -153,7 +154,7 @@ def training_steps(job: Job) -> dict[str, Any]:
 
 
 def demo_steps(job: Job) -> dict[str, Any]:
-    """Three GRPO steps of the demo's size: mean seconds of the parts of the second and third, and peak memory in MiB."""
+    """Run three GRPO steps of the demo's size. Returns mean seconds of the parts of the last two, and peak MiB."""
     from common import models
     from common.problems.questions import load_questions
     from common.reports.jsonl import read_jsonl
@@ -169,7 +170,7 @@ def demo_steps(job: Job) -> dict[str, Any]:
         questions = load_questions(args.dataset, limit=args.max_samples, seed=args.seed)
         trainer, executor = grpo.build_trainer(args, questions, models.load_tokenizer(args.base_model))
         reward: Any = trainer.reward_funcs[0]
-        reward.executor = executor.with_fallback()  # an untrained planner writes no valid plan
+        reward.executor = executor.with_fallback()  # because an untrained planner writes no valid plan
         trainer.train()
         steps = read_jsonl(Path(folder) / "metrics.jsonl")[1:]
     means = {part: sum(step.get(part) or 0.0 for step in steps) / len(steps) for part in PARTS}
@@ -177,7 +178,7 @@ def demo_steps(job: Job) -> dict[str, Any]:
 
 
 def cpu_seconds(server: int = 0) -> float:
-    """CPU time of this process and, where given, of a server's process and its children."""
+    """CPU seconds of this process and, if given, of a server's process and its children."""
     total = time.process_time()
     for process in server_processes(server):
         times = process.cpu_times()
@@ -186,7 +187,7 @@ def cpu_seconds(server: int = 0) -> float:
 
 
 def server_processes(server: int) -> Sequence[Any]:
-    """A server's process and its children, or none."""
+    """A server's process and its children; empty without a server."""
     if not server:
         return []
     import psutil
@@ -196,12 +197,12 @@ def server_processes(server: int) -> Sequence[Any]:
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
+    """Largest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> int:
-    """Run the job given as JSON in the first argument, on as many torch threads as OMP_NUM_THREADS says."""
+    """Run the job in the first argument (JSON), with as many torch threads as OMP_NUM_THREADS says."""
     job = Job(**json.loads(sys.argv[1]))
     import torch
 

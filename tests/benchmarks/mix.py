@@ -1,4 +1,4 @@
-"""The plans that the benchmarks run on, and the plain ways of carrying them out that ours is compared with."""
+"""The plans of the benchmarks, and the plain ways of carrying them out with which ours is compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLANS = Path(__file__).with_name("plans.jsonl")
 
 
 def load_groups(path: Path = PLANS) -> list[list[PipelineItem]]:
-    """The stored completions, a list a question."""
+    """The stored completions: one list per question."""
     groups = []
     for line in path.read_text().splitlines():
         row = json.loads(line)
@@ -36,9 +36,12 @@ def load_groups(path: Path = PLANS) -> list[list[PipelineItem]]:
 
 
 def grpo_mix(count: int, sizes: Sequence[int] = (8, 4)) -> list[PipelineItem]:
-    """`count` completions in groups of these sizes in turn, duplicates and invalid ones as they were sampled.
+    """`count` completions in groups of these sizes in turn, with duplicates and invalid plans as they were sampled.
 
-    When the questions are used up, they come again with the completions that were left over.
+    After the last question the first comes again, with completions that were not used yet.
+
+    Raises:
+        ValueError: if there are fewer completions.
     """
     taken = [(group[:size], group[size:]) for group, size in zip(load_groups(), cycle(sizes), strict=False)]
     items = [item for part in zip(*taken, strict=True) for group in part for item in group]
@@ -48,7 +51,11 @@ def grpo_mix(count: int, sizes: Sequence[int] = (8, 4)) -> list[PipelineItem]:
 
 
 def distinct_mix(count: int) -> list[PipelineItem]:
-    """`count` completions with valid plans none of whose worker prompts is another's: nothing to share whole."""
+    """`count` completions with valid plans that have no worker prompt in common, so that no answer can be shared.
+
+    Raises:
+        ValueError: if there are fewer such completions.
+    """
     items: list[PipelineItem] = []
     seen: set[tuple[str, str]] = set()
     for item in (group[turn] for turn in range(8) for group in load_groups()):
@@ -65,11 +72,15 @@ def distinct_mix(count: int) -> list[PipelineItem]:
 
 
 class GenerateWorker:
-    """A worker over transformers' own `generate`, greedy.
+    """A worker with transformers' `generate`, greedy.
 
     Args:
-        at_once: one left-padded batch for all distinct prompts of a wave; otherwise a call per prompt, repeated
-            prompts again and again, as a plain implementation does.
+        model: a causal LM.
+        tokenizer: of the model.
+        style: of the worker's prompts.
+        max_tokens: limit of an answer, in tokens.
+        at_once: True for one left-padded batch of all distinct prompts of a wave. False for one call per prompt, with
+            repeated prompts run again, as in a plain implementation.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, style: str, max_tokens: int, at_once: bool) -> None:
@@ -78,7 +89,7 @@ class GenerateWorker:
         self._stats = WorkerStats()
 
     def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
-        """Answer prompts, in order."""
+        """Answer prompts, in their order."""
         texts = [prompts.render(self._tokenizer, request) for request in requests]
         batches = [list(dict.fromkeys(texts))] if self._at_once else [[text] for text in texts]
         found = [answers for batch in batches if batch for answers in self._generate(batch)]
@@ -88,7 +99,7 @@ class GenerateWorker:
         return [by_text[text] for text in texts]
 
     def take_stats(self) -> WorkerStats:
-        """What was generated since the last call."""
+        """Counters since the last call."""
         stats, self._stats = self._stats, WorkerStats()
         return stats
 
@@ -111,10 +122,15 @@ class GenerateWorker:
 def plain_pipeline(
     items: Sequence[PipelineItem], answer: Callable[[list[Message]], Generation], style: str
 ) -> list[list[Generation]]:
-    """What a plain implementation does: plan after plan, call after call, nothing shared.
+    """A plain implementation: one plan after the other, one call after the other, nothing shared.
+
+    Args:
+        items: the completions.
+        answer: answers one prompt.
+        style: of the worker's prompts.
 
     Returns:
-        For each item the worker's answers: solutions and combination, or the direct one, or none.
+        For each item the worker's answers: solutions and combination, or the direct answer, or none.
     """
     found: list[list[Generation]] = []
     for item in items:
@@ -131,9 +147,9 @@ def plain_pipeline(
 
 
 class VllmWorker:
-    """A worker over a vLLM server's completions endpoint, every prompt of a wave in flight at once.
+    """A worker that uses a vLLM server's completions endpoint, with all prompts of a wave in flight at once.
 
-    The server must run with VLLM_SERVER_DEV_MODE=1: that is how it can be told to `forget`.
+    The server must run with VLLM_SERVER_DEV_MODE=1, which `forget` needs.
     """
 
     def __init__(self, url: str, tokenizer: Any, *, style: str, max_tokens: int) -> None:
@@ -144,7 +160,7 @@ class VllmWorker:
         self._stats = WorkerStats()
 
     def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
-        """Answer prompts, in order; repeated ones are asked once."""
+        """Answer prompts, in their order; a repeated prompt is sent once."""
         texts = [prompts.render(self._tokenizer, request) for request in requests]
         distinct = list(dict.fromkeys(texts))
         with ThreadPoolExecutor(max_workers=max(1, len(distinct))) as pool:
@@ -153,14 +169,18 @@ class VllmWorker:
         return [found[text] for text in texts]
 
     def forget(self) -> None:
-        """Drop the prompts that the server has cached: an earlier repeat's must not help the next one."""
+        """Clear the server's prefix cache, so that an earlier repeat does not speed up the next one.
+
+        Raises:
+            ValueError: if the server does not run with VLLM_SERVER_DEV_MODE=1.
+        """
         try:
             urlopen(Request(f"{self._url}/reset_prefix_cache", b"")).close()
         except HTTPError as error:
             raise ValueError(f"{error}: start the vLLM server with VLLM_SERVER_DEV_MODE=1") from error
 
     def take_stats(self) -> WorkerStats:
-        """What was generated since the last call."""
+        """Counters since the last call."""
         stats, self._stats = self._stats, WorkerStats()
         return stats
 

@@ -34,7 +34,7 @@ KINDS: dict[str, Grouping] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table."""
+    """Print the table. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--dataset", default=DEMO["dataset"], help="generated:shares of six people")

@@ -40,7 +40,7 @@ SAME_TEXTS = ("one-call", "ours", "padded")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """The parser of the command line."""
     parser = Parser(prog="reward_step", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small repeat of everything")
     parser.add_argument(
@@ -63,7 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, compare, write. Returns the exit code."""
+    """Measure, compare, and write the tables. Returns the exit code.
+
+    Raises:
+        UserError: for a number below 1, a measurement that fails, or variants whose texts differ.
+    """
     options = build_parser().parse_args(argv)
     if min(options.repeats, options.completions, options.max_tokens, options.threads) < 1:
         raise UserError("--repeats, --completions, --max-tokens and --threads must be at least 1")
@@ -102,32 +106,32 @@ Results = dict[Job, list[dict[str, Any]]]
 
 
 def compared(title: str, plans: str, variants: Sequence[Job], repeats: int, threads: int) -> str:
-    """The variants on one kind of plans; raises a `UserError` where their texts differ."""
+    """The table of the variants on one kind of plans; raises a `UserError` if their texts differ."""
     results = interleaved([replace(variant, plans=plans) for variant in variants], repeats, threads)
     check_same_texts(results)
     return f"## {title}\n\n{comparison(results)}"
 
 
 def scaled(jobs: Sequence[Job], repeats: int, threads: int) -> str:
-    """Ours with more and more completions."""
+    """The table of our variant with growing numbers of completions."""
     return f"## Scale\n\n{scale_table(interleaved(jobs, repeats, threads))}"
 
 
 def threaded(job: Job, repeats: int) -> str:
-    """Ours on one thread and on two."""
+    """The table of our variant on one thread and on two."""
     by_threads = {count: interleaved([job], repeats, count) for count in (1, 2)}
     return f"## Threads\n\n{threads_table(by_threads)}"
 
 
 def cpu_dtypes() -> Sequence[CpuDtype]:
-    """What our matrix products can be computed in here."""
+    """Dtypes in which our matrix products can be computed on this machine."""
     from common.models import multiplies_bf16
 
     return ("float32", "bfloat16") if multiplies_bf16() else ("float32",)
 
 
 def demo(dtypes: Sequence[CpuDtype], repeats: int, threads: int) -> str:
-    """The parts of a step of the demo's training run."""
+    """The table of the parts of a training step of the demo."""
     from common.reports.step_clock import PARTS
 
     jobs = [Job(task="demo", cpu_dtype=dtype) for dtype in dtypes]
@@ -143,14 +147,14 @@ def demo(dtypes: Sequence[CpuDtype], repeats: int, threads: int) -> str:
 
 
 def memory(job: Job, dtypes: Sequence[CpuDtype], repeats: int, threads: int) -> str:
-    """GRPO steps with one copy of the model, with and without packed weights, and with two copies, unpacked."""
+    """The table of peak memory: one copy of the model with and without packed weights, and two copies unpacked."""
     steps = [replace(job, task="train", cpu_dtype=dtype) for dtype in dtypes]
     steps += [replace(job, task="train", variant=name) for name in ("unpacked", "two-copies")]
     return f"## Memory of a training step\n\n{memory_table(interleaved(steps, repeats, threads))}"
 
 
 def interleaved(jobs: Sequence[Job], repeats: int, threads: int) -> Results:
-    """Every job `repeats` times, in turn."""
+    """Run every job `repeats` times, the jobs in turn."""
     results: Results = {job: [] for job in jobs}
     for repeat in range(repeats):
         for job in jobs:
@@ -164,10 +168,10 @@ def interleaved(jobs: Sequence[Job], repeats: int, threads: int) -> Results:
 
 
 def measured(job: Job, threads: int) -> dict[str, Any]:
-    """One job in a process of its own.
+    """Run one job in its own process and return its result.
 
     Raises:
-        UserError: where it fails, with its last line.
+        UserError: if the job fails, with its last line.
     """
     threading = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
@@ -183,7 +187,11 @@ def measured(job: Job, threads: int) -> dict[str, Any]:
 
 
 def check_same_texts(results: Results) -> None:
-    """Raise a `UserError` where two ways gave different texts or token counts."""
+    """Check that all variants gave the same texts and token counts.
+
+    Raises:
+        UserError: if two of them differ.
+    """
     texts = {
         job.variant: runs[0]["texts"]
         for job, runs in results.items()
@@ -202,12 +210,12 @@ def named(job: Job) -> str:
 
 
 def middle(runs: Sequence[dict[str, Any]], name: str) -> float:
-    """Median of one figure over the repeats."""
+    """Median of one figure over the repeats of a job."""
     return median(found[name] for found in runs)
 
 
 def comparison(results: Results) -> str:
-    """Wall and CPU time, tokens and memory of every variant, and how many times ours they take."""
+    """Wall and CPU time, tokens and memory of every variant, and their ratios to ours."""
     ours = next(runs for job, runs in results.items() if job.variant == "ours")
     rows = []
     for job, runs in results.items():
@@ -236,7 +244,7 @@ def comparison(results: Results) -> str:
 
 
 def scale_table(results: Results) -> str:
-    """Time against the number of completions."""
+    """Time by number of completions."""
     rows: list[dict[str, str]] = []
     before = None
     for job, runs in results.items():
@@ -257,7 +265,7 @@ def scale_table(results: Results) -> str:
 
 
 def threads_table(by_threads: dict[int, Results]) -> str:
-    """Time against the number of torch threads."""
+    """Time by number of torch threads."""
     return markdown(
         [
             {"threads": f"{count}", "wall s": f"{middle(runs, 'wall'):.1f}", "CPU s": f"{middle(runs, 'cpu'):.1f}"}
@@ -268,7 +276,7 @@ def threads_table(by_threads: dict[int, Results]) -> str:
 
 
 def memory_table(results: Results) -> str:
-    """Peak memory of a GRPO step, whole and without what the libraries take before a model is loaded."""
+    """Peak memory of a GRPO step: total, and without what the libraries take before a model is loaded."""
     two = next(runs for job, runs in results.items() if job.variant == "two-copies")
     base = middle(two, "imports_mib")
     return markdown(
@@ -288,13 +296,13 @@ def memory_table(results: Results) -> str:
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table of rows with the same keys."""
+    """A Markdown table of rows that share their keys."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def heading(options: argparse.Namespace, job: Job, repeats: int) -> str:
-    """When, where and how."""
+    """Date, machine and settings of the measurement, as text."""
     import torch
 
     flags = " ".join(sys.argv[1:])

@@ -27,7 +27,7 @@ DATASET = "reasoning-gym:gsm_symbolic"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """The parser of the command line."""
     parser = Parser(prog="sample_plans", description=__doc__)
     parser.add_argument("--adapter-path", required=True, metavar="DIR", help="the warm-started planner")
     parser.add_argument("--questions", type=int, default=20, metavar="N", help="questions (default: 20)")
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Sample and write. Returns the exit code."""
+    """Sample the plans and write the file. Returns the exit code."""
     options = build_parser().parse_args(argv)
     check_adapter_base(options.adapter_path, PACKAGED_MODEL)
     questions = load_questions(DATASET, limit=options.questions, seed=options.seed)
