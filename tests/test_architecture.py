@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "reports": "errors settings runs",
     "similarity": "models",
     "servers": "errors generation settings cli prompts models runs",
-    "workers": "errors generation decoding settings cli prompts servers",
+    "workers": "errors generation decoding settings cli prompts runs servers",
     "pipeline": "plans generation grading settings prompts models decoding similarity workers",
     "rewards": "errors plans grading settings reports pipeline",
     "merging": "errors settings cli prompts models runs reports decoding workers",

@@ -37,6 +37,11 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[-1])
 
 
+def answers_file(checkpoint: Path, rank: int) -> Path:
+    """Where a checkpoint holds the worker's remembered answers; each process of a run has its own."""
+    return checkpoint / f"worker_answers_{rank}.json"
+
+
 def _is_complete(checkpoint: Path) -> bool:
     """Whether every file needed to resume exists and is complete."""
     if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):

@@ -26,7 +26,7 @@ from common.reports.tables import format_table
 from common.rewards import PipelineRewardFunction, RewardWeights
 from common.runs import storage
 from common.runs.adapters import save_adapter
-from common.runs.checkpoints import checkpoint_step
+from common.runs.checkpoints import answers_file, checkpoint_step
 from common.servers.vllm import server_command, shown_command
 from common.settings.grpo import TrainingArgs
 from common.similarity import SentenceEncoder
@@ -35,7 +35,7 @@ from common.training.device import announce_device, device_options
 from common.training.records import SampleLog
 from common.training.trainer import PlannerTrainer
 from common.workers.frozen import FrozenBase
-from common.workers.local import end_token_ids
+from common.workers.local import FrozenWorker, end_token_ids
 from common.workers.remote import ServerWorker
 from common.workers.rollouts import PolicyCheck, ServedPlanner
 
@@ -111,6 +111,8 @@ def _run(
     if held_out and main_process:
         scoring.before(held_out)
 
+    if checkpoint is not None and trainer.worker is not None:
+        trainer.worker.load_answers(answers_file(checkpoint, trainer.accelerator.process_index))
     with callbacks.StopOnSignal() as stopper:
         trainer.add_callback(stopper)
         try:
@@ -178,6 +180,8 @@ def build_trainer(
         ],
     )
     holder.append(trainer)
+    if isinstance(executor.worker, FrozenWorker):
+        trainer.worker = executor.worker
     if args.vllm_url is not None:
         planner = ServedPlanner.from_settings(
             args,

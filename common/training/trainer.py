@@ -24,8 +24,9 @@ from common.decoding.decode import decode
 from common.decoding.log_probs import token_log_probs
 from common.decoding.packing import packed_linears
 from common.reports.step_clock import StepClock
+from common.runs.checkpoints import answers_file
 from common.workers.frozen import FrozenBase
-from common.workers.local import inference
+from common.workers.local import FrozenWorker, inference
 from common.workers.rollouts import PolicyCheck, RunStoppedError, ServedPlanner
 
 # Of `GRPOTrainer`: methods that are overridden here, each with the parameters that this module counts on.
@@ -108,6 +109,13 @@ class PlannerTrainer(GRPOTrainer):
         self._compares = True  # the first rollouts' log-probabilities with those of the training step
         self._log_probs: torch.Tensor | None = None  # of the micro-batch that is trained on, (B, T)
         self._agreement: dict[str, float] = {}
+        self.worker: FrozenWorker | None = None  # whose answers go into each checkpoint
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model; into a checkpoint (`_internal_call`), the worker's remembered answers as well."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.worker is not None:
+            self.worker.save_answers(answers_file(Path(output_dir), self.accelerator.process_index))
 
     def sample_from(self, planner: ServedPlanner, check: PolicyCheck, base: str) -> None:
         """Take rollouts from servers, and stop when they are another policy's.

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from common import prompts
 from common.generation import Generation, WorkerStats
 from common.prompts import Message
 from common.workers.base import WorkerCalls
+from common.workers.memory import AnswerMemory
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +79,10 @@ class LocalModel:
         self._adapter = adapter
         self._max_tokens = max_tokens
         self._batch_tokens = batch_tokens
-        self._cache_size = cache_size
         self._temperature = temperature
         self._seed = seed
         self._cpu_dtype = cpu_dtype
-        self._cache: OrderedDict[str, Generation] = OrderedDict()
+        self._memory = AnswerMemory(cache_size)
         # Keys and values of shared beginnings of prompts; kept under the same condition as answers.
         self._prefixes: dict[Hashable, Any] | None = {} if cache_size else None
         self._stats = WorkerStats()
@@ -106,23 +106,30 @@ class LocalModel:
         return stats
 
     def _greedy(self, texts: Sequence[str], kinds: dict[str, tuple[str, ...]]) -> list[Generation]:
-        answers: dict[str, Generation] = {}
-        for text in dict.fromkeys(texts):
-            if text in self._cache:
-                self._cache.move_to_end(text)
-                answers[text] = self._cache[text]
-        missing = [text for text in dict.fromkeys(texts) if text not in answers]
-        fresh = dict(zip(missing, self._run(missing, kinds), strict=True))
-        self._remember(fresh)
-        answers.update(fresh)
+        found = {text: self._memory.find(text) for text in dict.fromkeys(texts)}
+        answers = {text: answer for text, answer in found.items() if answer is not None}
+        missing = [text for text in found if text not in answers]
+        for text, answer in zip(missing, self._run(missing, kinds), strict=True):
+            self._memory.add(text, answer)
+            answers[text] = answer
         return [answers[text] for text in texts]
 
-    def _remember(self, fresh: dict[str, Generation]) -> None:
-        for text, answer in fresh.items():
-            if answer.error is None:
-                self._cache[text] = answer
-        while len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
+    def save_answers(self, path: Path) -> None:
+        """Write the remembered answers to a file, for a run that goes on from here.
+
+        The kept beginnings of prompts are dropped, because a resumed run has none either: both then compute them from
+        the same batch. In bf16 the order of sums matters (docs/performance.md).
+
+        Raises:
+            OSError: where the file cannot be written.
+        """
+        self._memory.save(path)
+        if self._prefixes is not None:
+            self._prefixes.clear()
+
+    def load_answers(self, path: Path) -> None:
+        """Remember the answers of a file that `save_answers` wrote; an older checkpoint has no such file."""
+        self._memory.load(path)
 
     def _run(self, texts: Sequence[str], kinds: dict[str, tuple[str, ...]]) -> list[Generation]:
         """Run the model on all texts, in micro-batches of similar prompts within the token limit."""

@@ -190,6 +190,9 @@ def test_a_run_records_its_dtype_compares_rollouts_and_resumes_bit_for_bit(bf16,
     assert done.returncode == 0, done.stderr
     adapter = "adapter_model.safetensors"
     assert (copy / adapter).read_bytes() == (folder / adapter).read_bytes()
+    # The worker's answers come with the checkpoint, because an answer in bf16 depends on the batch it is made in.
+    hits, hits_again = ([line["cache_hit_rate"] for line in read_jsonl(f / "metrics.jsonl")] for f in (folder, copy))
+    assert hits_again == hits and max(hits[2:]) > 0
 
 
 def test_a_run_from_before_the_setting_goes_on_in_fp32(tmp_path):

@@ -39,7 +39,7 @@ def test_identical_prompts_run_once_and_are_remembered_within_bounds(smollm2):
     worker.take_stats()
     worker.generate(ask)
     assert worker.take_stats().generated >= 1
-    assert len(worker._cache) <= 2
+    assert len(worker._memory) <= 2
 
 
 def test_micro_batches_of_a_token_budget_give_the_same_answers(smollm2):
@@ -88,7 +88,7 @@ def test_out_of_memory_fails_only_the_prompt_that_causes_it(smollm2):
     reference = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=8).generate(ask[:3])
     assert answers[:3] == reference
     # a failure is not remembered: the prompt may work later
-    assert len(worker._cache) == 4
+    assert len(worker._memory) == 4
     # Five prompts of about 500 tokens were too many, and so were some of their halves: later batches are smaller.
     assert worker._batch_tokens < 5 * 600 // 2
 
