@@ -54,6 +54,8 @@ def train(
     Raises:
         UserError: for a model that cannot be loaded, memory that runs out, a worker that always fails.
     """
+    if args.vllm_url is not None and args.cpu_dtype == "auto":
+        args = replace(args, cpu_dtype="float32")  # the policy check compares with the servers' log-probabilities
     args = replace(args, cpu_dtype=models.cpu_dtype(args))  # recorded is what was used: a resumed run keeps to it
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
