@@ -333,7 +333,7 @@ class PolicyCheck:
     """The limit for the difference between a server's and the trainer's log-probabilities of the sampled tokens.
 
     The difference is the logarithm of the importance ratio, trainer's probability / server's probability. TRL also
-    corrects the loss with that ratio (truncated importance sampling, https://fengyao.notion.site/off-policy-rl).
+    corrects the loss with that ratio (`vllm_importance_sampling_mode`; https://fengyao.notion.site/off-policy-rl).
 
     Args:
         limit: largest difference that rounding explains, in nats.
