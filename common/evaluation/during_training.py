@@ -112,7 +112,7 @@ class Scoring:
         self._forget_times()
 
     def after(self, held_out: list[Question]) -> None:
-        """Make the rows of the trained planner, and of direct solving with the same number of tokens."""
+        """Make the rows of the trained planner, and of direct solving with at least as many tokens."""
         args = self._args
         say(f"scoreboard: {len(held_out)} questions, the trained planner")
         fingerprints = self._fingerprints(held_out)

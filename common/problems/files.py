@@ -30,7 +30,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
     """The file of a split, or its numbered parts in order; [] if there is none.
 
     `train.jsonl` is the file of the split "train". A name with an addition, such as `train_socratic.jsonl`, is used
-    only if no file has the plain name and it is the only one of its kind.
+    only if there is no file with the plain name and no second such file.
 
     Raises:
         UserError: if several files are possible, or parts are missing.

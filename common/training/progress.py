@@ -19,8 +19,8 @@ class ProgressCallback(TrainerCallback):
     It replaces the Trainer's own output, which prints every metric of every step. For that, set `disable_tqdm=True`, so
     that the Trainer adds its PrinterCallback instead of its bar, and call `trainer.remove_callback(PrinterCallback)`.
 
-    Without a terminal (nohup, CI, a job scheduler) a line is printed after ten steps or about ten seconds, whichever is
-    first, and after the first and the last step.
+    Without a terminal (nohup, CI, a job scheduler) a line is printed after the first and the last step. Between them
+    there is one after ten steps or about ten seconds, whichever is first.
     """
 
     SECONDS_PER_LINE = 10.0
