@@ -286,7 +286,10 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> str:
 
 
 def render_all(tokenizer: Any, requests: Sequence[Sequence[Message]]) -> list[str]:
-    """The texts of prompts; the system message is folded into the next one if the chat template does not show it."""
+    """The texts of prompts, in their order.
+
+    The system message is folded into the next one (`fold_system`) if the chat template does not show it.
+    """
     fold = not accepts_system(tokenizer)
     return [render(tokenizer, fold_system(messages) if fold else messages) for messages in requests]
 

@@ -79,7 +79,7 @@ class RunFingerprints:
         }
 
     def vote(self, count: int, temperature: float) -> Fingerprint:
-        """Fingerprint of a majority vote over `count` answers, the greedy one included."""
+        """Fingerprint of a majority vote over `count` answers: the greedy one, and samples at `temperature`."""
         return {**self.direct(), **vote_parts(count, temperature, self._args.seed)}
 
     def _rendered(self, messages: list[Message]) -> str:
@@ -176,5 +176,5 @@ def _sampled(path: Path) -> str:
 
 
 def difference(earlier: Fingerprint, now: Fingerprint) -> list[str]:
-    """Names of the influences that differ between two fingerprints. An unknown one counts as different."""
+    """Names of the influences in which `earlier` differs from `now`. An unknown one counts as different."""
     return [name for name, value in now.items() if value is None or earlier.get(name) != value]

@@ -159,6 +159,10 @@ def distance(left: Reply, right: Reply) -> float:
     (https://en.wikipedia.org/wiki/Total_variation_distance_of_probability_measures). The largest is returned, up to
     and including the first token at which the answers differ; after it they continue different texts. Without
     log-probabilities the result is 0 for equal texts, otherwise 1.
+
+    Args:
+        left: one answer.
+        right: another answer to the same prompt.
     """
     if not left.top or not right.top:
         return float(left.generation.text != right.generation.text)

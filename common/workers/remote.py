@@ -182,7 +182,7 @@ class ServerWorker(ServerModel, WorkerCalls):
         )
 
     def sampler(self, temperature: float, seed: int) -> ServerModel:
-        """The same model, sampled instead of greedy."""
+        """The same model with sampling at `temperature`, from `seed` on, instead of greedy decoding."""
         return ServerModel(
             self.server,
             self.model,
