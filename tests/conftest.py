@@ -249,7 +249,7 @@ def finished_run(tiny_planner, questions_file, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smollm2_adapter(questions_file, tmp_path_factory) -> Path:
-    """An adapter of SmolLM2-135M that grpo_training.py trained, after a few supervised steps so that rewards differ."""
+    """Folder of a SmolLM2 adapter from grpo_training.py, after a few supervised steps so that rewards differ."""
     import torch
     from safetensors.torch import load_file
 
@@ -272,7 +272,7 @@ def smollm2_adapter(questions_file, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def planner_adapter(tmp_path_factory) -> str:
-    """Folder of a LoRA adapter on SmolLM2 that was taught for seconds to answer with a plan: enough to differ."""
+    """Folder of a LoRA adapter on SmolLM2 that learned for seconds to answer with a plan, unlike its base model."""
     import torch
     from peft import get_peft_model
 
@@ -313,7 +313,7 @@ def planner_adapter(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
-    """Python of an environment with vLLM: made by the target that `make serve-demo` uses, or the test is skipped."""
+    """Python of an environment with vLLM, made by the target that `make serve-demo` uses. Without it the test skips."""
     environment = ROOT / os.environ.get("VLLM_VENV", ".venv-vllm")
     if not (environment / ".installed").exists():
         try:
@@ -330,7 +330,7 @@ def vllm_python() -> Path:
 
 @pytest.fixture(scope="session")
 def vllm_server(vllm_python, tmp_path_factory):
-    """A context manager: a running vLLM with a command line of its own (but for the port), as its address."""
+    """A context manager that runs vLLM with the given arguments (the port is added) and gives its address."""
     from common.errors import UserError
     from common.servers import vllm
 
@@ -367,7 +367,7 @@ def adapter(finished_run) -> Path:
 
 @pytest.fixture(scope="session")
 def merged(adapter, tmp_path_factory) -> Path:
-    """The tiny planner merged, in several weight files."""
+    """Folder of the merged tiny planner, with several weight files."""
     from merges import merge
 
     target = tmp_path_factory.mktemp("merged") / "planner"
@@ -377,21 +377,21 @@ def merged(adapter, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trainer_args(tmp_path_factory):
-    """What transformers' Trainer hands to its callbacks, beside the state."""
+    """The arguments that transformers' Trainer passes to its callbacks, except the state."""
     from transformers import TrainingArguments
 
     return TrainingArguments(output_dir=str(tmp_path_factory.mktemp("args")), use_cpu=True, report_to=[])
 
 
 def state_at(step: int, max_steps: int = 100, main: bool = True):
-    """The Trainer's state after so many steps."""
+    """The Trainer's state after this number of steps."""
     from transformers import TrainerState
 
     return TrainerState(global_step=step, max_steps=max_steps, logging_steps=1, is_world_process_zero=main)
 
 
 def png_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a whole PNG file."""
+    """(width, height) of a PNG file, which must be complete."""
     content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
     width, height = struct.unpack(">II", content[16:24])

@@ -66,7 +66,7 @@ def test_groups_must_fill_the_generation_batch(batch, accum, group, processes, l
         return
     with pytest.raises(UserErrors) as caught:
         args.validate(world_size=processes)
-    # Whatever the message recommends must itself be legal.
+    # The value that the message recommends must be valid itself.
     values = str(caught.value).split("use --grad-accum ")[1].split(",")[0].split(" or ")
     for value in values:
         TrainingArgs(batch_size=batch, grad_accum=int(value), num_generations=group).validate(world_size=processes)
@@ -85,7 +85,7 @@ BAD_ROWS = {
 
 
 def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
-    """name → (flags, what the one line must say)."""
+    """name → (flags, text that the one line must contain)."""
     cases: dict[str, tuple[list[str], str]] = {
         "unknown flag": (["--learning-rat", "1"], "--learning-rat"),
         "not a number": (["--lr", "fast"], "fast"),
@@ -193,7 +193,7 @@ ENCODINGS = [
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
 def test_what_a_terminal_cannot_show_ends_no_script(server, encoding):
-    """Help with its signs; an answer in many alphabets, half a surrogate pair in it; a question asked in one."""
+    """Help with special characters; an answer in many alphabets with half a surrogate pair; a question in one of them."""
     for command in ([str(ROOT / script) for script in SCRIPTS], ["-m", "common.inference.serve_demo"]):
         for words in [[word] for word in command] if command[0] != "-m" else [command]:
             done = subprocess.run(
@@ -232,7 +232,7 @@ def test_a_resumed_run_keeps_its_servers_and_a_run_without_does_not_get_any(tmp_
     served = TrainingArgs(vllm_url="http://a/v1", output_dir=str(tmp_path))
     assert settled(served, "--resume").vllm_url == "http://a/v1"
     assert settled(served, "--resume", "--vllm-url", "http://b/v1").vllm_url == "http://b/v1", "a server may move"
-    # A run stores the address of the server that it started, which is gone.
+    # A run stores the address of the server that it started; that server does not run any more.
     own = TrainingArgs(vllm_url="http://127.0.0.1:8100/v1", vllm_python="python", output_dir=str(tmp_path))
     again = settled(own, "--resume")
     assert (again.vllm_url, again.vllm_python) == (None, "python")

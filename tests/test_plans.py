@@ -1,4 +1,4 @@
-"""The plan parser: what it takes, what it refuses, and that no text makes it raise or crawl."""
+"""The plan parser: what it accepts, what it rejects, and that no text makes it raise or slow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def split(subproblems: object, **more: object) -> str:
         (f"Sure! Here is my plan:\n{SPLIT}\nHope that helps.", SPLIT_PLAN),
         (f"{SPLIT}\n{DIRECT}", SPLIT_PLAN),
         (f"{DIRECT}{SPLIT}", DIRECT_PLAN),
-        # Objects that are no plans come first.
+        # Objects before the plan that are not plans.
         (f'{{}} {{"a": 1}} {{"should_decompose": "yes"}} {split([])} {SPLIT}', SPLIT_PLAN),
         # Stray braces, brackets, quotes and backslashes in the prose must not hide the plan.
         (f"The set {{1, 2}} and {{ then {SPLIT}", SPLIT_PLAN),
@@ -45,12 +45,12 @@ def split(subproblems: object, **more: object) -> str:
         (f"C:\\{SPLIT}", SPLIT_PLAN),
         (f'\\" \\\\" {SPLIT}', SPLIT_PLAN),
         (f'"quoted \\" quote" {SPLIT} "', SPLIT_PLAN),
-        # Wrapped in something that is no plan, whether valid JSON or not.
+        # Inside something that is not a plan, valid JSON or not.
         (f'{{"result": {SPLIT}}}', SPLIT_PLAN),
         (f'{{"results": [null, {SPLIT}], "n": 1}}', SPLIT_PLAN),
         (f"{{'result': {SPLIT}, oops}}", SPLIT_PLAN),
         (f'{{"result": {SPLIT},}}', SPLIT_PLAN),
-        # The outer object goes first, though the inner one is complete before it.
+        # The outer object comes first, although the inner one ends before it.
         (f'{{"inner": {SPLIT}, "should_decompose": false}}', Plan(False, (), "")),
         # Inside strings: raw newlines and tabs, braces, escapes.
         (
@@ -69,7 +69,7 @@ def split(subproblems: object, **more: object) -> str:
         ('{"should_decompose": false, "should_decompose": true, "subproblems": ["a"]}', Plan(True, ("a",))),
         ('{"should_decompose": true, "subproblems": ["a"], "subproblems": ["b"]}', Plan(True, ("b",))),
         (split(["a"], n=int("9" * 4000)), Plan(True, ("a",))),
-        # Characters no tokenizer takes are harmless outside the plan.
+        # Characters that no tokenizer accepts do no harm outside the plan.
         (f"\ud800\x00{SPLIT}\udfff", SPLIT_PLAN),
     ],
 )
@@ -117,7 +117,7 @@ def test_accepts(text: str, plan: Plan) -> None:
         '{"should_decompose": true, "subproblems": ["\\ud800"]}',
         '{"should_decompose": true, "subproblems": ["\ud800"]}',
         split(["a"], plan="\udfff"),
-        # A plan quoted in a JSON string is not one the planner made.
+        # A plan inside a JSON string is not the planner's plan.
         json.dumps({"note": SPLIT}),
     ],
 )
@@ -143,7 +143,7 @@ AB = AB_PLAN.to_json()
         (f"<think>{DRAFT}</think>So: <think>{AB}", None),
         (f"{AB}<think>{DRAFT}", AB_PLAN),
         (f"</think>{AB}", AB_PLAN),
-        # A draft in the reasoning that is cut in two by its end is no plan.
+        # A draft that the end of the reasoning cuts in two is no plan.
         (f"<think>{AB[:30]}</think>{AB[30:]}", None),
     ],
 )
@@ -200,7 +200,7 @@ PLANS = st.one_of(
 )
 
 
-@settings(deadline=None)  # a busy machine is no failure
+@settings(deadline=None)  # a slow machine must not fail the test
 @given(st.one_of(ANY_TEXT, JSON_SOUP, REASONED_SOUP))
 def test_never_raises(text: str) -> None:
     plan = parse_planner_output(text)
@@ -209,13 +209,13 @@ def test_never_raises(text: str) -> None:
     assert 0.0 <= credit <= 1.0
 
 
-@settings(deadline=None)  # a busy machine is no failure
+@settings(deadline=None)  # a slow machine must not fail the test
 @given(before=PROSE, plan=PLANS, after=ANY_TEXT)
 def test_written_plan_in_prose_parses_back(before: str, plan: Plan, after: str) -> None:
     assert parse_planner_output(before + plan.to_json() + after) == plan
 
 
-@settings(deadline=None)  # a busy machine is no failure
+@settings(deadline=None)  # a slow machine must not fail the test
 @given(plan=PLANS, before=st.lists(st.sampled_from(["{", "[", '{"a":', '{"a":[', '"', "\\", "x", ","])).map("".join))
 def test_debris_before_a_plan_does_not_hide_it(plan: Plan, before: str) -> None:
     assert parse_planner_output(before + plan.to_json()) == plan
@@ -235,7 +235,7 @@ def test_finds_what_the_json_module_finds_from_every_brace(text: str) -> None:
     assert json_objects(text) == expected
 
 
-# --- hostile sizes -------------------------------------------------------------------------------------------
+# --- very long texts -----------------------------------------------------------------------------------------
 
 MEGABYTE = 1_000_000
 PATTERNS = [
@@ -273,7 +273,7 @@ def test_depth_is_no_limit() -> None:
     depth = 100_000
     nested = "[" * depth + "]" * depth
     assert parse_planner_output(f'{{"deep": {nested}, {DIRECT[1:]}') == DIRECT_PLAN
-    # Every level is a valid object with an invalid plan: none may be checked at more than its own cost.
+    # Every level is a valid object with an invalid plan. Checking one must not include the levels inside it.
     text = '{"should_decompose": 1, "a": ' * depth + SPLIT + "}" * depth
     assert parse_planner_output(text) == SPLIT_PLAN
 

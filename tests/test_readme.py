@@ -1,4 +1,4 @@
-"""README and docs: the commands that take seconds run, the example of use as a library runs, what they name exists."""
+"""README and docs: quick commands run, the library example runs, and every file they name exists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import ROOT, run_script
 README = (ROOT / "README.md").read_text()
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SCRIPTS = ("grpo_training.py", "dummy_planner.py", "inference_vllm.py", "merge_and_push.py")
-# What a run makes, or what lies beside the project: named in the pages, not in the repository.
+# Files that a run creates, or that are outside the project: the pages name them, the repository lacks them.
 MADE = re.compile(
     r"demo_adapter|training_config\.json|metrics\.jsonl|samples\.jsonl|evaluation\.|certification\.json|adapter_|README\.md"
     r"|training_curves\.png|\.\./|questions\.jsonl|answers\.jsonl|planning\.jsonl|train\.jsonl|train_socratic|tokenizer|_step\.md|chat_template"

@@ -1,4 +1,4 @@
-"""The reward step on plans that a real planner wrote: however it is made fast, every answer stays the plain one's."""
+"""The reward step on plans of a real planner: all ways to speed it up give the same answers as the plain way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_TOKENS = 16
 
 
 def any_vectors(texts: list[str]) -> np.ndarray:
-    """Some vector for each text: this module is about answers, not about independence."""
+    """An arbitrary vector for each text, because this module tests answers, not independence."""
     return np.array([list(hashlib.sha256(text.encode()).digest()) for text in texts], dtype=float)
 
 
@@ -30,7 +30,7 @@ def test_texts_and_token_counts_equal_one_generate_call_per_prompt(smollm2):
     model, tokenizer = smollm2
     plans = mix.grpo_mix(8, (4,))
     plain = mix.GenerateWorker(model, tokenizer, style="instruct", max_tokens=MAX_TOKENS, at_once=False)
-    known = {}  # a greedy answer is the same every time: the plain way may remember it too, to keep this test short
+    known = {}  # greedy answers never change, so the plain way may cache them too, to keep this test short
 
     def answer(request):
         key = str(request)

@@ -86,12 +86,28 @@ class Heads:
         return Heads(layers, lengths, [used.index(group) for group in member])
 
     def scores(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """Attention scores of queries against the heads' keys: (R, Hkv, T, D) → (R, Hkv, T, S)."""
+        """Attention scores of queries against the heads' keys.
+
+        Args:
+            layer: index of the layer.
+            query: of all rows, already scaled, (R, Hkv, T, D).
+
+        Returns:
+            (R, Hkv, T, S); padding has the smallest number of the dtype.
+        """
         found = self._by_group(query) @ self._layers[layer][0].transpose(2, 3)
         return self._by_row(found if self._bias is None else found.add_(self._bias))
 
     def mixed(self, layer: int, odds: torch.Tensor) -> torch.Tensor:
-        """Sum of the heads' values, weighted by attention probabilities: (R, Hkv, T, S) → (R, Hkv, T, D)."""
+        """Sum of the heads' values, weighted by attention probabilities.
+
+        Args:
+            layer: index of the layer.
+            odds: the probabilities, (R, Hkv, T, S).
+
+        Returns:
+            (R, Hkv, T, D).
+        """
         return self._by_row(self._by_group(odds) @ self._layers[layer][1])
 
     def _by_group(self, states: torch.Tensor) -> torch.Tensor:

@@ -144,9 +144,9 @@ def _attend(
 ) -> torch.Tensor:
     """Attention over three sets of keys: the prefix of all rows, the heads of groups of rows, and each row's own.
 
-    One matrix product per key-value head compares the queries of all rows with the prefix, so that the prefix is read
-    once and not once per row. Query heads that share a key-value head (grouped-query attention, arXiv:2305.13245)
-    share that product too; their keys and values are not repeated.
+    One matrix product per key-value head compares the queries of all rows with the prefix. So the prefix is read once,
+    not once per row. Query heads that share a key-value head (grouped-query attention, arXiv:2305.13245) share that
+    product too; their keys and values are not repeated.
 
     Args:
         query: (R, Hkv, G, Q, D), already scaled.

@@ -1,4 +1,4 @@
-"""The scoreboard of a run on a local model: who answers, with the adapter on or off, before and after training."""
+"""The scoreboard of a run on a local model: rows before and after training, with the adapter on or off."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from common.workers.remote import ServerWorker
 
 
 def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = False) -> int:
-    """The scoreboard of a run that has ended; returns 0.
+    """Make the scoreboard of a finished run. Returns the exit code 0.
 
     Args:
         args: settings of the run.
-        held_out: questions to ask.
-        anew: use no row that is there already.
+        held_out: questions that training did not use.
+        anew: whether to make every row again instead of using stored ones.
 
     Raises:
-        UserError: for a model that cannot be loaded, and a disk that is full.
+        UserError: if a model cannot be loaded, or the disk is full.
     """
     import torch
     from peft import PeftModel
@@ -57,7 +57,7 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = F
     record = read_run_record(Path(args.output_dir))
     if record.get("prompt_date") is not None:
         prompts.fix_date(tokenizer, date.fromisoformat(record["prompt_date"]))
-    # As in the run, not as this machine would have it.
+    # The dtype of the run, which may not be this machine's default.
     dtype = getattr(torch, record["dtype"].removeprefix("torch.")) if "dtype" in record else None
     base = models.load_base(args.base_model, four_bit=models.use_4bit(args), dtype=dtype)
     frozen = FrozenBase(base, tokenizer)
@@ -74,9 +74,16 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = F
 
 
 class Scoring:
-    """Keeps the scoreboard of a run: rows that need no training before it, the trained planner's after it.
+    """Makes and stores the scoreboard of a run: some rows before training, the others after it.
 
-    A row that is there already is used again where all that determines it is the same, and nothing in it failed.
+    A stored row is used again if everything that determines it is the same, and no question in it failed.
+
+    Args:
+        args: settings of the run.
+        model: the planner, wrapped by PEFT.
+        tokenizer: of the model.
+        executor: carries out the plans.
+        anew: whether to make every row again.
     """
 
     def __init__(
@@ -85,7 +92,7 @@ class Scoring:
         self._args = args
         self._model = model
         self._tokenizer = tokenizer
-        # What a user of the planner gets: a plan that cannot be used is solved directly.
+        # As for a user of the planner: a question with an invalid plan is solved directly.
         self._executor = executor.with_fallback()
         self._anew = anew
         self._earlier: dict[str, Row] = {}
@@ -93,7 +100,7 @@ class Scoring:
         self._summary: dict[str, Any] = {}
 
     def before(self, held_out: list[Question]) -> None:
-        """Direct solving, the base model as planner, and the planner that training starts from, if any."""
+        """Make the rows of direct solving, of the base model as planner, and of the planner of a warm start."""
         args = self._args
         self._earlier = {} if self._anew else stored_rows(Path(args.output_dir))
         say(f"scoreboard: {len(held_out)} questions, before training")
@@ -105,7 +112,7 @@ class Scoring:
         self._forget_times()
 
     def after(self, held_out: list[Question]) -> None:
-        """The trained planner, and direct solving at its token cost."""
+        """Make the rows of the trained planner, and of direct solving with at least as many tokens."""
         args = self._args
         say(f"scoreboard: {len(held_out)} questions, the trained planner")
         fingerprints = self._fingerprints(held_out)
@@ -157,7 +164,7 @@ class Scoring:
         return RunFingerprints(self._args, self._model, self._tokenizer, self._executor.worker, held_out)
 
     def _forget_times(self) -> None:
-        """What the scoreboard asked and embedded is no part of a training step."""
+        """Discard times and counters of the scoreboard, which belong to no training step."""
         self._executor.worker.take_stats()
         if self._executor.embeddings is not None:
             self._executor.embeddings.take_seconds()
@@ -175,7 +182,7 @@ class Scoring:
         )
 
     def _add(self, row: Row) -> Row:
-        """Keep a row, on disk too: a row can take an hour, and a run that is stopped goes on from the next one."""
+        """Keep a row, also on disk: a row can take an hour, and a stopped run continues after the stored rows."""
         self._rows[row.name] = row
         self._summary = save_scoreboard(list(self._rows.values()), Path(self._args.output_dir))
         return row

@@ -1,7 +1,7 @@
-"""What determines a row of the scoreboard, as short digests: an earlier row is used again where all of them agree.
+"""Fingerprints of scoreboard rows: short digests of everything that determines a row.
 
-Names and paths are no part of it, contents are: a model that was trained on in its folder is another one, a run that
-was moved is the same.
+A stored row is used again if all its digests are the same. They depend on contents, not on names and paths. So a model
+that was trained further in its folder counts as another model, and a run that was moved counts as the same.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from common.runs.files import sha256
 from common.settings.grpo import TrainingArgs
 from common.workers.remote import ServerWorker
 
-Fingerprint = dict[str, str | None]  # what: digest of it, None where it cannot be known
+Fingerprint = dict[str, str | None]  # name of an influence → its digest; None if it cannot be known
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _BLOCK = 1 << 16
-_BLOCKS = 1024  # of each weights file: 64 MB, a whole small file, and a block every 5 MB of a 5 GB one
+_BLOCKS = 1024  # blocks read per weights file, 64 MB in total: all of a small file, every 5 MB of a 5 GB one
 
 
 class RunFingerprints:
@@ -32,10 +32,10 @@ class RunFingerprints:
 
     Args:
         args: settings of the run.
-        model: the planner, PEFT-wrapped; the worker too, unless that is a server's.
+        model: the planner, wrapped by PEFT; also the worker, unless that is on a server.
         tokenizer: of the model.
-        worker: that solves.
-        questions: that are asked.
+        worker: of the pipeline.
+        questions: of the scoreboard.
     """
 
     def __init__(
@@ -52,16 +52,20 @@ class RunFingerprints:
         asked = worker_prompts(args.worker_style)
         self._worker: Any = self._base
         self._worker_prompts: list[Any] = [self._rendered(messages) for messages in asked]
-        if isinstance(worker, ServerWorker):  # which renders them itself
+        if isinstance(worker, ServerWorker):  # the server renders the prompts, so messages are used, not texts
             self._worker, self._worker_prompts = [worker.server.endpoint.url, worker.model], asked
 
     def direct(self) -> Fingerprint:
-        """Of the worker's own row."""
+        """Fingerprint of the row of direct solving."""
         worker = digest(self._worker) if self._worker is not None else None
         return direct_parts(self._questions, worker, self._worker_prompts, self._args.worker_max_tokens)
 
     def planner(self, adapter: str | None) -> Fingerprint:
-        """Of a planner's row; `adapter` is the folder of its adapter, None for the base model."""
+        """Fingerprint of a planner's row.
+
+        Args:
+            adapter: folder of its adapter, or None for the base model.
+        """
         args = self._args
         return {
             **self.direct(),
@@ -75,7 +79,7 @@ class RunFingerprints:
         }
 
     def vote(self, count: int, temperature: float) -> Fingerprint:
-        """Of a vote among so many answers, the greedy one included."""
+        """Fingerprint of a majority vote over `count` answers: the greedy one, and samples at `temperature`."""
         return {**self.direct(), **vote_parts(count, temperature, self._args.seed)}
 
     def _rendered(self, messages: list[Message]) -> str:
@@ -85,13 +89,13 @@ class RunFingerprints:
 def direct_parts(
     questions: Sequence[Question], worker: str | None, asked: Sequence[Any], max_tokens: int
 ) -> Fingerprint:
-    """What a row of the worker alone depends on, and every other row too.
+    """Influences on the row of direct solving, which are influences on every other row too.
 
     Args:
         questions: with their answers.
-        worker: digest of who solves.
-        asked: its prompts, as it gets them.
-        max_tokens: its longest answer.
+        worker: digest of the worker, or None if unknown.
+        asked: its prompts, in the form it receives.
+        max_tokens: limit of its answers.
     """
     return {
         "questions": fingerprint(questions),
@@ -103,7 +107,7 @@ def direct_parts(
 
 
 def planner_parts(asked: Any, limits: Sequence[int], embedding_model: str) -> Fingerprint:
-    """What a planner's row depends on besides who plans: its prompt, limits of plans, what compares subproblems."""
+    """Influences on a planner's row besides the planner: its prompt, the limits of plans, the sentence encoder."""
     return {
         "planner prompts": digest(asked),
         "planner's limits": digest(limits),
@@ -112,12 +116,12 @@ def planner_parts(asked: Any, limits: Sequence[int], embedding_model: str) -> Fi
 
 
 def vote_parts(count: int, temperature: float, seed: int) -> Fingerprint:
-    """What a vote depends on besides the worker."""
+    """Influences on a majority vote besides the worker."""
     return {"votes": digest([count, temperature, seed])}
 
 
 def worker_prompts(style: str) -> list[list[Message]]:
-    """One prompt of each kind that a worker is asked."""
+    """One prompt of each kind that the worker receives."""
     return [
         prompts.direct_messages("{question}", style),
         prompts.subproblem_messages("{subproblem}", "{question}", style),
@@ -126,22 +130,26 @@ def worker_prompts(style: str) -> list[list[Message]]:
 
 
 def digest(value: Any) -> str:
-    """16 hex digits that stand for a JSON-ready value (SHA-256)."""
+    """16 hexadecimal digits for a JSON-ready value (SHA-256)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def adapter_content(folder: Path) -> list[str]:
-    """Hashes of an adapter's weights and config."""
+    """SHA-256 of an adapter's weights and config."""
     return [sha256(folder / "adapter_model.safetensors"), sha256(folder / "adapter_config.json")]
 
 
 def base_content(name: str, commit: str | None) -> str | None:
-    """What identifies a base model's content: the commit of one from the Hub, else a digest of its files.
+    """What identifies the content of a base model: its commit on the Hub, or else a digest of its files.
 
-    Of weights sizes and blocks all over each file are taken: reading every byte would take as long as loading them.
+    Of weights, the sizes and blocks across each file are read. Reading every byte would take as long as loading them.
+
+    Args:
+        name: Hub id or folder.
+        commit: on the Hub, or None.
 
     Returns:
-        None where it cannot be known.
+        A text, or None if it cannot be known.
     """
     folder = Path(models.resolve_model(name)).expanduser()
     if not folder.is_dir():
@@ -156,7 +164,7 @@ def base_content(name: str, commit: str | None) -> str | None:
 
 
 def _sampled(path: Path) -> str:
-    """A digest of blocks at equal distances, the first and the last of the file among them."""
+    """Digest of blocks at equal distances in a file, including its first and its last block."""
     size = path.stat().st_size
     found = hashlib.sha256()
     with path.open("rb") as stream:
@@ -168,5 +176,5 @@ def _sampled(path: Path) -> str:
 
 
 def difference(earlier: Fingerprint, now: Fingerprint) -> list[str]:
-    """What an earlier row was made with another one of; what is not known counts as another one."""
+    """Names of the influences in which `earlier` differs from `now`. An unknown one counts as different."""
     return [name for name, value in now.items() if value is None or earlier.get(name) != value]

@@ -1,7 +1,7 @@
-"""The scoreboard: does planning pay, against direct solving and against planners that were not trained?
+"""The scoreboard: does planning help, compared with direct solving and with untrained planners?
 
-Rows share the questions, the worker and the executor; they differ in who plans. A plan that cannot be
-used falls back to direct solving in every row, as it does when the planner is served.
+All rows use the same questions, worker and executor; only the planner differs. In every row, a question with an
+invalid plan is solved directly, as when the planner is served.
 """
 
 from __future__ import annotations
@@ -39,15 +39,21 @@ DIRECT, VOTE, UNTRAINED, SUPERVISED, TRAINED = (
 )
 ORDER = (DIRECT, VOTE, UNTRAINED, SUPERVISED, TRAINED)
 RECORDS = "evaluation.jsonl"
-VOTE_TEMPERATURE = 0.7  # of the samples that direct solving votes over, as in the self-consistency paper
+VOTE_TEMPERATURE = 0.7  # of the samples in a majority vote, as in the self-consistency paper (arXiv:2203.11171)
 MIN_VOTES = 3
 
 
 @dataclass(slots=True)
 class Row:
-    """One contestant: a record per question (in the order of the questions), the seconds it took, what determines it.
+    """One row of the scoreboard.
 
-    A question that failed has an `error`, counts as wrong, and is left out of all averages but the accuracy.
+    A question that failed has an `error`. It counts as wrong, and all averages except the accuracy leave it out.
+
+    Attributes:
+        name: of the row.
+        records: one per question, in the order of the questions.
+        seconds: time that the row took.
+        fingerprint: what determines the row.
     """
 
     name: str
@@ -56,13 +62,13 @@ class Row:
     fingerprint: Fingerprint = field(default_factory=dict)
 
     def mean(self, key: str) -> float:
-        """Average of a field over the questions that have it; nan without any."""
+        """Mean of a field over the questions that have it; nan if none has."""
         values = [record[key] for record in self.records if record[key] is not None]
         return sum(values) / len(values) if values else math.nan
 
 
 def run_direct(questions: Sequence[Question], executor: PipelineExecutor) -> Row:
-    """The worker alone, steps written out, greedy."""
+    """The row of direct solving: the worker alone, step by step, greedy."""
     plan = Plan(False, ()).to_json()
     return _run(DIRECT, questions, executor, [Generation(plan, 0, True) for _ in questions])
 
@@ -70,23 +76,33 @@ def run_direct(questions: Sequence[Question], executor: PipelineExecutor) -> Row
 def run_planner(
     name: str, questions: Sequence[Question], executor: PipelineExecutor, planner: Answerer, style: str
 ) -> Row:
-    """A planner and the worker. `planner` answers the planner's prompts, greedily."""
+    """The row of a planner.
+
+    Args:
+        name: of the row.
+        questions: of the scoreboard.
+        executor: carries out the plans.
+        planner: answers the planner's prompts, greedily.
+        style: of these prompts.
+    """
     started = time.perf_counter()
     plans = planner([planner_messages(item.question, style) for item in questions])
     return _run(name, questions, executor, plans, started)
 
 
 def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, style: str, budget: float) -> Row:
-    """Direct solving with at least the token budget of another row: majority vote over samples.
+    """The row of direct solving with at least the token budget of another row: a majority vote over samples.
 
-    The greedy answer is the first vote and wins ties; sampled answers follow until their mean cost
-    reaches the budget (self-consistency, arXiv:2203.11171), and until there are three of them: of two votes
-    the greedy one would always win. So direct solving gets at least the budget, and often more.
+    This is self-consistency (arXiv:2203.11171). The greedy answer is the first vote and wins ties. Sampled answers
+    are added until the mean cost reaches the budget. There are at least three votes, because with two the greedy
+    answer would always win. So direct solving gets at least the budget, often more.
 
     Args:
-        direct: the row whose greedy answers are the first votes.
-        sampler: answers the worker's direct prompts, sampled.
-        budget: tokens per question to be reached.
+        questions: of the scoreboard.
+        direct: row whose greedy answers are the first votes.
+        sampler: answers the worker's direct prompts by sampling.
+        style: of these prompts.
+        budget: tokens per question to reach.
     """
     started = time.perf_counter()
     count = votes_for(budget, direct)
@@ -97,7 +113,7 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
         drawn = [next(samples) for _ in range(count - 1)]
         votes = Counter([first["answer"], *(_number(answer) for answer in drawn)])
         votes.pop(None, None)
-        winner = votes.most_common(1)[0][0] if votes else None  # ties go to the one counted first
+        winner = votes.most_common(1)[0][0] if votes else None  # in a tie, the answer counted first wins
         answers = [answer for answer in drawn if answer.error is None]
         error = next((found for found in (first["error"], *(answer.error for answer in drawn)) if found), None)
         counts = [first["total_tokens"], *(answer.tokens for answer in drawn)]
@@ -121,14 +137,19 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
 
 
 def votes_for(budget: float, direct: Row) -> int:
-    """How many answers a question takes to reach a token budget, of direct solving's length each."""
+    """Number of direct answers per question that together reach a token budget.
+
+    Args:
+        budget: tokens per question.
+        direct: row of direct solving, whose mean length is used.
+    """
     cost = direct.mean("total_tokens")
-    # Where every question of either row failed, there is nothing to be reached.
+    # If every question of either row failed, there is no budget to reach.
     return max(MIN_VOTES, math.ceil(budget / max(1.0, cost))) if math.isfinite(budget + cost) else MIN_VOTES
 
 
 def _number(answer: Generation | None) -> str | None:
-    """The number that an answer gives, so written that equal numbers are equal texts."""
+    """The number in an answer as text; equal numbers give equal texts."""
     number = None if answer is None else extract_prediction(answer.text, finished=answer.finished)
     return None if number is None else f"{number.normalize():f}"
 
@@ -145,7 +166,7 @@ def _run(
         PipelineItem(plan.text, item.question, item.answer, plan.tokens, plan.finished)
         for item, plan in zip(questions, plans, strict=True)
     ]
-    # A plan that was never written is no invalid plan, which would be solved directly.
+    # A plan that a failed planner did not write is no invalid plan, which would be solved directly.
     written = iter(executor.execute_batch([i for i, plan in zip(items, plans, strict=True) if plan.error is None]))
     records = [
         _record(name, next(written))
@@ -157,12 +178,12 @@ def _run(
 
 
 def _unplanned(name: str, result: PipelineResult) -> dict[str, Any]:
-    """The record of a question for which the planner wrote nothing."""
+    """The record of a question for which the planner failed."""
     return {**_record(name, result), "planner_output": None, "decomposed": None, "invalid_plan": None}
 
 
 def _record(name: str, result: PipelineResult) -> dict[str, Any]:
-    """One question in one row, ready for a line of JSON."""
+    """The record of one question in one row, as JSON-ready values."""
     plan = result.plan
     written = [answer for answer in result.worker_answers if answer.error is None]
     return {
@@ -190,12 +211,12 @@ def _record(name: str, result: PipelineResult) -> dict[str, Any]:
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    """Rows as the table has them."""
+    """The rows in the order of the table."""
     return sorted(rows, key=lambda row: ORDER.index(row.name) if row.name in ORDER else len(ORDER))
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """What `evaluation.json` holds: a summary per row, in the table's order, and the paired tests."""
+    """The content of `evaluation.json`: a summary per row, in the order of the table, and the paired tests."""
     rows = in_order(rows)
     summary: dict[str, Any] = {"questions": len(rows[0].records), "rows": {}, "paired": {}}
     for row in rows:
@@ -243,10 +264,10 @@ def _finite(value: float) -> float | None:
 
 
 def save_scoreboard(rows: Sequence[Row], output_dir: Path) -> dict[str, Any]:
-    """Write evaluation.json, evaluation.jsonl (a line per question and row) and evaluation.png.
+    """Write evaluation.json, evaluation.jsonl (one line per question and row) and evaluation.png.
 
     Returns:
-        the summary.
+        The summary, as in evaluation.json.
     """
     summary = summarise(rows)
     lines = [
@@ -261,10 +282,10 @@ def save_scoreboard(rows: Sequence[Row], output_dir: Path) -> dict[str, Any]:
 
 
 def stored_rows(output_dir: Path) -> dict[str, Row]:
-    """The rows of `evaluation.jsonl` by name; those that nothing is known of how they were made are left out.
+    """The rows of `evaluation.jsonl` by name. Rows without a stored fingerprint are left out.
 
     Raises:
-        UserError: for a file that holds something else than JSON objects.
+        UserError: if a line of the file is not a JSON object.
     """
     rows: dict[str, Row] = {}
     if (output_dir / RECORDS).exists():
@@ -277,7 +298,7 @@ def stored_rows(output_dir: Path) -> dict[str, Row]:
 
 
 def why_not_again(row: Row, now: Fingerprint, questions: Sequence[Question]) -> str | None:
-    """Why an earlier row cannot stand for one that would be made now, or None where it can."""
+    """The reason why a stored row cannot replace a new one, or None if it can."""
     others = difference(row.fingerprint, now)
     if others:
         return f"made with other {', '.join(others)}"

@@ -1,4 +1,4 @@
-"""Confidence intervals and paired tests of the scoreboard."""
+"""Confidence intervals and paired tests for the scoreboard."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a proportion (Wilson 1927), which stays in [0, 1] and is sound near both ends."""
+    """Wilson's 95 % score interval of a proportion (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
+
+    It stays within [0, 1] and is reliable near both ends.
+
+    Args:
+        successes: number of successes.
+        trials: number of trials, at least 1.
+
+    Returns:
+        Lower and upper end, shares in [0, 1].
+    """
     from scipy.stats import binomtest
 
     interval = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
@@ -14,11 +24,17 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def mcnemar_exact(left: Sequence[bool], right: Sequence[bool]) -> tuple[int, int, float]:
-    """McNemar's exact test for two solvers on the same questions.
+    """McNemar's exact test for two solvers on the same questions (McNemar 1947, https://doi.org/10.1007/BF02295996).
+
+    Only questions that exactly one of the two solved count. If both solvers are equally good, each of them falls on
+    either side with probability 1/2, so the count follows a binomial distribution.
+
+    Args:
+        left: per question, whether the first solver was right.
+        right: the same for the second solver.
 
     Returns:
-        (questions only the left solved, questions only the right solved, two-sided p): under the
-        hypothesis of equal skill each of the discordant questions is a fair coin (binomial test).
+        Number of questions that only `left` solved, number that only `right` solved, and the two-sided p-value.
     """
     from scipy.stats import binomtest
 

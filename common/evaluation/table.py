@@ -1,4 +1,4 @@
-"""The scoreboard as text: a column for each who answers, a line for each figure, 80 columns wide."""
+"""The scoreboard as text, 80 columns wide: one column per solver, one line per figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TITLES = {DIRECT: "direct", VOTE: "votes", UNTRAINED: "untrained", SUPERVISED: "
 
 
 def scoreboard_table(summary: dict[str, Any]) -> str:
-    """The summary of `common.evaluation.scoreboard.summarise` for a terminal."""
+    """The table of a summary of `common.evaluation.scoreboard.summarise`, for the terminal."""
     rows = summary["rows"]
     head = f"{summary['questions']} held-out questions"
 
@@ -21,7 +21,7 @@ def scoreboard_table(summary: dict[str, Any]) -> str:
         return {head: label, **cells}
 
     def of_plans(show: Callable[[dict[str, Any]], str | None]) -> Callable[[str, dict[str, Any]], str | None]:
-        """Nothing where nobody plans."""
+        """`show`, but without a value for rows without a planner."""
         return lambda name, row: None if name in (DIRECT, VOTE) else show(row)
 
     lines = [
@@ -74,6 +74,6 @@ def _number(value: float | None, digits: int = 2) -> str | None:
 
 
 def _shortened(text: str, limit: int = 100) -> str:
-    """The start of a message, on one line."""
+    """The beginning of a message, on one line."""
     line = " ".join(text.split())
     return line if len(line) <= limit else f"{line[: limit - 1]}…"

@@ -13,8 +13,8 @@ versions (1.2.3), powers (2^3, 2**3), names (COVID-19, x2, 0x10), 1_000, digits 
 (eighteen), NaN, infinity, exponents beyond ±30, more than 40 digits. Ranges and differences (5-7) do not count either:
 they are two numbers, and it is not known which one was meant.
 
-Words used below: a token is a word with at least one digit, a sign is + or −, and an operand is a number in an
-expression that was not computed, such as the 6 in 12 + 6.
+Terms used below: a token is a word with everything joined to it (5, 5-7, 10:30). A sign is + or −. An operand is a
+number in an expression that was not computed, such as the 6 in 12 + 6.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ _CURRENCY = "$€£¥₹₽₩₪₫₱฿₴₺¢＄￥￡"
 _CODE = r"(?:USD|US|EUR|GBP|JPY|CNY|INR|CAD|AUD|CHF|Rs)"
 _LATIN = r"A-Za-zµÀ-ÖØ-öø-ɏ"  # without × and ÷, and without CJK: 答案是42个 has no spaces around its number
 _GREEK = r"Ͱ-Ͽ"
-# Characters that belong to the same word as a digit. Greek, roots, superscripts, ½ and digits of other scripts are
-# included so that 2π, √2, 5² and 3½ are one word each, which is not a number, instead of 2, 2, 5 and 3.
+# Characters that belong to the same word as a digit. They include Greek, roots, superscripts, ½ and digits of other
+# scripts. So 2π, √2, 5² and 3½ are one word each, which is not a number; otherwise 2, 2, 5 and 3 would be read.
 _LETTER = re.compile(rf"[{_LATIN}{_GREEK}]")
 _WORD = rf"{_LATIN}\d{_GREEK}\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f√"
 _MINUS = r"\-−–﹣－"

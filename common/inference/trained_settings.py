@@ -60,6 +60,11 @@ def read_training_settings(path: Path) -> dict[str, Any]:
 
 
 def with_trained(given: Mapping[str, Any], trained: Mapping[str, Any]) -> ServingArgs:
-    """Combine settings; later ones win: defaults, those of the adapter's training, explicit flags."""
+    """Combine settings; later ones win: defaults, those of the adapter's training, explicit flags.
+
+    Args:
+        given: explicit flags.
+        trained: stored settings of the training; only those about prompts and limits of plans are used.
+    """
     brought = {name: trained[name] for name in PROMPT_SETTINGS if trained.get(name) is not None}
     return ServingArgs(**{**brought, **given})

@@ -195,8 +195,8 @@ def predictions(
 def difference(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
     """Compare two models' logits token by token.
 
-    The KL divergence is KL(p‖q) = Σ p (log p − log q) over the vocabulary, with p from the reference (Kullback and
-    Leibler 1951, https://doi.org/10.1214/aoms/1177729694).
+    The KL divergence is KL(p‖q) = Σ p (log p − log q) over the vocabulary, with p from the reference. Source:
+    Kullback and Leibler 1951, https://doi.org/10.1214/aoms/1177729694.
 
     Args:
         reference: logits (T, V) per prompt.

@@ -202,7 +202,13 @@ def _outcome(error: BaseException) -> str:
 
 
 def explain(error: BaseException, repo: str, endpoint: str) -> str:
-    """The meaning of a failed request in one line, with the Hub's own reason if it gives one."""
+    """The meaning of a failed request in one line, with the Hub's own reason if it gives one.
+
+    Args:
+        error: of the request.
+        repo: the repo that it was about.
+        endpoint: address of the Hub.
+    """
     secrets.scrub(error)
     status = _status(error)
     said = _reason(error)

@@ -129,8 +129,8 @@ def check_fit(config: Any, adapter: Path, base: str) -> tuple[int, int | None]:
         base: name of the base model, for errors.
 
     Returns:
-        The base model's number of parameters, and the rows of embeddings that the adapter brings for added tokens
-        (None if the base model's own embeddings fit).
+        The base model's number of parameters, and the rows of the adapter's embeddings if it has added tokens (else
+        None: the base model's own embeddings fit).
 
     Raises:
         UserError: for another base model, a wrong rank, or missing, unknown or damaged tensors.

@@ -182,7 +182,13 @@ def merge_weights(model: PeftModel, dtype: torch.dtype) -> tuple[float | None, A
 
 
 def save(plain: Any, job: Job, folder: Path) -> None:
-    """Save weights (safetensors), config, generation config, tokenizer and chat template to a folder."""
+    """Save weights (safetensors), config, generation config, tokenizer and chat template to a folder.
+
+    Args:
+        plain: the merged model, without PEFT.
+        job: the merge.
+        folder: temporary folder of the result.
+    """
     plain.save_pretrained(folder, safe_serialization=True, max_shard_size=job.max_shard_size)
     save_tokenizer(job.tokenizer, folder)
     for path in folder.iterdir():

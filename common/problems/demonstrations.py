@@ -1,7 +1,7 @@
-"""Plans to imitate: what a supervised warm start of the planner learns from.
+"""Plans to imitate, for the supervised warm start of the planner.
 
-Two sources: GSM8K's socratic variant, whose solution lines are `sub-question ** step`, and the generated
-problems. Both teach the format of a plan; neither marks a kind of plan as the one that pays.
+There are two sources: GSM8K's socratic variant, whose solution lines are `sub-question ** step`, and the generated
+problems. Both teach the format of a plan. Neither shows which kind of plan earns more.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from common.plans import Plan
 from common.problems import generated
 from common.problems.questions import Question
 
-# A sub-question that needs another's answer cannot be solved on its own, but GSM8K's often do; the worker sees
-# the whole question, so they stay. What is dropped is what is no question at all.
+# Many sub-questions of GSM8K need the answer of another one. They stay, because the worker also sees the whole
+# question. Only lines that are not questions are dropped.
 _MARKER = " ** "
 
 
 def socratic_plan(item: Question, draw: random.Random) -> Plan | None:
-    """The plan that a socratic solution spells out; None where nothing usable is left of it.
+    """The plan in a socratic solution; None if nothing usable is left of it.
 
-    Cleaning: a line without the marker is a step, not a sub-question; items that are not questions (894 in
-    the training set) and repeated sub-questions (in 1258 problems) are dropped. One plan in four is direct,
-    because every socratic problem is split, and a planner that never saw a direct plan could not choose.
+    A line without the marker is a step, not a sub-question. Items that are not questions (894 in the training set) and
+    repeated sub-questions (in 1258 problems) are dropped. One plan in four is direct: every socratic problem is split,
+    and a planner that never saw a direct plan could not choose one.
+
+    Args:
+        item: question with its socratic solution.
+        draw: random generator that decides which plans are direct.
     """
     if draw.random() < 0.25:
         return Plan(False, ())
@@ -38,7 +42,7 @@ def socratic_plan(item: Question, draw: random.Random) -> Plan | None:
 
 
 def demonstrations(items: Iterable[Question], seed: int) -> Iterator[tuple[Question, Plan]]:
-    """(question, plan) for every question that gives one; the same seed gives the same plans."""
+    """Yield (question, plan) for every question that gives a plan. The same seed gives the same plans."""
     draw = random.Random(seed)
     for item in items:
         plan = socratic_plan(item, draw) if _MARKER in item.answer else generated.demonstrate(item.question, draw)

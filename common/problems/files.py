@@ -12,28 +12,28 @@ from common.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 BYTE_ORDER_MARK = "\ufeff"
-# A numbered part, as the Hub names them: train-00000-of-00002.parquet.
+# The name of a numbered part on the Hub, for example train-00000-of-00002.parquet.
 _PART = r"-(?P<number>\d+)-of-(?P<count>\d+)"
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a name is that of a data file, by its ending."""
+    """Whether a path has the ending of a data file."""
     return path.suffix.casefold() in SUFFIXES
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The files of a folder that may hold data, by name."""
+    """Files in a folder that may hold data, sorted by name."""
     return sorted(child for child in folder.iterdir() if child.is_file() and is_data_file(child))
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The file of a split, or its numbered parts in order; an empty list where there is none.
+    """The file of a split, or its numbered parts in order; [] if there is none.
 
-    `train.jsonl` is the split train's; `train_socratic.jsonl` is another form of the same questions, and is taken only
-    where nothing is named plainly and it is the only one.
+    `train.jsonl` is the file of the split "train". A name with an addition, such as `train_socratic.jsonl`, is used
+    only if there is no file with the plain name and no second such file.
 
     Raises:
-        UserError: where several files could be meant, or parts are missing.
+        UserError: if several files are possible, or parts are missing.
     """
     files = data_files(folder)
     plain = [path for path in files if path.stem.casefold() == split.casefold()]
@@ -61,10 +61,10 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of everything in a data file: JSON lines, a list in a .json file, or parquet.
+    """Yield (place, record) for every record of a data file: JSON Lines, a list in a .json file, or parquet.
 
     Raises:
-        UserError: for another kind of file, one that cannot be read, or a line that is not JSON.
+        UserError: for another kind of file, a file that cannot be read, or a line that is not JSON.
     """
     if not path.is_file():
         raise UserError(f"--dataset {path} does not exist: name a .jsonl or .parquet file, a folder or a Hub id")
@@ -79,12 +79,13 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a text in UTF-8 without the byte-order marks that some editors write at the start of a file.
+    """Lines of a UTF-8 text, without the byte-order marks that some editors write at the beginning of a file.
 
-    Files put one behind another have one in the middle too.
+    Files that were joined have such marks in the middle too.
 
     Raises:
-        OSError, UnicodeDecodeError: where it cannot be read.
+        OSError: if the file cannot be read.
+        UnicodeDecodeError: if it is not UTF-8.
     """
     return [line.removeprefix(BYTE_ORDER_MARK) for line in path.read_text(encoding="utf-8").split("\n")]
 
@@ -97,7 +98,7 @@ def _ambiguous(folder: Path, split: str, found: list[Path]) -> UserError:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of each line of a JSONL file; a .json file may also be one list."""
+    """Yield (place, record) for each line of a JSON Lines file; a .json file may also be one list."""
     lines = read_lines(path)
     if path.suffix.casefold() == ".json" and "".join(lines[:1]).lstrip().startswith("["):
         try:

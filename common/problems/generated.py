@@ -1,9 +1,9 @@
-"""A family of generated word problems, small enough for a small model: who has how many, and how many in all.
+"""Generated word problems that are easy enough for a small model: who has how many things, and how many in all?
 
     Joe has 5 cups, Eve has 1, Fay has 4 and Gus has 2. How many cups do they have in all?
 
-A 135M model adds two such numbers almost always, but loses its way through four: here splitting pays
-(docs/results.md says by how much), which makes it a problem to learn planning on without a GPU.
+A 135M model adds two such numbers almost always, but often fails with four. So splitting helps (docs/results.md has
+the figures), and planning can be learned on these problems without a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PREFIX = "generated:"
 FAMILY = "shares"
 NAMES = ("Ann", "Bob", "Cal", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Joe")
 ITEMS = ("pens", "cards", "coins", "books", "shells", "cups")
-# Of the plans to imitate: how many are direct, and how many of the splits use every number once.
+# Of the plans to imitate: share of direct plans, and share of splits that use every number exactly once.
 DIRECT_SHARE = 0.2
 COVERING_SHARE = 0.4
 _OPTIONS = {"people": 4, "low": 1, "high": 5}
@@ -30,7 +30,7 @@ _PATTERN = re.compile(r"(?:^|, | and )([A-Z][a-z]+) has (\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """One problem: `amounts[i]` items belong to `names[i]`."""
+    """One problem: person `names[i]` has `amounts[i]` pieces of `item`."""
 
     names: tuple[str, ...]
     amounts: tuple[int, ...]
@@ -38,22 +38,22 @@ class Shares:
 
     @property
     def question(self) -> str:
-        """The problem in words."""
+        """The problem as text."""
         first, *rest = zip(self.names, self.amounts, strict=True)
         parts = [f"{first[0]} has {first[1]} {self.item}", *(f"{name} has {amount}" for name, amount in rest)]
         return f"{', '.join(parts[:-1])} and {parts[-1]}. How many {self.item} do they have in all?"
 
     @property
     def answer(self) -> str:
-        """GSM8K's form: the steps, then the number."""
+        """The solution in GSM8K's form: the steps, then the number."""
         return f"{' + '.join(map(str, self.amounts))} = {sum(self.amounts)}\n#### {sum(self.amounts)}"
 
 
 def parse_source(source: str) -> dict[str, int]:
-    """The options of `generated:shares?people=4&low=1&high=5`.
+    """The options in a source such as `generated:shares?people=4&low=1&high=5`.
 
     Raises:
-        UserError: for another family, an unknown option or a value out of range.
+        UserError: for another family, an unknown option, or a value out of range.
     """
     family, _, query = source.removeprefix(PREFIX).partition("?")
     if family != FAMILY:
@@ -72,7 +72,7 @@ def parse_source(source: str) -> dict[str, int]:
 
 
 def shares(source: str, seed: int) -> Iterator[Shares]:
-    """An endless stream of problems; the same seed gives the same ones."""
+    """An endless sequence of problems. The same seed gives the same problems."""
     options = parse_source(source)
     draw = random.Random(seed)
     while True:
@@ -82,17 +82,21 @@ def shares(source: str, seed: int) -> Iterator[Shares]:
 
 
 def amounts_of(question: str) -> list[int]:
-    """The numbers of a problem of this family, in order; empty for another question."""
+    """The numbers of a problem of this family, in their order; [] for any other question."""
     return [int(amount) for _, amount in _PATTERN.findall(question)]
 
 
 def demonstrate(question: str, draw: random.Random) -> Plan | None:
-    """A varied plan for a problem of this family, for a supervised warm start; None for another question.
+    """A plan of varying kind for a problem of this family, for a supervised warm start; None for other questions.
 
-    It teaches the format, not the answer: one plan in five is direct, the others go through the problem's
-    numbers pair by pair, and more than half of them stop too early or count numbers twice. Which of it pays
-    is left for GRPO to find. All go in the problem's order: splits from random places taught a small model
-    to copy carelessly (docs/results.md).
+    It teaches the format, not the best plan. One plan in five is direct. The others take the problem's numbers in
+    pairs, and more than half of them stop too early or count numbers twice; GRPO finds out which plans earn more. All
+    pairs follow the problem's order, because random order taught a small model to copy numbers wrongly
+    (docs/results.md).
+
+    Args:
+        question: the problem.
+        draw: random generator that decides the kind of plan.
     """
     amounts = amounts_of(question)
     if len(amounts) < 2:

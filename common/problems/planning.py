@@ -1,4 +1,4 @@
-"""Planning data to imitate, as published: a system prompt, a user prompt and the expected output, three texts a row."""
+"""Published planning data to imitate. Each row has three texts: system prompt, user prompt and expected output."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from common.errors import UserError
 from common.problems.files import data_files, read_records, split_files
 
 COLUMNS = ("SystemPrompt", "UserPrompt", "ExpectedOutput")
-# Of these the first that is there is validated on; without one, rows of the training split are held out.
+# The first of these splits that exists is used for validation. Without one, rows of the training split are.
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 Row = tuple[str, str, str]
 
 
 def load_planning_data(source: str, config: str | None) -> tuple[list[Row], list[Row]]:
-    """Rows to imitate and rows to validate on (perhaps none), from a local file or folder or from the Hub.
+    """Rows to imitate, and rows to validate on (maybe none), from a local file or folder, or from the Hub.
+
+    Args:
+        source: path or Hub id.
+        config: configuration of a data set on the Hub, or None.
 
     Raises:
-        UserError: where the data cannot be read, or a row lacks a text; with the file and the row.
+        UserError: if the data cannot be read, or a row lacks a text; the message names the file and the row.
     """
     path = Path(source).expanduser()
     if path.is_dir():

@@ -35,7 +35,7 @@ class Question:
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
-    """16 hex digits that change with any text or with the order (SHA-256)."""
+    """16 hexadecimal digits (SHA-256) that change with any text and with the order."""
     digest = hashlib.sha256()
     for item in questions:
         digest.update(json.dumps([item.question, item.answer]).encode())
@@ -43,9 +43,12 @@ def fingerprint(questions: Iterable[Question]) -> str:
 
 
 def check_source(dataset: str, split: str = "train", flag: str = "--dataset") -> None:
-    """Raise a `UserError` for a source that cannot work, without network, model or heavy import.
+    """Check a source of questions without network, model or heavy import.
 
-    Files are read and checked whole; for generated problems the task's name is checked.
+    Files are read and checked completely; for generated problems the name of the task is checked.
+
+    Raises:
+        UserError: if the source cannot work.
     """
     if not dataset.strip():
         raise UserError(f"{flag} is empty: name a file, a folder, a Hub id or a generator")
@@ -57,7 +60,7 @@ def check_source(dataset: str, split: str = "train", flag: str = "--dataset") ->
         elif is_local(dataset):
             _read_path(Path(dataset), split if Path(dataset).is_dir() else "train")
         else:
-            hub_token()  # one that cannot be sent is told now, not from within a library
+            hub_token()  # an invalid token is reported here, not later by a library
     except UserError as error:
         raise UserError(str(error).replace("--dataset ", f"{flag} ")) from error
 
@@ -104,10 +107,10 @@ def kind_of_source(dataset: str) -> str:
 
 
 def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question]:
-    """Questions for the scoreboard that training never saw.
+    """Questions for the scoreboard that training does not use.
 
     Raises:
-        UserError: when they would overlap, or when nothing says where to take them from.
+        UserError: if some are also training questions, or the settings do not say where to take them from.
     """
     source = args.eval_dataset or args.dataset
     made = is_generated(source)
@@ -131,7 +134,7 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
 
 
 def check_disjoint(training: Iterable[str], held_out: Iterable[str]) -> None:
-    """Stop when a question is in both sets; case, spaces and punctuation do not make it another one.
+    """Check that no question is in both sets. Case, spaces and punctuation are ignored.
 
     Raises:
         UserError: with the number of shared questions and one of them.
@@ -150,7 +153,7 @@ def check_disjoint(training: Iterable[str], held_out: Iterable[str]) -> None:
 
 
 def is_local(dataset: str) -> bool:
-    """Whether a source is meant as a path: it exists, or looks like one rather than like `owner/name`."""
+    """Whether a source is a path: it exists, or it looks like one and not like `owner/name`."""
     return (
         dataset.casefold().endswith(SUFFIXES)
         or dataset.startswith((".", "/", "~"))
@@ -177,7 +180,7 @@ def _read_path(path: Path, split: str) -> list[Question]:
 
 
 def _tell_repeats(rows: list[Question], dataset: str) -> None:
-    """One line where a source holds a question more than once: nothing is left out, but nobody expects it."""
+    """Print one line if a source contains questions more than once. They are kept, but a user may not expect them."""
     repeated = len(rows) - len({item.question for item in rows})
     if repeated:
         say(f"{dataset}: {repeated} of {len(rows)} questions occurred before in it; they are kept")
@@ -237,7 +240,7 @@ def _task_and_options(dataset: str) -> tuple[str, dict[str, Any]]:
 
 
 def _known_tasks() -> list[str]:
-    """Names of reasoning-gym's tasks, read off its sources: importing it takes seconds."""
+    """Names of reasoning-gym's tasks, read from its source files because importing it takes seconds."""
     from importlib.util import find_spec
 
     spec = find_spec("reasoning_gym")
@@ -251,7 +254,7 @@ def _known_tasks() -> list[str]:
 
 
 def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Question]:
-    draws = 20 * limit + 1000  # small families repeat questions; stop looking after this many draws
+    draws = 20 * limit + 1000  # small families repeat questions, so stop after this many draws
     if dataset.startswith(generated.PREFIX):
         stream: Iterator[tuple[str, str]] = (
             (item.question, item.answer) for item in islice(generated.shares(dataset, seed), draws)
@@ -268,7 +271,7 @@ def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Qu
 
 
 def _reasoning_gym(dataset: str, draws: int, seed: int) -> Iterator[tuple[str, str]]:
-    """(question, answer) of a reasoning-gym task."""
+    """Yield (question, answer) of a reasoning-gym task."""
     task, options = _task_and_options(dataset)
     import reasoning_gym
 

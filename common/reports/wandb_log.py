@@ -57,8 +57,8 @@ class WandbCallback(TrainerCallback):
     """Log every step to a W&B run: metrics, `reward/distribution` and the table `examples`.
 
     Metric names follow `wandb_name`; the x axis is `train/global_step`. The reward function passes its samples to
-    `add_samples`. Each logged step then gets a histogram of their rewards, and up to `rows_per_step` rows of the
-    table, spread from the lowest to the highest reward.
+    `add_samples`. Each logged step then gets a histogram of their rewards and up to `rows_per_step` rows of the
+    table. The rows are spread from the lowest to the highest reward.
 
     The table is logged in increments, because under one key W&B shows only the latest table. W&B shows the last 100
     increments of a run, so in long runs one increment holds several steps. `on_train_end` or `close` sends the rest.

@@ -52,6 +52,11 @@ def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterat
 def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None:
     """Check before the run that nothing will be lost, and that results can be written.
 
+    Args:
+        output_dir: the folder.
+        overwrite: whether an older run there may be replaced.
+        resume: whether the run there continues.
+
     Raises:
         UserError: if the folder cannot be written, or holds a run and the flags do not say what to do with it.
     """

@@ -171,7 +171,13 @@ async def check_takes_adapters(server: Server) -> None:
 
 
 def load_problem(server: Server, error: ServerError, folder: Path) -> UserError | None:
-    """The reason why a server refused to load an adapter, and what to do; None if the error is no refusal."""
+    """The reason why a server refused to load an adapter, and what to do; None if the error is no refusal.
+
+    Args:
+        server: the client.
+        error: of the request.
+        folder: of the adapter, for the message.
+    """
     told, where = _told(error), f"--vllm-url {server.endpoint.url}"
     lower = told.casefold()
     if "max_lora_rank" in lower:

@@ -4,10 +4,10 @@ vLLM's CPU backend has a fault: without a spare LoRA slot, base requests in one 
 answered by the adapter, without an error (docs/inference.md). If the planner answers as worker, every result is wrong.
 So a server is used only after it has passed this check.
 
-The same prompts are sent to the base model alone (one at a time, then together), to the adapter alone, and to the base
-model while the adapter is busy. Answers are compared by the probabilities of their first tokens. Texts would be less
-reliable, because batching alone can change a near tie. The distance between the two runs of the base model alone is
-the noise; the other distances are compared with it.
+The same prompts are sent three times: to the base model alone (one at a time, then together), to the adapter alone,
+and to the base model while the adapter is busy. Answers are compared by the probabilities of their first tokens. Texts
+would be less reliable, because batching alone can change a near tie. The distance between the two runs of the base
+model alone is the noise; the other distances are compared with it.
 """
 
 from __future__ import annotations
@@ -159,6 +159,10 @@ def distance(left: Reply, right: Reply) -> float:
     (https://en.wikipedia.org/wiki/Total_variation_distance_of_probability_measures). The largest is returned, up to
     and including the first token at which the answers differ; after it they continue different texts. Without
     log-probabilities the result is 0 for equal texts, otherwise 1.
+
+    Args:
+        left: one answer.
+        right: another answer to the same prompt.
     """
     if not left.top or not right.top:
         return float(left.generation.text != right.generation.text)

@@ -24,7 +24,8 @@ class TrainingArgs:
     """Settings of `grpo_training.py`. Lengths are in tokens, times in seconds; weights have no unit.
 
     The help text of each field documents it. GRPO: DeepSeekMath, arXiv:2402.03300. Loss types: arXiv:2503.14476 (DAPO)
-    and arXiv:2503.20783 (Dr. GRPO). LoRA multiplies its update by lora_alpha / lora_r (arXiv:2106.09685).
+    and arXiv:2503.20783 (Dr. GRPO). LoRA multiplies its update by lora_alpha / lora_r (arXiv:2106.09685). The KL
+    penalty is estimated per token by exp(d) − d − 1, d = log π_reference − log π (joschu.net/blog/kl-approx.html).
     """
 
     # fmt: off

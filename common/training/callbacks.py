@@ -1,11 +1,11 @@
-"""Trainer callbacks: what a run writes, shows and listens to while it trains.
+"""Trainer callbacks for what a run writes and shows while it trains, and for signals.
 
-ReportCallback     metrics.jsonl and training_curves.png
-CollapseWarning    a warning when the reward rises because every plan has become the same
-StopOnSignal       Ctrl-C and SIGTERM end the run after a checkpoint
+ReportCallback     writes metrics.jsonl and training_curves.png
+CollapseWarning    warns if the reward rises while all plans become the same
+StopOnSignal       ends the run after a checkpoint on Ctrl-C and SIGTERM
 
-All get their numbers through `on_log`, so they need nothing from the trainer but its logs. The one for
-W&B is in `common.reports.wandb_log`, progress lines in `common.training.progress`.
+They need only the trainer's logs, which they receive in `on_log`. The callback for W&B is in
+`common.reports.wandb_log`, the one for progress lines in `common.training.progress`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,13 @@ logger = logging.getLogger(__name__)
 class ReportCallback(TrainerCallback):
     """Writes `metrics.jsonl`, one line per logged step, and redraws `training_curves.png`.
 
-    When training resumes, lines after the checkpoint's step go first. A fresh run appends to what is
-    there: whether to overwrite an old run is the script's question, asked before training.
+    When training resumes, lines after the checkpoint's step are removed first. A new run appends to an existing file,
+    because the script has decided before whether an older run is overwritten.
+
+    Args:
+        output_dir: of the run.
+        plot_every: steps between two drawings; 0 draws only at the end.
+        plot: draws a metrics file into a PNG.
     """
 
     def __init__(
@@ -47,13 +52,14 @@ class ReportCallback(TrainerCallback):
     ) -> None:
         self.metrics_path = Path(output_dir) / "metrics.jsonl"
         self.plot_path = Path(output_dir) / "training_curves.png"
-        self.plot_every = plot_every  # in steps; 0 draws only at the end
+        self.plot_every = plot_every
         self.plot = plot
         self._plotted_at = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Remove lines after the checkpoint from which training resumes."""
         if state.is_world_process_zero and state.global_step > 0:
             truncate_jsonl_after(self.metrics_path, state.global_step)
         self._plotted_at = state.global_step
@@ -66,6 +72,7 @@ class ReportCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Write the numbers of a step or of an evaluation, and draw the curves if it is time."""
         metrics = step_metrics(logs) if state.is_world_process_zero else None
         if metrics is None:
             if state.is_world_process_zero and logs and "eval_loss" in logs:
@@ -79,6 +86,7 @@ class ReportCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Draw the curves of the whole run."""
         if state.is_world_process_zero and self.metrics_path.exists():
             self._plot(state.global_step)
 
@@ -93,16 +101,20 @@ class ReportCallback(TrainerCallback):
 class CollapseWarning(TrainerCallback):
     """Warns when the reward rises while nearly all plans are the same text.
 
-    That is the known way to cheat this reward (docs/training.md): one template for every question scores
-    well on efficiency and independence, and correctness is gone. Compares the last `window` logged
-    steps with the `window` before them; speaks at most once per `quiet_steps` steps.
+    This is the known way to earn this reward without planning (docs/training.md): one template for every question has
+    high efficiency and independence, but no correct answers.
+
+    Args:
+        window: steps; the last `window` logged steps are compared with the `window` steps before them.
+        threshold: share of distinct plans in [0, 1] below which plans count as the same.
+        quiet_steps: least number of steps between two warnings.
     """
 
     def __init__(self, window: int = 10, threshold: float = 0.2, quiet_steps: int = 20) -> None:
         self.window = window
         self.threshold = threshold
         self.quiet_steps = quiet_steps
-        self._history: deque[tuple[float, float]] = deque(maxlen=2 * window)  # (distinct plans, reward)
+        self._history: deque[tuple[float, float]] = deque(maxlen=2 * window)  # (share of distinct plans, reward)
         self._warned_at: int | None = None
 
     def on_log(
@@ -113,6 +125,7 @@ class CollapseWarning(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Take in the numbers of a step, and warn if plans have become the same."""
         metrics = step_metrics(logs) if state.is_world_process_zero else None
         if metrics is None or metrics.get("distinct_plans") is None or metrics.get("reward") is None:
             return
@@ -137,7 +150,7 @@ class CollapseWarning(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Turns the first SIGINT or SIGTERM into a checkpoint and a clean end after the current step.
+    """Ends a run after the current step, with a checkpoint, on the first SIGINT or SIGTERM.
 
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
@@ -160,7 +173,7 @@ class StopOnSignal(TrainerCallback):
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._previous[number] = signal.signal(number, self._handle)
-            except ValueError:  # Python lets only the main thread do this; a notebook's may be another
+            except ValueError:  # Python allows this only in the main thread; a notebook may use another
                 logger.warning("not in the main thread: %s will end the run without a checkpoint", number.name)
         return self
 

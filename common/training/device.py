@@ -1,4 +1,4 @@
-"""The device that a run trains on: trainer settings that depend on it, and quieter libraries."""
+"""Trainer settings that depend on the device, and less output from libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from common.training.trainer import compact_fused_head
 
 
 def quiet_libraries(debug: bool) -> None:
-    """Keep library chatter off the terminal, unless debugging: what matters is said by this program."""
+    """Hide messages of libraries on the terminal, unless debugging; this program prints what matters."""
     if debug:
         return
     models.quiet_transformers()
@@ -29,24 +29,24 @@ def quiet_libraries(debug: bool) -> None:
 
 
 def tune_for_cpu() -> None:
-    """Two things that make a training step on a CPU cheaper without changing its result; nothing on a GPU.
+    """Make a training step on a CPU cheaper without changing its result; no effect with a GPU.
 
-    TRL's fused head scores the compacted completion tokens only where Triton runs, and on a CPU every prompt
-    and padding position too. And glibc gives the large buffers of each step back to the system and faults
-    them in again, page by page; told to keep them, it saves that.
+    First, TRL's fused head skips prompt and padding positions only where Triton runs; `compact_fused_head` makes it do
+    so on a CPU too. Second, glibc returns the large buffers of each step to the system and requests them again page by
+    page; here it is told to keep them.
     """
     if torch.cuda.is_available():
         return
     compact_fused_head()
     if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to tune
+        with contextlib.suppress(OSError, AttributeError):  # another C library: there is nothing to tune
             libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large buffer
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what was freed
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large buffer
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
 
 
 def announce_device(args: models.LoraSettings) -> None:
-    """One line where there is no GPU: what is used instead."""
+    """Print one line if there is no GPU, with what is used instead."""
     if torch.cuda.is_available():
         return
     kind = "fp32"
@@ -58,7 +58,7 @@ def announce_device(args: models.LoraSettings) -> None:
 
 
 def device_options(args: TrainingArgs | SupervisedArgs) -> dict[str, Any]:
-    """The trainer settings that depend on the device."""
+    """Arguments of a transformers trainer that depend on the device."""
     gpu = torch.cuda.is_available()
     checkpointing = args.gradient_checkpointing
     return {

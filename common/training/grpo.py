@@ -1,4 +1,4 @@
-"""A GRPO run: model, reward, TRL's trainer, and what is saved when it ends or is stopped."""
+"""A GRPO run (arXiv:2402.03300): build model, reward and TRL's trainer; train; save when it ends or is stopped."""
 
 from __future__ import annotations
 
@@ -46,17 +46,23 @@ GATHER_TIMEOUT_SECONDS = 7200
 def train(
     args: TrainingArgs, questions: list[Question], held_out: list[Question], checkpoint: Path | None = None
 ) -> int:
-    """Run GRPO from the start or from a checkpoint, save the result and keep score on held-out questions.
+    """Run GRPO from the start or from a checkpoint, save the result, and make the scoreboard.
+
+    Args:
+        args: settings of the run.
+        questions: to train on.
+        held_out: questions of the scoreboard; [] for no scoreboard.
+        checkpoint: to resume from, or None.
 
     Returns:
-        0, or 128 + the signal's number when a signal stopped the run (a checkpoint is saved then).
+        The exit code: 0, or 128 + the number of a signal that stopped the run after a checkpoint.
 
     Raises:
-        UserError: for a model that cannot be loaded, memory that runs out, a worker that always fails.
+        UserError: if a model cannot be loaded, memory runs out, or the worker always fails.
     """
     if args.vllm_url is not None and args.cpu_dtype == "auto":
         args = replace(args, cpu_dtype="float32")  # the policy check compares with the servers' log-probabilities
-    args = replace(args, cpu_dtype=models.cpu_dtype(args))  # recorded is what was used: a resumed run keeps to it
+    args = replace(args, cpu_dtype=models.cpu_dtype(args))  # store the dtype that is used, so a resumed run keeps it
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
     prompts.check_shown(
@@ -89,9 +95,9 @@ def _run(
     samples: SampleLog,
     facts: dict[str, Any],
 ) -> int:
-    """The scoreboard before training, training, what is saved, and the scoreboard after it; as `train`.
+    """The scoreboard before training, training, saving, and the scoreboard after training; see `train`.
 
-    `facts` are what else `training_config.json` holds.
+    `facts` are further entries of `training_config.json`.
     """
     output_dir = Path(args.output_dir)
     main_process = trainer.accelerator.is_main_process
@@ -118,7 +124,7 @@ def _run(
     with callbacks.StopOnSignal() as stopper:
         trainer.add_callback(stopper)
         try:
-            # A run stopped at its very last step has nothing left to train: the trainer would do one step more.
+            # If the run was stopped after its very last step, the trainer would do one step too many.
             if checkpoint is not None and checkpoint_step(checkpoint) >= args.max_steps:
                 models.load_adapter_weights(model, str(checkpoint))
             else:
@@ -148,8 +154,15 @@ def build_trainer(
 ) -> tuple[PlannerTrainer, PipelineExecutor]:
     """TRL's trainer with the planner's adapter, and the pipeline whose worker is the trainer's own model.
 
+    Args:
+        args: settings of the run.
+        questions: to train on.
+        tokenizer: of the base model.
+        samples: receives the samples of each batch, or None.
+
     Raises:
-        UserError: for too few questions, a model or adapter that cannot be loaded, or an adapter that changes the base.
+        UserError: for too few questions, for a model or adapter that cannot be loaded, or for an adapter that changes
+            the base model.
     """
     check_enough(args, len(questions))
     encoder = SentenceEncoder(args.embedding_model)
@@ -223,14 +236,14 @@ def check_enough(args: TrainingArgs, questions: int) -> None:
 
 
 def planner_row(item: Question, style: str, fold_system: bool) -> dict[str, Any]:
-    """A row of the data set; question and gold answer travel as columns of their own."""
+    """A row of the data set. Question and gold answer are columns of their own, so no prompt has to be parsed."""
     messages = prompts.planner_messages(item.question, style)
     prompt = prompts.fold_system(messages) if fold_system else messages
     return {"prompt": prompt, "question": item.question, "answer": item.answer}
 
 
 def grpo_config(args: TrainingArgs) -> GRPOConfig:
-    """TRL's settings from ours."""
+    """The settings of TRL's trainer for a run."""
     return GRPOConfig(
         output_dir=args.output_dir,
         learning_rate=args.lr,
@@ -245,7 +258,7 @@ def grpo_config(args: TrainingArgs) -> GRPOConfig:
         top_p=args.top_p,
         max_completion_length=args.max_completion_length,
         beta=args.beta,
-        # Pinned, because TRL has changed its defaults between versions.
+        # Set explicitly, because TRL's defaults have changed between versions.
         loss_type=args.loss_type,
         epsilon=args.epsilon,
         mask_truncated_completions=args.mask_truncated,
@@ -263,14 +276,14 @@ def grpo_config(args: TrainingArgs) -> GRPOConfig:
 
 
 def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir: Path, *, dated: bool) -> None:
-    """Save adapter and plot, and say what came out and what to do next.
+    """Save the adapter, draw the curves, and say what the result is and what to do next.
 
     Args:
         args: settings of the run.
-        trainer: that has ended.
+        trainer: after its training.
         tokenizer: of the model.
         output_dir: of the run.
-        dated: whether the chat template holds the run's date, which a server would replace by today's.
+        dated: whether the chat template contains the run's date; a server would replace it by today's.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     save_adapter(model, tokenizer, output_dir)
@@ -285,7 +298,7 @@ def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir:
         models.resolve_model(args.base_model),
         output_dir,
         cpu=not torch.cuda.is_available(),
-        # A base model without a chat template was trained with ours, which vLLM cannot know, nor the date of the run.
+        # vLLM cannot know our chat template for a base model without one, nor the date of the run.
         chat_template=str(output_dir / "chat_template.jinja")
         if dated or tokenizer.chat_template == prompts.PLAIN_CHAT_TEMPLATE
         else None,

@@ -1,4 +1,4 @@
-"""Progress on the terminal: one bar, or plain lines in a log file."""
+"""Progress of a run on the terminal: one bar, or plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from common.reports.metrics import step_metrics
 
 
 class ProgressCallback(TrainerCallback):
-    """One progress bar on stderr, with reward and rates; plain lines where stderr is no terminal.
+    """Shows one progress bar with reward and rates on stderr, or plain lines if stderr is not a terminal.
 
-    Replaces the Trainer's own reporters, which print every metric of every step: the script sets
-    `disable_tqdm=True`, so that the Trainer installs its PrinterCallback instead of its progress bar,
-    and then calls `trainer.remove_callback(PrinterCallback)`.
+    It replaces the Trainer's own output, which prints every metric of every step. For that, set `disable_tqdm=True`, so
+    that the Trainer adds its PrinterCallback instead of its bar, and call `trainer.remove_callback(PrinterCallback)`.
 
-    Without a terminal (nohup, CI, a job scheduler) a line appears after ten steps or about ten
-    seconds, whichever comes first, and after the first and the last step.
+    Without a terminal (nohup, CI, a job scheduler) a line is printed after the first and the last step. Between them
+    there is one after ten steps or about ten seconds, whichever is first.
     """
 
     SECONDS_PER_LINE = 10.0
@@ -45,6 +44,7 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Open the bar, or note the time for plain lines."""
         if not state.is_world_process_zero:
             return
         self._first_step, self._started, self._line_step = state.global_step, time.monotonic(), None
@@ -57,9 +57,9 @@ class ProgressCallback(TrainerCallback):
             self._bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
-                # No rate and no word before it: the numbers must fit into 80 columns, the bar takes the rest.
+                # No rate and no description: the numbers must fit into 80 columns, and the bar takes the rest.
                 bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
-                # A terminal of unknown size (docker exec -t, script) reports 0 by 0: tqdm would draw nothing.
+                # A terminal of unknown size (docker exec -t, script) reports 0 by 0; tqdm would then draw nothing.
                 dynamic_ncols=sized,
                 ncols=None if sized else 80,
                 nrows=None if sized else 24,
@@ -67,9 +67,10 @@ class ProgressCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the bar, or print a line if one is due."""
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
-        elif not control.should_log:  # otherwise on_log follows at once, with this step's numbers
+        elif not control.should_log:  # otherwise on_log prints the line with the numbers of this step
             self._print_line(state)
 
     def on_log(
@@ -80,13 +81,14 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Show the numbers of the latest step."""
         metrics = step_metrics(logs)
         if metrics is None:
             return
         shown = {
             label: format(metrics[name], style) for label, name, style in self.SHOWN if metrics.get(name) is not None
         }
-        if not shown and metrics.get("loss") is not None:  # supervised training has only a loss
+        if not shown and metrics.get("loss") is not None:  # supervised training has no reward
             shown = {"loss": format(metrics["loss"], ".3f")}
         self._shown = shown
         if self._bar is not None:
@@ -97,12 +99,13 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Print the last line or close the bar."""
         if self._line_step != state.global_step:
             self._print_line(state, force=True)
         self.close()
 
     def close(self) -> None:
-        """Leave the bar as it stands; also for runs that end with an exception."""
+        """Close the bar and leave it on the screen. Call it also if training ends with an exception."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,4 +1,4 @@
-"""What a run writes while it trains, beside its metrics: settings, samples, and Weights & Biases."""
+"""Files that a run writes while it trains, besides its metrics: settings, samples, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ class SampleLog:
 
 
 def prompt_date(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None) -> date:
-    """The date that prompts show: the run's own when it goes on, the warm start's, else today's."""
+    """The date that prompts show: that of the resumed run, or of the warm start, or else today's."""
     folder = args.output_dir if checkpoint is not None else args.adapter_path
     record = {} if folder is None else read_json(Path(folder) / TRAINING_CONFIG) or {}
     return date.fromisoformat(record["prompt_date"]) if record.get("prompt_date") else date.today()
 
 
 def add_to_record(output_dir: Path, **facts: Any) -> None:
-    """Put what is known only at the end of a run into its `training_config.json`."""
+    """Add facts that are known only at the end of a run to its `training_config.json`."""
     path = output_dir / TRAINING_CONFIG
     write_json(path, {**(read_json(path) or {}), **facts})
 
 
 def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, *, script: str, **facts: Any) -> None:
-    """Give up an older run, or go on from a checkpoint, and store the settings.
+    """Remove an older run, or cut its files back to a checkpoint, and store the settings.
 
-    Call it only once everything is loaded: until then an older run stays as it is.
+    Call it only after everything is loaded, so that an older run stays unchanged if loading fails.
 
     Args:
         args: settings of the run.
-        checkpoint: to resume from; the lines of the steps after it, which will be run again, go. None for a new run.
-        script: that runs.
-        facts: what else `training_config.json` holds, such as the data's fingerprint.
+        checkpoint: to resume from; lines of later steps are removed, because these steps run again. None: a new run.
+        script: name of the script.
+        facts: further entries of `training_config.json`, such as the data's fingerprint.
     """
     output_dir = Path(args.output_dir)
     if checkpoint is None:
@@ -73,7 +73,7 @@ def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, 
 
 
 def checkpoint_bytes(trainer: Any) -> int:
-    """About how large a checkpoint is: the adapter, two moments of Adam for each of its weights, the tokenizer."""
+    """Approximate size of a checkpoint in bytes: adapter, Adam's two moments of each of its weights, tokenizer."""
     weights = sum(4 * parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     backend = getattr(trainer.processing_class, "backend_tokenizer", None)
     return 3 * weights + (0 if backend is None else len(backend.to_str().encode()))
@@ -82,15 +82,15 @@ def checkpoint_bytes(trainer: Any) -> int:
 def add_wandb(
     args: TrainingArgs | SupervisedArgs, trainer: Any, samples: SampleLog | None = None, *, resumes: bool
 ) -> Any:
-    """Log to W&B as well; offline where it cannot be reached. None where W&B is switched off.
+    """Log to W&B too. Returns the callback, or None if W&B is switched off or does not work.
 
     Args:
         args: settings of the run.
-        trainer: that logs.
-        samples: whose rows become a table.
-        resumes: whether to go on in the W&B run of the same output folder.
+        trainer: the callback is added to it.
+        samples: source of the rows of the table, or None.
+        resumes: whether to continue the W&B run of the same output folder.
     """
-    from common.reports import wandb_log, wandb_run  # --no-wandb imports none of it
+    from common.reports import wandb_log, wandb_run  # imported here, so that --no-wandb does not import them
 
     output_dir = Path(args.output_dir)
     progress = wandb_run.Progress(output_dir, args.wandb_project, resumes=resumes)

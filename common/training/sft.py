@@ -1,4 +1,4 @@
-"""The supervised baseline: a planner that imitates plans, with TRL's `SFTTrainer`."""
+"""The supervised baseline (SFT): a planner that imitates plans, trained with TRL's `SFTTrainer`."""
 
 from __future__ import annotations
 
@@ -33,19 +33,23 @@ from common.training.records import add_to_record, add_wandb, checkpoint_bytes, 
 from common.workers.frozen import FrozenBase
 from common.workers.local import end_token_ids
 
-VALIDATION_SHARE = 0.02  # cut off the training rows where a source has no split to validate on
+VALIDATION_SHARE = 0.02  # of the training rows, if the source has no split for validation
 
 
 def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     """Run SFT from the start or from a checkpoint, and save the adapter.
 
+    Args:
+        args: settings of the run.
+        checkpoint: to resume from, or None.
+
     Returns:
-        0, or 128 + the signal's number when a signal stopped the run.
+        The exit code: 0, or 128 + the number of a signal that stopped the run.
 
     Raises:
-        UserError: for data or a model that cannot be loaded.
+        UserError: if data or a model cannot be loaded.
     """
-    args = replace(args, cpu_dtype=models.cpu_dtype(args))  # recorded is what was used: a resumed run keeps to it
+    args = replace(args, cpu_dtype=models.cpu_dtype(args))  # store the dtype that is used, so a resumed run keeps it
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
     training_rows, validation_rows = load_rows(args)
@@ -102,7 +106,7 @@ def _run(
     frozen: FrozenBase,
     facts: dict[str, Any],
 ) -> int:
-    """Train, save, and say what came out; as `train`. `facts` are what else `training_config.json` holds."""
+    """Train, save, and say what the result is; see `train`. `facts` are further entries of `training_config.json`."""
     output_dir, four_bit = Path(args.output_dir), models.use_4bit(args)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.accelerator.is_main_process:
@@ -124,7 +128,7 @@ def _run(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stopper.received is not None:
         return callbacks.stopped_early("dummy_planner.py", stopper.received, trainer.state, output_dir)
-    # The trainer evaluates after its last step, but not where it was resumed there.
+    # The trainer evaluates after its last step, but not if the run was resumed at that step.
     done = [record for record in trainer.state.log_history if "eval_loss" in record]
     final = done[-1] if done and done[-1]["step"] == trainer.state.global_step else trainer.evaluate()
     frozen.measure(model, step=trainer.state.global_step, adapter_path=args.adapter_path)
@@ -151,7 +155,7 @@ def _run(
 
 
 def sft_config(args: SupervisedArgs) -> SFTConfig:
-    """TRL's settings from ours; the rows bring their labels, so the loss is taken on the completion only."""
+    """The settings of TRL's trainer for a run. The rows contain labels, so the loss is on the completion only."""
     return SFTConfig(
         output_dir=args.output_dir,
         learning_rate=args.lr,
@@ -176,14 +180,18 @@ def sft_config(args: SupervisedArgs) -> SFTConfig:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A prompt and the text to answer it with."""
+    """A prompt, and the completion to imitate."""
 
     prompt: list[prompts.Message]
     completion: str
 
 
 def load_rows(args: SupervisedArgs) -> tuple[list[Demonstration], list[Demonstration]]:
-    """What to imitate, and what to validate on."""
+    """The demonstrations to imitate, and those to validate on.
+
+    Raises:
+        UserError: if the data cannot be read, or give no plan.
+    """
     if args.format == "json-plan":
         questions = load_questions(
             args.dataset,
@@ -215,10 +223,16 @@ def load_rows(args: SupervisedArgs) -> tuple[list[Demonstration], list[Demonstra
 
 
 def tokenised(tokenizer: Any, rows: list[Demonstration], end_ids: frozenset[int]) -> Dataset:
-    """Rows as token ids: the prompt as GRPO and a server give it, then the completion as it stands, then the end.
+    """Rows as token ids: the prompt as in GRPO and on a server, the completion unchanged, an end-of-sequence token.
 
-    Not as a conversation that TRL renders: the templates of reasoning models strip the reasoning from an answer and
-    open it in the prompt, so the model would learn another target, after another context, than it meets later.
+    TRL could render whole conversations instead. But the chat templates of reasoning models remove the reasoning from
+    an answer and begin it in the prompt. So the model would learn another target, in another context, than it meets
+    later.
+
+    Args:
+        tokenizer: of the model.
+        rows: demonstrations.
+        end_ids: ids of the tokens that end a completion.
     """
     end = _turn_end(tokenizer, end_ids)
     texts = prompts.render_all(tokenizer, [row.prompt for row in rows])
@@ -233,7 +247,7 @@ def tokenised(tokenizer: Any, rows: list[Demonstration], end_ids: frozenset[int]
 
 
 def _turn_end(tokenizer: Any, end_ids: frozenset[int]) -> int:
-    """The token that the chat template puts behind an answer, if generation ends there; else the tokenizer's own."""
+    """The token that the chat template writes after an answer, if it ends generation; else the tokenizer's own."""
     turn = [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": "omega"}]
     shown = tokenizer.apply_chat_template(turn, tokenize=False)
     behind = tokenizer(shown.rpartition("omega")[2], add_special_tokens=False)["input_ids"]
@@ -241,12 +255,12 @@ def _turn_end(tokenizer: Any, end_ids: frozenset[int]) -> int:
 
 
 def fingerprint_rows(rows: list[Demonstration]) -> str:
-    """As `common.problems.questions.fingerprint`, of prompts and completions."""
+    """Like `common.problems.questions.fingerprint`, for prompts and completions."""
     return fingerprint(Question(row.prompt[-1]["content"], row.completion) for row in rows)
 
 
 def _cut(rows: list[Demonstration], seed: int) -> tuple[list[Demonstration], list[Demonstration]]:
-    """Cut the validation rows off, at random but the same for the same seed."""
+    """Split off the validation rows at random; the same seed gives the same rows."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     count = max(1, round(VALIDATION_SHARE * len(rows)))

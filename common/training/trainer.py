@@ -1,7 +1,7 @@
-"""TRL's GRPO trainer with our own order of data, decoding on a CPU, and clock.
+"""TRL's GRPO trainer with this project's order of data, decoding on a CPU, and step clock.
 
-The one module that relies on private names of TRL: it has no public ones for these places of a step. They are listed
-in `PRIVATE_NAMES`, and a test says which of them another version of TRL has moved.
+This is the only module that uses private names of TRL, because TRL has no public ones for these parts of a step. They
+are listed in `PRIVATE_NAMES`. A test reports which of them another version of TRL has moved.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from common.workers.frozen import FrozenBase
 from common.workers.local import FrozenWorker, inference
 from common.workers.rollouts import PolicyCheck, RunStoppedError, ServedPlanner
 
-# Of `GRPOTrainer`: methods that are overridden here, each with the parameters that this module counts on.
+# Private methods of `GRPOTrainer` that this module overrides, with the parameters that it relies on.
 PRIVATE_NAMES = {
     "_prepare_inputs": ("generation_batch",),
     "_generate_and_score_completions": ("inputs",),
@@ -47,23 +47,23 @@ PRIVATE_NAMES = {
 
 
 def compact_fused_head() -> None:
-    """Let TRL's fused head score the completion tokens alone on a CPU too.
+    """Let TRL's fused head score only the completion tokens, also on a CPU.
 
-    It does so only where Triton runs, and elsewhere scores every prompt and padding position as well. The function
-    that is replaced is read by the fused head alone, to choose that.
+    TRL does so only where Triton runs; elsewhere the head also scores every prompt and padding position. The replaced
+    function is used only by the fused head, for this choice.
     """
     trl_utils._use_triton = lambda device: True  # type: ignore[attr-defined]
 
 
 class EpochSampler(RepeatSampler):
-    """TRL's sampler, whose order depends on the seed and the epoch alone.
+    """TRL's sampler, but its order depends only on the seed and the epoch.
 
-    TRL's own draws each epoch's order from a generator that goes on from the epoch before, so a run that is
-    resumed in its second epoch would see the first epoch's order again.
+    TRL's sampler continues its random generator from the epoch before. A run resumed in its second epoch would then
+    see the order of the first epoch again.
     """
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch."""
+        """Set the epoch; accelerate calls this before each epoch."""
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + epoch)
 
@@ -71,8 +71,8 @@ class EpochSampler(RepeatSampler):
 class SetEpoch(TrainerCallback):
     """Tells the sampler which epoch begins.
 
-    On several processes, and on a resumed run, accelerate wraps the data loader so that nobody else does
-    (docs/architecture.md): the order would be the first epoch's again.
+    On several processes, and in a resumed run, accelerate wraps the data loader, and nothing else tells the sampler
+    (docs/architecture.md). It would repeat the order of the first epoch.
     """
 
     def __init__(self, sampler: EpochSampler) -> None:
@@ -81,18 +81,18 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Called by the Trainer before it iterates over the data."""
+        """Set the epoch; the Trainer calls this before it iterates over the data."""
         self._sampler.set_epoch(int(state.epoch or 0))
 
 
 class PlannerTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose data order survives a resume in any epoch, and whose rollouts are fast on a CPU.
+    """`GRPOTrainer` with a data order that survives a resume in any epoch, and with fast rollouts on a CPU.
 
     Args:
-        clock: takes the time of the step's parts, which every step's log then holds.
-        frozen: what the base model said before the trainer wrapped it.
-        cpu_dtype: "bfloat16" for rollouts, rewards and log-probabilities with products in bf16, on a CPU.
-        (the others): `GRPOTrainer`'s.
+        clock: measures the parts of a step, which are added to the step's log.
+        frozen: logits of the base model before the trainer wrapped it.
+        cpu_dtype: "bfloat16" for rollouts, rewards and log-probabilities with bf16 products on a CPU.
+        (the others): as in `GRPOTrainer`.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class PlannerTrainer(GRPOTrainer):
         self._served_base = ""
         self._gap: dict[str, float] = {}
         self._cpu_dtype = cpu_dtype
-        self._compares = True  # the first rollouts' log-probabilities with those of the training step
-        self._log_probs: torch.Tensor | None = None  # of the micro-batch that is trained on, (B, T)
+        self._compares = True  # log-probabilities of the first rollouts with those of the training step
+        self._log_probs: torch.Tensor | None = None  # of the micro-batch in training, (B, T)
         self._agreement: dict[str, float] = {}
         self.worker: FrozenWorker | None = None  # whose answers go into each checkpoint
 
@@ -118,26 +118,26 @@ class PlannerTrainer(GRPOTrainer):
             self.worker.save_answers(answers_file(Path(output_dir), self.accelerator.process_index))
 
     def sample_from(self, planner: ServedPlanner, check: PolicyCheck, base: str) -> None:
-        """Take rollouts from servers, and stop when they are another policy's.
+        """Take rollouts from servers, and stop if they come from another policy.
 
-        Set after construction, where TRL would start or look for a vLLM of its own. It corrects for the difference
-        between the servers' log-probabilities and the trainer's (importance sampling) as for its own.
+        It is called after construction, because TRL would otherwise start or look for its own vLLM. TRL corrects for
+        the difference between the servers' and the trainer's log-probabilities (importance sampling) as usual.
 
         Args:
             planner: on the servers.
-            check: of their log-probabilities.
+            check: limit for the difference of log-probabilities.
             base: name of the base model there.
         """
         self._planner, self._policy_check, self._served_base = planner, check, base
         self.use_vllm, self.vllm_mode = True, "server"
         self.vllm_generation: Any = planner
-        self._compares = False  # TRL does, on every step
+        self._compares = False  # with servers, TRL compares on every step
         self._last_loaded_step = -1
 
     def save_for_server(self, folder: Path) -> None:
-        """Write the adapter as it is now, and nothing else."""
+        """Write the present adapter to a folder, and nothing else."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        # "auto" would ask the Hub whether the base's vocabulary was resized.
+        # With "auto", PEFT would ask the Hub whether the base model's vocabulary was resized.
         model.save_pretrained(
             folder, safe_serialization=True, save_embedding_layers=False, selected_adapters=["default"]
         )
@@ -146,7 +146,7 @@ class PlannerTrainer(GRPOTrainer):
         """Train; the clock starts with the first step.
 
         Raises:
-            RunStoppedError: when the servers give no completions, or another policy's; a checkpoint is saved.
+            RunStoppedError: if the servers give no completions, or those of another policy; a checkpoint is saved.
         """
         self._clock.restart()
         try:
@@ -160,7 +160,7 @@ class PlannerTrainer(GRPOTrainer):
                 self._planner.close()
 
     def _save_and_say_how_to_go_on(self) -> str:
-        """A checkpoint of the finished steps; every process must call it, between two steps' updates."""
+        """Save a checkpoint of the finished steps. Every process must call it, between two optimiser updates."""
         output_dir, step = str(self.args.output_dir), self.state.global_step
         if step == 0:
             return "there is no step to save"
@@ -171,12 +171,12 @@ class PlannerTrainer(GRPOTrainer):
         )
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """Forward and backward of one micro-batch; the first of a generation batch generates it too."""
+        """Forward and backward pass of a micro-batch; the first of a generation batch also generates that batch."""
         self._clock.begin()
         with self._clock.part("gradient_seconds", without=["inputs"]):
             loss = super().training_step(*args, **options)
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # or the time of the backward pass would count as whatever waits for it
+                torch.cuda.synchronize()  # otherwise the backward pass would count for the next part that waits for it
         return loss
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -186,8 +186,8 @@ class PlannerTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         model, args = self.accelerator.unwrap_model(self.model), self.args
         assert isinstance(args, GRPOConfig)
-        rows = 0 if self.use_vllm else len(inputs)  # with servers, nothing is generated here
-        # Once for rollouts and reward together, and gone before gradients need the memory.
+        rows = 0 if self.use_vllm else len(inputs)  # servers generate, so nothing is generated here
+        # Packed once for rollouts and reward together, and freed before gradients need the memory.
         with packed_linears(model, rows=rows, steps=args.max_completion_length or 0, cpu_dtype=self._cpu_dtype):
             scored = super()._generate_and_score_completions(inputs)
         if self._policy_check is not None:
@@ -196,7 +196,7 @@ class PlannerTrainer(GRPOTrainer):
 
     def _check_policy(self, scored: dict[str, Any], check: PolicyCheck) -> None:
         """Compare the servers' log-probabilities of B completions of T tokens with ours, over all processes."""
-        sampled = scored["sampling_per_token_logps"]  # (B, T), nan where the server told none
+        sampled = scored["sampling_per_token_logps"]  # (B, T), nan if the server reported none
         gap = (scored["old_per_token_logps"] - sampled).abs().float()
         gap = gap[scored["completion_mask"].bool() & ~torch.isnan(sampled)]
         largest = gap.max() if len(gap) else gap.sum()
@@ -204,7 +204,7 @@ class PlannerTrainer(GRPOTrainer):
         here = torch.stack([gap.sum(), torch.full_like(largest, len(gap)), largest, torch.full_like(largest, failed)])
         every: Any = self.accelerator.gather(here)  # (4 × processes)
         total, count, most, masked = every.view(-1, 4).unbind(dim=1)
-        mean = float(total.sum() / count.sum().clamp(min=1))  # no token counts where all were cut off and are masked
+        mean = float(total.sum() / count.sum().clamp(min=1))  # count is 0 if all completions were cut off and masked
         self._gap = {
             "served_policy_gap/mean": mean,
             "served_policy_gap/max": float(most.max()),
@@ -214,7 +214,7 @@ class PlannerTrainer(GRPOTrainer):
         check.check(mean, float(most.max()), f"the completions of step {step} are not the trained adapter's")
 
     def _check_base(self, planner: ServedPlanner, check: PolicyCheck, base: str) -> None:
-        """Compare the servers' base model, which is the worker, with our own, on one prompt."""
+        """Compare the servers' base model, which is the worker, with the local one on one prompt."""
         args, rows = self.args, self.train_dataset
         assert isinstance(args, GRPOConfig) and isinstance(rows, Dataset)
         prompt = self._tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=False)
@@ -259,20 +259,20 @@ class PlannerTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         **others: Any,
     ) -> Any:
-        """Log-probabilities of B completions; a prompt that several of them answer is run once.
+        """Log-probabilities of B completions; a prompt that several of them share is run once.
 
-        A group's G completions share their prompt, which is often the longer part: the gradient of all of them
-        flows through one copy of its keys and values instead of G (`docs/performance.md`).
+        The G completions of a group share their prompt, which is often the longer part. The gradient of all of them
+        flows through one copy of the prompt's keys and values instead of G (`docs/performance.md`).
 
         Returns:
-            log-probabilities and entropies (None unless asked for), each (B, `logits_to_keep`), and TRL's
+            Log-probabilities and entropies (nats; None unless asked for), each (B, `logits_to_keep`), and TRL's
             auxiliary loss of a mixture of experts (None without one).
         """
         whole = batch_size is None or batch_size >= len(input_ids)
-        plain = all(value is None or value is False for value in others.values())  # no images, no experts' loss
-        # The prompt's last token goes with the completion, whose first token it predicts.
+        plain = all(value is None or value is False for value in others.values())  # no images, no loss of experts
+        # The prompt's last token runs with the completion, because it predicts the completion's first token.
         head = input_ids.shape[1] - logits_to_keep - 1
-        masked = torch.where(attention_mask[:, :head] == 1, input_ids[:, :head], -1)  # padding may be any token
+        masked = torch.where(attention_mask[:, :head] == 1, input_ids[:, :head], -1)  # padding may have any token id
         distinct, member = torch.unique(masked, dim=0, return_inverse=True)
         shared = head > 0 and len(distinct) < len(input_ids)
         if not (shared and whole and plain and self._shares_prompts()):
@@ -312,7 +312,7 @@ class PlannerTrainer(GRPOTrainer):
         )
 
     def _own_head(self) -> torch.Tensor | None:
-        """The head's weights (V, H) where `token_log_probs` takes its place: a frozen plain one, in bf16 on a CPU."""
+        """Weights of the head (V, H) if `token_log_probs` can replace it: frozen and plain, in bf16 on a CPU."""
         model = self.accelerator.unwrap_model(self.model).get_base_model()
         head = model.get_output_embeddings()
         plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
@@ -321,7 +321,7 @@ class PlannerTrainer(GRPOTrainer):
     def _in_bf16(
         self, head: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of all real tokens (B, T) but each row's first, and entropies, each (B, T − 1)."""
+        """Log-probabilities of all real tokens (B, T) except each row's first, and entropies, each (B, T − 1)."""
         model = self.accelerator.unwrap_model(self.model).get_base_model()
         hidden = model.base_model(input_ids=tokens, attention_mask=mask, past_key_values=cache).last_hidden_state
         wanted = real[:, 1:]
@@ -331,10 +331,10 @@ class PlannerTrainer(GRPOTrainer):
         return log_probs, entropies
 
     def _shares_prompts(self) -> bool:
-        """Whether prompts can be run apart: in one process, with all activations kept and a plain cache.
+        """Whether prompts can be run separately: in one process, with all activations kept, and a plain KV cache.
 
-        Recomputed activations exclude a cache; several processes may wrap the model in an engine that counts
-        forward passes; sliding windows and recurrent layers keep another cache than keys and values.
+        With recomputed activations there is no cache. Several processes may wrap the model in an engine that counts
+        forward passes. Sliding windows and recurrent layers need another cache than keys and values.
         """
         return (
             self.accelerator.num_processes == 1
@@ -343,12 +343,12 @@ class PlannerTrainer(GRPOTrainer):
         )
 
     def _empty_cache(self) -> DynamicCache:
-        """Keys and values of nothing yet, with the layers that the model needs."""
+        """An empty KV cache with the layers that the model needs."""
         model: Any = self.accelerator.unwrap_model(self.model)
         return DynamicCache(config=model.config)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a step with the seconds that its parts took, the first with how well rollouts and training agree."""
+        """Log a step with the seconds of its parts; the first also with how well rollouts and training agree."""
         if "loss" in logs:
             logs.update(self._clock.take())
             logs.update(self._gap)
@@ -360,7 +360,7 @@ class PlannerTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         args = self.args
         assert isinstance(args, GRPOConfig)
-        # TRL fills these in when the config is made, though their types allow None.
+        # TRL sets these when it builds the config, although their types allow None.
         group: int = self.num_generations or 1
         assert args.generation_batch_size is not None and args.steps_per_generation is not None
         sampler = EpochSampler(
@@ -375,7 +375,7 @@ class PlannerTrainer(GRPOTrainer):
         return sampler
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **options: Any) -> Any:
-        """Completions of B prompts. On a CPU by our own decoding, at a third of the time of `generate`."""
+        """Completions of B prompts; on a CPU by `common.decoding`, in a third of the time of `generate`."""
         with self._clock.part("planner_seconds"):
             return self._timed_single_turn(prompt_ids, *others, **options)
 

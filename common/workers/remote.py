@@ -182,7 +182,7 @@ class ServerWorker(ServerModel, WorkerCalls):
         )
 
     def sampler(self, temperature: float, seed: int) -> ServerModel:
-        """The same model, sampled instead of greedy."""
+        """The same model with sampling at `temperature`, from `seed` on, instead of greedy decoding."""
         return ServerModel(
             self.server,
             self.model,
@@ -196,8 +196,8 @@ class ServerWorker(ServerModel, WorkerCalls):
 def check_worker(args: TrainingArgs) -> None:
     """Check that the server of `--worker-url` answers, and with its base model.
 
-    The servers of `--vllm-url` are checked for loading adapters instead. There the planner and the worker are never
-    asked at the same time, so the base model need not answer as itself while the adapter is busy.
+    The servers of `--vllm-url` are checked for loading adapters instead. There, planner and worker are never asked at
+    the same time. So it does not matter whether the base model answers as itself while the adapter is busy.
 
     Raises:
         UserError: if a check fails; with exit code 3 if an adapter answers instead of the base model.

@@ -284,6 +284,11 @@ def vllm_servers(args: TrainingArgs, *, retries: int, runner: asyncio.Runner | N
 async def check_rollout_server(server: Server, base: str, temperature: float) -> None:
     """Check before a model is loaded that a server can do what rollouts need.
 
+    Args:
+        server: the client.
+        base: name of the base model there.
+        temperature: of sampling in training.
+
     Raises:
         UserError: if it cannot; the message names the missing flag.
     """
@@ -323,7 +328,14 @@ def read_completion(server: Server, reply: Any) -> tuple[list[int], list[float |
 
 
 def request_seed(seed: int, step: int, calls: int, place: int) -> int:
-    """A seed for one completion of a run. A repeated or resumed run gets the same seeds."""
+    """A seed for one completion of a run. A repeated or resumed run gets the same seeds.
+
+    Args:
+        seed: of the run.
+        step: optimiser steps done.
+        calls: number of earlier calls of `generate` in this step.
+        place: index of the prompt among those of all processes.
+    """
     digest = hashlib.blake2b(f"{seed} {step} {calls} {place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 2  # vLLM accepts seeds of up to 63 bits
 
@@ -333,7 +345,7 @@ class PolicyCheck:
     """The limit for the difference between a server's and the trainer's log-probabilities of the sampled tokens.
 
     The difference is the logarithm of the importance ratio, trainer's probability / server's probability. TRL also
-    corrects the loss with that ratio (truncated importance sampling, https://fengyao.notion.site/off-policy-rl).
+    corrects the loss with that ratio (`vllm_importance_sampling_mode`; https://fengyao.notion.site/off-policy-rl).
 
     Args:
         limit: largest difference that rounding explains, in nats.

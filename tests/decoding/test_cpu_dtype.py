@@ -1,4 +1,4 @@
-"""bf16 on a CPU: what must be equal to fp32 is, what may differ is close, and a run keeps to its dtype."""
+"""bf16 on a CPU: results that must equal those of fp32 do, others are close, and a run keeps its dtype."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_answers_are_counted_alike_and_mostly_the_same(bf16, smollm2):
     assert all(0 < answer.tokens <= 24 for answer in found)
     assert all(answer.finished for answer in found if answer.tokens < 24)
     assert half.take_stats().generated_tokens == sum(answer.tokens for answer in found), "no question comes twice"
-    # In another batch a sum may be rounded the other way, which bf16 makes larger: rarely, a tie falls otherwise.
+    # In another batch a sum may round differently, more so in bf16. Rarely, this changes which of two near ties wins.
     alone = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=24, cpu_dtype="bfloat16", batch_tokens=1)
     again = alone.generate(requests[:4])
     assert sum(a == b for a, b in zip(again, found[:4], strict=True)) >= 3
@@ -93,7 +93,7 @@ def test_logits_are_close_and_the_head_stays_fp32(bf16, smollm2):
 
 
 def test_sampled_log_probabilities_are_those_of_the_policy(tiny_planner):
-    """With either dtype: what decoding says of its samples is what a forward pass gives for them."""
+    """With either dtype, the log-probabilities from decoding are those of a forward pass over the samples."""
     tokenizer = models.load_tokenizer(tiny_planner)
     model = models.load_base(tiny_planner, four_bit=False).eval()
     ids = [tokenizer.encode(text) for text in ("What is 2 + 3?", "Say hello to everyone here.", "What is 2 + 3?")]
@@ -129,7 +129,7 @@ def test_log_probabilities_entropies_and_gradient_of_the_bf16_head_are_close(cou
 
 
 def test_a_training_step_has_the_gradient_of_fp32(bf16, tiny_args):
-    """Through the trainer's own method, with shared prompts; masks and shapes equal, numbers close."""
+    """Uses the trainer's own method with shared prompts. Masks and shapes are equal, numbers are close."""
     from common.training.grpo import build_trainer
 
     tokenizer = models.load_tokenizer(tiny_args.base_model)

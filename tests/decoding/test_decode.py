@@ -1,4 +1,4 @@
-"""Decoding on a CPU: the same tokens as plain generate, whatever is shared, guessed or packed."""
+"""Decoding on a CPU gives the same tokens as plain `generate`, with sharing, drafts and packed weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUMS = ["What is 7 + 8 + 5?", "What is 3 + 9?", "What is 21 + 30 + 4?", "What is
 
 
 def plain_generate(model, tokenizer, texts: list[str], max_new_tokens: int) -> list[list[int]]:
-    """One unpadded `generate` call per prompt: the slowest and plainest reference."""
+    """The reference: one unpadded `generate` call per prompt."""
     outputs = []
     for text in texts:
         batch = tokenizer([text], return_tensors="pt", add_special_tokens=False)
@@ -59,7 +59,7 @@ def test_long_and_short_prompts_together_decode_like_each_alone(smollm2):
 
 
 def passes_of(model, run) -> list[int]:
-    """The tokens of every forward pass that the model makes in `run`."""
+    """Number of tokens in each forward pass of the model during `run`."""
     seen: list[int] = []
     hook = model.register_forward_pre_hook(
         lambda module, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
@@ -73,7 +73,7 @@ def passes_of(model, run) -> list[int]:
 
 @pytest.mark.parametrize("apart", [0, 10**9], ids=["kept apart", "copied"])
 def test_what_some_prompts_share_is_read_once_and_changes_no_answer(smollm2, monkeypatch, apart):
-    """Two questions with parts of unlike number and length, and one with nothing in common; rows leave one by one."""
+    """Two questions with different numbers and lengths of subproblems, and an unrelated one; rows finish one by one."""
     model, tokenizer = smollm2
     monkeypatch.setattr("common.decoding.branching.MIN_KEPT_APART", apart)
     stories = ["Ada has 3 boxes of 12 pens and gives 5 pens to Ben. How many are left?", "A train runs 60 km an hour."]
@@ -106,21 +106,21 @@ def test_guessed_tokens_save_passes_and_change_no_answer(smollm2):
     passes = passes_of(model, lambda: found.extend(decode(model, ids, **options)))
     assert found == expected
     assert len(passes) < max(map(len, expected)) * 3 / 4, "every pass gave no more than a token a row"
-    # an end token among the guesses ends the answer there: the same prompt again, of which all is known by now
+    # an end token in the draft ends the answer there: the same prompt again, whose tokens are all known now
     assert decode(model, [*ids, *ids], **options) == [*expected, *expected]
 
 
 def test_guesses_follow_what_came_before_and_stop_where_they_are_wrong():
     rows = Drafts([[1, 2, 3, 9, 1, 2, 3], [7, 8, 7, 8], [5, 1, 2], [40, 41]])
     assert rows.guess([0, 1, 2, 3], [5] * 4) == [[9, 1], [7, 8], [3], []]  # own text, a loop, another's
-    assert rows.guess([0, 1], [1, 0]) == [[9], []]  # never beyond what is left
+    assert rows.guess([0, 1], [1, 0]) == [[9], []]  # never longer than the limit
     assert rows.guess([1], [5]) == [[7, 8, 7]]
     many = Drafts([[1, 2, 1]] * 2 + [[50 + row] for row in range(6)])
     for new in range(100, 104):
-        assert many.guess([0], [1]) != [[]]  # alone a guess costs nothing, however unlikely
-        many.add(0, [new, 1])  # something else every time
+        assert many.guess([0], [1]) != [[]]  # with one row a draft costs nothing, so even an unlikely one is tried
+        many.add(0, [new, 1])  # a different token every time
         many.guess([1], [5])
-        many.add(1, [2, 1])  # the same every time
+        many.add(1, [2, 1])  # the same token every time
     assert many.guess(range(8), [5] * 8) == [[], [2, 1, 2], *[[]] * 6]
     full = Drafts([[1, 2, 1, 2]] * 16)
     assert full.guess(range(16), [5] * 16) == [[]] * 16
@@ -186,7 +186,7 @@ def test_shared_prefix_leaves_a_token_to_every_prompt():
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
 def test_groups_of_prompts_decode_like_single_ones_with_an_adapter_and_packed_weights(tiny_planner, four_bit):
-    """The planner's rollouts: G times each prompt, LoRA on, and in fp32 on packed weights."""
+    """As in the planner's rollouts: G copies of each prompt, LoRA on, and in fp32 packed weights."""
     from peft import LoraConfig, get_peft_model
 
     from common.models import load_base, load_tokenizer
@@ -239,25 +239,25 @@ def test_packed_weights_are_gone_after_an_error_and_never_made_for_a_few_rows(sm
 
 def test_heads_are_shared_where_that_saves_most():
     few, many = list(range(10, 14)), list(range(100, 150))
-    # three of one question, two of another, one alone: groups a question, though all share a little
+    # three prompts of one question, two of another, one alone: one group per question, although all share a little
     rows = [few + many + [1, 2], few + many + [3], few + many + [4, 5, 6]]
     rows += [[*few, 7, *many, 1], [*few, 7, *many, 2], [9, 9, 9]]
     assert shared_heads(rows) == [54, 54, 54, 55, 55, 0]
     assert shared_heads([rows[5], rows[3], rows[0], rows[4], rows[1], rows[2]]) == [0, 55, 54, 55, 54, 54]
-    # equal prompts share all but the last token; a prompt that begins another still keeps one of its own
+    # equal prompts share all but the last token; a prompt that is the beginning of another keeps one token of its own
     assert shared_heads([many, many, many]) == [49, 49, 49]
     assert shared_heads([many, [*many, 1], [*many, 2]]) in ([49, 49, 49], [0, 50, 50])
-    assert shared_heads([[1, 2], [1, 2]]) == [0, 0]  # too little to pay
+    assert shared_heads([[1, 2], [1, 2]]) == [0, 0]  # saves too few tokens
     assert shared_heads([[5]]) == [0]
     # one whole group where the parts would save less
     assert shared_heads([[*many, n] for n in range(5)]) == [50] * 5
-    # a chain of prompts that each begin the next one, deeper than any recursion
+    # a chain in which each prompt is the beginning of the next one, deeper than the recursion limit
     chain = [list(range(n)) for n in range(1, 400)]
     assert all(0 <= head < len(row) for head, row in zip(shared_heads(chain), chain, strict=True))
 
 
 def test_sampled_tokens_follow_the_models_odds(tiny_planner):
-    """First tokens of 600 samples, in how often each comes, against softmax(logits / temperature)."""
+    """Frequencies of the first tokens of 600 samples, compared with softmax(logits / temperature)."""
     model = load_base(tiny_planner, four_bit=False).eval()
     prompt, draws, temperature = [5, 6, 7], 600, 1.5
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_sampled_tokens_follow_the_models_odds(tiny_planner):
         generator=torch.Generator().manual_seed(3),
     )  # fmt: skip
     counts = torch.bincount(torch.tensor(sampled).flatten(), minlength=len(odds)).double()
-    # In ten classes of about a tenth of the odds each, in the order of the vocabulary.
+    # Ten classes with about a tenth of the probability each, in the order of the vocabulary.
     classes = ((odds.double().cumsum(0) - odds / 2) * 10).long().clamp(0, 9)
     expected = torch.zeros(10, dtype=torch.float64).index_add(0, classes, odds.double()) * draws
     found = torch.zeros(10, dtype=torch.float64).index_add(0, classes, counts)

@@ -1,4 +1,4 @@
-"""What makes a row of the scoreboard another one: each of the things it depends on, and nothing else."""
+"""The fingerprint of a scoreboard row changes with everything that determines the row, and with nothing else."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_blocks_of_a_large_file_lie_close_enough_for_any_layer_to_show(tmp_path)
 
     path, size = tmp_path / "model.safetensors", 200_000_000
     with path.open("wb") as stream:
-        stream.truncate(size)  # zeros that take no room
+        stream.truncate(size)  # zeros that take no disk space (a sparse file)
     before = _sampled(path)
     for place in (0, size // 3, size - 1_000_000):
         with path.open("r+b") as stream:

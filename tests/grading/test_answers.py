@@ -1,4 +1,4 @@
-"""Answers: which place in a worker's text decides, what is read there, and that no text makes it raise or crawl."""
+"""Answers: which place in a worker's text decides, what is read there, and that no text makes it raise or slow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.grading import extract_prediction, is_correct, predict
 
 NEXT_PROBLEM = "Sam has 5 pears and buys 7 more. How many?"
 
-# Faults that graders were reported for in public: text, gold, right, finished.
+# Cases of publicly reported faults of graders: text, gold, right, finished.
 REPORTED = [
     ("2 + 40 = 42\n#### 42\n and the steps above, checked 3 times, confirm it.", "42", True, True),
     ("#### 18 (see step 2)", "18", True, True),
@@ -38,7 +38,7 @@ def test_reported_faults(text: str, gold: str, right: bool, finished: bool) -> N
     assert is_correct(text, Decimal(gold), finished=finished) == right
 
 
-# By the place that decides; the number that is read there, None for no answer. Most texts hold another number.
+# By the place that decides: the number read there, or None for no answer. Most texts contain another number too.
 FIELD = [
     ('{"final_answer": 42}', "42"), ('{"final_answer": "42"}', "42"), ('{"final_answer": 42.0, "steps": 7}', "42"),
     ('{"final_answer": "$8,000.00"}', "8000"), ('{"final_answer": "The answer is 42 apples."}', "42"),
@@ -50,7 +50,7 @@ FIELD = [
     ('{"final_answer": 2} {"note": 3}', "2"), ('{"result": {"final_answer": 42}, "n": 3}', "42"),
     ('{"final_answer": {"final_answer": 42}}', "42"), ('{ stray " {"final_answer": 42} 7', "42"),
     ('{"final_answer": 42, "note": "the \\"final_answer\\": 7"}', "42"),
-    # Several numbers: behind the last "=", else the first.
+    # Several numbers: the one after the last "=", or else the first.
     ('{"final_answer": "about 5 (of 20)"}', "5"), ('{"final_answer": "6 * 3 = 18, 18 + 2 = 20"}', "20"),
     ('{"final_answer": "5 bags with 4 each, so 5 * 4 = 20"}', "20"), ('{"final_answer": "18 = 12 + 6"}', "18"),
     ('{"final_answer": "18.33 to 2 decimals"}', "18.33"), ('{"final_answer": "20 / 3 ≈ 6.67"}', "6.67"),
@@ -62,10 +62,10 @@ FIELD = [
     ('{\\"final_answer\\": \\"18\\"} 3', "18"), ('{"final_answer": \\boxed{18}} 3', "18"),
     ('{"final_answer": "\\$18"} 3', "18"), ('{"final_answer": "\\frac{1}{2}"} 3', "0.5"),
     ('{"final_answer": 1} {"final_answer": 2,}', "2"), ("{'final_answer': 1} {\"final_answer\": 2}", "2"),
-    # Our own instructions, repeated, are no answer.
+    # A repetition of our own instructions is no answer.
     ('End with JSON: {"final_answer": <number>}. 12 + 6 = 18', "18"),
     ('End with JSON: {"final_answer": <number>}.\n{"final_answer": 18} 3', "18"),
-    # The field is there and holds no number: no other number is paid for.
+    # The field exists but holds no number: no other number counts.
     ('{"final_answer": null} 42', None), ('{"final_answer": true, "n": 1}', None), ('{"final_answer": [42]}', None),
     ('{"final_answer": {"value": 42}}', None), ('{"final_answer": "unknown", "work": "6 * 7 = 42"}', None),
     ('{"final_answer": ""} 42', None), ('{"final_answer": NaN} 42', None), ('{"final_answer": Infinity} 42', None),
@@ -119,7 +119,7 @@ STATED = [
     ("5. The answer is 1/3.", None), ("5. The answer is 10:30.", None), ("5. Answer: unknown. She has 5.", None),
     ("5. The answer is 1.5 × 10^6.", None), ("5. The answer is 5-7.", None), ("3 + 4: the answer is eighteen.", None),
     ("5. Answer: ٣", None), ("5. Answer:", None), ("5. Final answer unknown.", None), ("5. The answer is 12 + 6.", None),
-    # What only announces the working, or looks back at the answer, is no place.
+    # A phrase that only introduces the working, or refers back to the answer, does not count.
     ("To get the final answer, we add 5 and 7 to get 12.", "12"), ("Answer: Let's think. 12 + 6 = 18", "18"),
     ("Answer: First, 5 + 1 = 6. Then, 6 + 4 = 10.", "10"), ("So 18 is the final answer.", "18"),
     ("The third answer is 400 less, so 1800", "1800"), ("The answer is not 5 but 7", "7"),
@@ -130,7 +130,7 @@ LAST = [
     ("it is $400 000 - $282 000 = $118 000.", "118000"), ("100 200 300", "300"), ("答案是42个", "42"),
     ("She has 0 left.", "0"), ("It is 50%", "50"), ("a change of +5", "5"), ("12 eggs - 18 in all", "18"),
     ("it is **18**", "18"), ("it is *18*", "18"), ("it is $-18$", "-18"),
-    # A name or a unit is no number; what looks like a number and is none leaves no answer.
+    # A name or a unit is no number. Text that only looks like a number gives no answer.
     ("5 m^2", "5"), ("It takes 3 of GPT-4, x2 and H2O", "3"), ("She needs 12. Open 24/7.", None),
     ("She has 5 at 10:30", None), ("5, or 1e999", None), ("12 or ½", None), ("3 and 4 are ７", None), ("1.5*10**6", None),
     ("It has 3 and 4, so \\sqrt{5}", None), ("10 - 3", None), ("5*-3", None), ("So 12 + 6.", None), ("it is x + 5", None),
@@ -166,16 +166,16 @@ def test_every_explicit_place_is_told_as_such() -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        # A next problem that the model invents, once there was an answer.
+        # A next problem that the model invents after an answer.
         (f"The answer is 18.\n\nQuestion: {NEXT_PROBLEM}\nAnswer: 12", "18"),
         (f"5 + 13 = 18\n\nQ: {NEXT_PROBLEM}\nA: 12", "18"),
         (f"\\boxed{{18}}\n\n**Problem 2:** {NEXT_PROBLEM}\n\\boxed{{12}}", "18"),
         (f"The answer is 18.\n### User:\n{NEXT_PROBLEM}\n### Assistant:\nThe answer is 12.", "18"),
         (f'{{"final_answer": 18}}\n\nQuestion: {NEXT_PROBLEM}\n{{"final_answer": 12}}', "18"),
         (f"#### unknown\n\nQuestion: {NEXT_PROBLEM}\n#### 12", None),
-        # Without such a line nothing tells it from a second thought: the last field counts, as documented.
+        # Without such a line it could be a correction, so the last field counts, as documented.
         (f'{{"final_answer": 18}}\n\n{NEXT_PROBLEM}\n{{"final_answer": 12}}', "12"),
-        # The problem itself, restated, and questions that the model asks itself.
+        # The problem restated, and questions that the model asks itself.
         ("Question: Joe has 3 and 4. How many?\nAnswer: 7", "7"),
         ("Let's split it.\nQuestion 1: In the box? Answer: 5\nQuestion 2: In all? Answer: 18", "18"),
         # Reasoning is not read, whether or not it ends.
@@ -201,7 +201,7 @@ PIECES = [
 SOUP = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
 
 
-@settings(deadline=None, max_examples=500)  # a busy machine is no failure
+@settings(deadline=None, max_examples=500)  # a slow machine must not fail the test
 @given(st.one_of(st.text(st.characters(), max_size=200), SOUP))
 def test_never_raises(text: str) -> None:
     whole, cut = predict(text), predict(text, finished=False)
@@ -214,14 +214,14 @@ def test_never_raises(text: str) -> None:
 @settings(deadline=None)
 @given(SOUP, st.integers(-(10**12), 10**12), st.sampled_from(["#### {}", "\\boxed{{{}}}", "The answer is {}."]))
 def test_no_text_after_a_finished_thought_changes_a_field(text: str, number: int, written: str) -> None:
-    """The field goes before every other place, whatever stands behind it."""
+    """The field comes before every other place, whatever text follows it."""
     after = text.replace("final_answer", "")
     assert is_correct(
         f'</think>{written.format(7)}\n{{"final_answer": {number}}}\n' + after.replace("think>", ""), Decimal(number)
     )
 
 
-# --- hostile sizes -------------------------------------------------------------------------------------------
+# --- very long texts -----------------------------------------------------------------------------------------
 
 PATTERNS = [
     "{", '"', "'", "\\", "9", "-", "$", ".", ":", " ", "\n", "\ud800", "1 ", "1,", "1 1/", "1 000 ", "\\frac{1}{", "{,}",

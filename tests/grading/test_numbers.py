@@ -1,4 +1,4 @@
-"""Numbers: which texts are which number, which are none, and that comparing is exact."""
+"""Numbers: which text is which number, which text is none, and comparisons are exact."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ PIECES = ["1", "23", "000", ",", ".", "-", "−", "/", ":", " ", "$", "%", "e", 
           "\\", "\\times", "\\sqrt{", "**", "negative ", "=", "x", "+", '"', "\u00a0", "½", "٣", "(", "\n", "####"]  # fmt: skip
 
 
-@settings(deadline=None)  # a busy machine is no failure
+@settings(deadline=None)  # a slow machine must not fail the test
 @given(st.one_of(st.text(st.characters(), max_size=200), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)))
 def test_never_raises(text: str) -> None:
     for number in (parse_number(text), *numbers_in(text)):
@@ -154,7 +154,7 @@ def test_never_raises(text: str) -> None:
         assert "\n" not in str(error)
 
 
-@settings(deadline=None)  # a busy machine is no failure
+@settings(deadline=None)  # a slow machine must not fail the test
 @given(
     st.decimals(allow_nan=False, allow_infinity=False, places=2, min_value=-(10**20), max_value=10**20),
     st.sampled_from(["{}", "{} apples", "{}kg", "{}%", "{} €", "**{}**", "{}.", " {},\n"]),
@@ -167,7 +167,7 @@ def test_formatted_number_reads_back(number: Decimal, form: str) -> None:
     assert parse_gold(f"2 + 2 = 4\n#### {number:,f}".replace("-", "−")) == number
 
 
-@settings(deadline=None)  # a busy machine is no failure
+@settings(deadline=None)  # a slow machine must not fail the test
 @given(st.integers(min_value=-(10**30), max_value=10**30))
 def test_integer_with_separators_reads_back_and_its_neighbours_differ(number: int) -> None:
     text = f"{number:,}"

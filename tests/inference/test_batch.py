@@ -1,4 +1,4 @@
-"""A file of questions to a server, on real HTTP: answered whole, resumable, and told what went wrong."""
+"""A file of questions to a server, on real HTTP: all are answered, it can be resumed, and errors are reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_file_is_answered_whole_but_for_what_fails_and_then_resumed(server, tm
     asked_before = len(server.asked)
     server.fault = lambda handler, request: False
     assert ask(server, *flags, "--no-probe") == 0
-    assert len(server.asked) - asked_before == 4  # a plan, two subproblems, a combine: of the failed one alone
+    assert len(server.asked) - asked_before == 4  # plan, two subproblems, combination: the failed one
     assert all(json.loads(line)["error"] is None for line in output.read_text().splitlines())
 
     source.write_text(json.dumps({"question": "Another?"}) + "\n")
@@ -94,7 +94,7 @@ def test_an_output_that_goes_away_is_told(server, tmp_path):
 
 
 def test_a_file_with_a_byte_order_mark_and_half_characters_is_answered(server, tmp_path):
-    """What Windows editors put before a file's first line; halves of surrogate pairs in a question and in an answer."""
+    """The byte-order mark of Windows editors, and halves of surrogate pairs in a question and in an answer."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     questions = ["Größe?", "half \ud83d a pair?"]
     lines = "".join(

@@ -1,4 +1,4 @@
-"""One question to a server: what is checked first, what is shown, what wrong input leads to."""
+"""One question to a server: checks before it, output, and wrong input."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_who_is_not_served_and_who_belongs_to_whom(server):
     server.models = [*MODELS, other]
     code, line = failure(server, "--model", "second")
     assert code == 2 and "is an adapter of base, not of --model second" in line
-    server.models = [*MODELS, {**other, "root": "/m"}]  # the same model by another name
+    server.models = [*MODELS, {**other, "root": "/m"}]  # the same model under another name
     assert ask(server, "--model", "second", "--json") == 0
 
 
@@ -100,7 +100,7 @@ def test_an_adapter_that_equals_the_base_is_refused(server, capsys):
 
 
 def test_a_contaminated_base_is_refused_with_the_remedy(server):
-    """The adapter answers for the base while adapter requests are in flight, as vLLM's CPU backend does."""
+    """The adapter answers base requests while adapter requests are in flight, as on vLLM's CPU backend."""
     busy = []
 
     def fault(handler, request):
@@ -189,4 +189,4 @@ def test_the_adapters_training_settings_are_used_unless_overridden(server, tmp_p
     assert worker[0]["messages"][-1]["content"] in (
         "What is 2 + 3?",
         "What is 4 + 1?",
-    )  # few-shot: no question around it
+    )  # few-shot: without the question

@@ -1,4 +1,4 @@
-"""Merging: a real model and a real adapter, and what is on disk afterwards."""
+"""Merge a real adapter into a real model, and check the files on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from common.settings.grpo import PACKAGED_MODEL
 
 
 def delta(adapter: Path, name: str) -> torch.Tensor:
-    """The update of one weight, written out: alpha / r · B·A (arXiv:2106.09685)."""
+    """The update of one weight, computed directly: alpha / r · B A (arXiv:2106.09685)."""
     tensors = load_file(adapter / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text())
     stem = "base_model.model." + name.removesuffix(".weight")
@@ -28,7 +28,7 @@ def delta(adapter: Path, name: str) -> torch.Tensor:
 
 
 def plain_peft_text(base: str, adapter: Path, messages: list[dict[str, str]]) -> str:
-    """What adapter on base writes, with PEFT and transformers alone."""
+    """Text of adapter on base, with only PEFT and transformers."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,7 +53,7 @@ assert not any(name.split(".")[0] in ("common", "peft") for name in sys.modules)
 
 
 def test_a_real_model_merges_into_one_that_plans_the_same(smollm2_adapter, tmp_path):
-    """The second documented command, which names no base model."""
+    """The second documented command, without a base model."""
     target = tmp_path / "merged"
     done = run_script(
         "merge_and_push.py", "--adapter-path", str(smollm2_adapter), "--repo-name", "user/name",
@@ -66,7 +66,7 @@ def test_a_real_model_merges_into_one_that_plans_the_same(smollm2_adapter, tmp_p
     assert report["inputs"]["base_model"] == PACKAGED_MODEL
     assert found["passed"] and found["equal_plans"] == len(found["plans"]) == 8
     assert found["difference"]["equal_tokens"] == 1
-    # The adapter does something, and the merge error is nothing beside it.
+    # The adapter changes something, and the error of the merge is much smaller than that.
     assert found["adapter_effect"]["mean_kl"] > 0.01
     assert found["difference"]["mean_kl"] < 1e-6 * found["adapter_effect"]["mean_kl"]
     messages = prompts.planner_messages(certificate.QUESTIONS[0], "short")
@@ -76,7 +76,7 @@ def test_a_real_model_merges_into_one_that_plans_the_same(smollm2_adapter, tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == plain_peft_text(models.resolve_model(PACKAGED_MODEL), smollm2_adapter, messages)
-    # Tokenizer, chat template and generation config came along.
+    # Tokenizer, chat template and generation config were copied too.
     expected = prompts.render(models.load_tokenizer(str(smollm2_adapter)), messages)
     assert prompts.render(models.load_tokenizer(str(target)), messages) == expected
     assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == 2
@@ -125,7 +125,7 @@ def test_a_4bit_adapter_goes_onto_the_dequantised_weights_it_was_trained_on(adap
     assert report["inputs"]["merge_base"] == "nf4" and report["certificate"]["passed"]
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "dequantised NF4" in (tmp_path / "merged" / "README.md").read_text()
-    # The unquantised base is another model, and can be had on request.
+    # Merging into the unquantised base gives another model; it is possible on request.
     assert merge(trained, tmp_path / "other", "--merge-base", "bf16") == 0
     assert not torch.allclose(
         found["model.layers.0.mlp.up_proj.weight"], weights_of(tmp_path / "other")["model.layers.0.mlp.up_proj.weight"]
@@ -136,9 +136,9 @@ def test_a_4bit_adapter_goes_onto_the_dequantised_weights_it_was_trained_on(adap
 
 
 def test_a_wrong_merge_is_beyond_the_tolerance(smollm2_adapter):
-    """What the certificate is for: mistakes that a merge script really can make, on the real model.
+    """Mistakes that a merge script can really make, on the real model.
 
-    Only the logits are judged here: the plans are taken as equal.
+    Only the logits are compared here; the plans count as equal.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
@@ -169,7 +169,7 @@ def test_a_wrong_merge_is_beyond_the_tolerance(smollm2_adapter):
 
 
 def test_an_update_that_rounding_swallows_is_refused_and_fp32_keeps_it(adapter, tiny_planner, tmp_path, capsys):
-    """A base in bf16 and a small update: every merged weight rounds back to the base's own."""
+    """With a base model in bf16 and a small update, every merged weight rounds back to the base weight."""
     from transformers import AutoModelForCausalLM
 
     base = tmp_path / "base" / "tiny-planner"
@@ -186,7 +186,7 @@ def test_an_update_that_rounding_swallows_is_refused_and_fp32_keeps_it(adapter, 
     assert report_of(tmp_path / "merged")["certificate"]["passed"] is False
     assert "beyond the limits" in (tmp_path / "merged" / "README.md").read_text()
     assert "NOT certified" in capsys.readouterr().out
-    # Asked again, it is still refused, without merging again.
+    # A second attempt is refused too, without merging again.
     assert refused(small, tmp_path / "merged", *flags).exit_code == 4
     assert merge(small, tmp_path / "wide", *flags, "--dtype", "float32") == 0
     assert report_of(tmp_path / "wide")["certificate"]["update_kept"] > 0.99

@@ -1,4 +1,4 @@
-"""The merged model on a real vLLM server, without this project, LoRA or adapter: the same plans as adapter on base."""
+"""The merged model on a real vLLM server, without LoRA or this project, writes the same plans as adapter on base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pushing over real HTTP: what arrives, who is turned away, what is tried again, and how a broken upload goes on."""
+"""Push over real HTTP: uploaded files, refusals, retries, and continuing an interrupted upload."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def hub():
 
 @pytest.fixture(scope="session")
 def certified(finished_run, tmp_path_factory) -> Path:
-    """A finished merge in two weight files: pushing it again needs no model."""
+    """A finished merge in two weight files, which can be pushed again without a model."""
     target = tmp_path_factory.mktemp("certified") / "planner"
     assert merge_and_push.main([*flags(finished_run, target), "--no-push"]) == 0
     return target
@@ -89,13 +89,13 @@ def test_the_first_documented_command_merges_and_pushes_byte_for_byte(hub, finis
     assert hub.repos["user/name"].files == files(tmp_path / "grpo_planner_adapter-merged")
     assert not hub.repos["user/name"].private
     assert WRITE not in done.stdout + done.stderr + "".join(map(str, hub.repos["user/name"].files.values()))
-    # Permission is asked before anything is created.
+    # The permission is checked before anything is created.
     asked = [path for _, path in hub.log]
     assert asked.index("/api/whoami-v2") < asked.index("/api/repos/create")
 
 
 def test_the_way_that_the_real_hub_takes_is_byte_for_byte_too(hub, finished_run, copy, tmp_path):
-    """Large files through Xet, huggingface_hub's default, into a store on this disk, and out of it again."""
+    """Large files go through Xet, huggingface_hub's default, into a store on this disk, and are read back."""
     import hf_xet
 
     hub.xet_store = tmp_path / "store"
@@ -163,7 +163,7 @@ def test_a_fine_grained_token_may_write_where_it_says(hub, push, copy):
 
 
 def test_passing_failures_are_tried_again(hub, push, copy):
-    """A server error at every stage, a conflict, a connection cut in the middle of a file, a lost answer."""
+    """A server error at every stage, a conflict, a connection that breaks within a file, a lost answer."""
     hub.faults += [
         Fault("GET", "/api/whoami-v2", 500), Fault("POST", "/api/repos/create", 503), Fault("POST", "/preupload/", 500),
         Fault("POST", "/info/lfs/objects/batch", 502), Fault("PUT", "/lfs/object/", "cut"),
@@ -178,7 +178,7 @@ def test_passing_failures_are_tried_again(hub, push, copy):
 
 
 def test_an_upload_that_breaks_off_says_the_command_that_continues_it(hub, push, copy, tmp_path):
-    """The second weight file never gets through; what had arrived is not sent again."""
+    """The second weight file always fails. Files that arrived are not sent again."""
     weights = sorted(copy.glob("*.safetensors"))
     assert len(weights) == 2
     second = merge_and_push.certifying.sha256(weights[1])
@@ -252,7 +252,7 @@ def test_an_unreachable_hub_is_one_line(hub, finished_run, tmp_path):
 def test_a_token_with_a_line_break_works_and_no_fault_shows_it(
     hub, finished_run, copy, tmp_path, method, part, status, given
 ):
-    """On a terminal without Unicode: the certificate's table does not stop the push either."""
+    """On a terminal without Unicode, the table of the certificate does not stop the push either."""
     hub.repos["user/planner"] = Repo()
     hub.faults.append(Fault(method, part, f"echo {status}", times=99))
     if "create" in part:

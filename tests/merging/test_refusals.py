@@ -1,4 +1,4 @@
-"""What stops a merge: wrong input, damage, disks and signals; and that nothing is lost or left behind then."""
+"""Wrong input, damaged files, full disks and signals stop a merge; nothing is lost or left behind."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_finished_merge_is_not_done_again_and_replaced_when_asked(adapter, tmp
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that mounts a file system of so many bytes, in memory; needs the right to mount."""
+    """A function that mounts a file system of a given size (bytes) in memory; needs the right to mount."""
     mounted = []
 
     def mount(size: int) -> Path:
@@ -161,7 +161,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_merge(adapter, small_disk)
 
 
 def test_a_disk_that_fills_up_during_the_merge_leaves_nothing(adapter, small_disk):
-    """Somebody else fills a real file system once the merge has started."""
+    """Another program fills a real file system after the merge has started."""
     disk = small_disk(50_000_000)
 
     def fill() -> None:
@@ -183,7 +183,7 @@ def test_a_disk_that_fills_up_during_the_merge_leaves_nothing(adapter, small_dis
 
 
 def test_a_write_that_fails_leaves_what_was_there(adapter, tmp_path):
-    """The same without the right to mount: a limit on the size of files, as a quota sets it."""
+    """The same without the right to mount: file sizes are limited, as by a quota."""
     target = tmp_path / "merged"
     assert merge(adapter, target) == 0
     before = {path.name: path.read_bytes() for path in target.iterdir()}
@@ -200,7 +200,7 @@ def test_a_write_that_fails_leaves_what_was_there(adapter, tmp_path):
 
 
 def obey_permissions() -> None:
-    """Run in the child before it starts: root without the capability to write where the mode forbids it."""
+    """Runs in the child process: root loses the capability to write where the file mode forbids it."""
     if os.geteuid() == 0:
         drop_from_bounding_set, may_write_everywhere = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: capabilities(7)
         ctypes.CDLL(None).prctl(drop_from_bounding_set, may_write_everywhere)

@@ -1,4 +1,4 @@
-"""Data files as people have them: byte-order marks, folders of the Hub, configs beside data, parts, repeated rows."""
+"""Data files in real forms: byte-order marks, folders of the Hub, configs next to data, parts, repeated rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions from files and generators, and the promise that held-out questions were never trained on."""
+"""Questions from files and generators, and no held-out question is used in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON lines that survive being killed."""
+"""JSON Lines files stay readable after a kill."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_appending_after_a_kill_does_not_glue_lines(tmp_path):
     path.write_text('{"step": 1}\n' + json.dumps({"step": 2, "text": "x" * 200_000}))
     append_jsonl(path, {"step": 3})
     assert [r["step"] for r in read_jsonl(path)] == [1, 2, 3]
-    # and a torn line longer than the block that is read back
+    # and an incomplete line longer than the block that is read back
     path.write_text('{"step": 1}\n{"text": "' + "x" * 200_000)
     append_jsonl(path, {"step": 2})
     assert [r["step"] for r in read_jsonl(path)] == [1, 2]
@@ -114,8 +114,8 @@ def test_resume_cuts_the_steps_after_the_checkpoint(tmp_path):
     kept = path.read_bytes().split(b"\n")[:6]
     with path.open("a") as file:
         file.write('{"step": 11, "to')
-    assert truncate_jsonl_after(path, 6) == 5  # four steps and the torn line
-    assert path.read_bytes() == b"\n".join(kept) + b"\n"  # kept lines are kept to the byte
+    assert truncate_jsonl_after(path, 6) == 5  # four steps and the incomplete line
+    assert path.read_bytes() == b"\n".join(kept) + b"\n"  # kept lines do not change
     assert truncate_jsonl_after(path, 6) == 0
     assert truncate_jsonl_after(path, 0) == 6
     assert read_jsonl(path) == []

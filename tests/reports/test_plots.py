@@ -62,7 +62,7 @@ def test_curves_with_missing_keys_gaps_and_a_torn_line(tmp_path):
 
 
 def test_drawing_leaves_no_state_behind(tmp_path):
-    """No pyplot: its figures would pile up over a long run, and its backend may want a display."""
+    """pyplot is not used: its figures would accumulate in a long run, and its backend may need a display."""
     code = (
         "import sys\nfrom common.reports import jsonl, plots\nassert 'matplotlib' not in sys.modules\n"
         "jsonl.append_jsonl(sys.argv[1] + '/m.jsonl', {'step': 1, 'reward': 0.5})\n"

@@ -1,4 +1,4 @@
-"""The clock of a step's parts: nothing is counted twice, and nothing gets lost."""
+"""The clock of a step's parts counts no time twice and loses none."""
 
 from __future__ import annotations
 

@@ -38,4 +38,4 @@ def test_table_survives_model_text():
     lines = format_table([row, {"text": "short", "wide": "abcd", "flag": False, "nan": 1.0}], max_width=30).splitlines()
     assert len(lines) == 4 and "\x1b" not in "".join(lines) and "…" in lines[2]
     "".join(lines).encode("utf-8")
-    assert "日本  yes" in lines[2] and "abcd  no" in lines[3]  # two columns of a terminal each
+    assert "日本  yes" in lines[2] and "abcd  no" in lines[3]  # each character is two terminal columns wide

@@ -1,6 +1,6 @@
-"""Weights & Biases, the real library in offline mode: what it starts, what it says, what is in its files.
+"""Weights & Biases with the real library in offline mode: runs, messages and files.
 
-The runs happen in child processes: wandb keeps process-wide state, and a child shows all it prints.
+The runs are in child processes, because wandb keeps global state, and because all output of a child can be read.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from conftest import ROOT
 from common.reports.metrics import step_metrics
 from common.reports.wandb_log import wandb_name
 
-# Runs the function named in argv[1] of this file; the parent reads what it prints on both streams.
+# Runs the function of this file that argv[1] names; the parent reads both output streams.
 CHILD = "import sys; sys.path[:0] = ['.', 'tests', 'tests/reports']; import test_wandb_log; getattr(test_wandb_log, sys.argv[1])(*sys.argv[2:])"
-# Written by children before what the test looks at: importing the stack may print things of its own.
+# Children print this before the output under test, because imports may print something too.
 MARK = "--- start ---\n"
 
 
 def run_child(function, *arguments, home, **variables):
-    """Run a function of this file with no keys and no proxies of the user around; (stdout, stderr)."""
+    """Run a function of this file without the user's keys and proxies. Returns (stdout, stderr)."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and not k.lower().endswith("_proxy")}
     kept.pop("NETRC", None)
     done = subprocess.run(
@@ -50,8 +50,8 @@ def mark():
 def history_of(run_dir):
     """The history rows in an offline run's .wandb file: {metric: value} per call of run.log.
 
-    The file is LevelDB's log format: 32 KiB blocks of chunks (crc 4, length 2, type 1, data), a
-    record being one chunk or a first, middles and a last.
+    The file has LevelDB's log format: 32 KiB blocks of chunks (crc 4, length 2, type 1, data). A record is one chunk,
+    or a first, middle and last chunks.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -80,7 +80,7 @@ def history_of(run_dir):
 
 
 def start_in_every_way(out, refused_port):
-    """One line of JSON per case: mode, seconds, what stood on stderr. One child for all: imports are slow."""
+    """One line of JSON per case: mode, seconds, stderr. One child runs all cases, because imports are slow."""
     import contextlib
     import io
     import time
@@ -201,7 +201,7 @@ def sample(step, index):
 
 
 def log_a_training(out, max_steps):
-    """A run of STEPS steps, driven as the Trainer drives callbacks."""
+    """A run of `max_steps` steps that calls the callbacks as the Trainer does."""
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from common.reports.wandb_log import WandbCallback
@@ -211,7 +211,7 @@ def log_a_training(out, max_steps):
     control = TrainerControl()
     run = start_wandb("project", "a run", {"lr": 1e-5}, out)
     assert run is not None
-    callback = WandbCallback()  # takes the run that was started
+    callback = WandbCallback()  # uses the active run
     for step in range(1, STEPS + 1):
         state = TrainerState(global_step=step, max_steps=int(max_steps), logging_steps=1, is_world_process_zero=True)
         batch = [sample(step, index) for index in range(BATCH)]
@@ -221,16 +221,16 @@ def log_a_training(out, max_steps):
         logs |= {"independence": float("nan"), "token_efficiency": None, "completions/mean_length": 12.0}
         callback.on_log(args, state, control, logs=logs)
     callback.on_log(args, state, control, logs={"eval_reward": 0.7, "epoch": 1.0})
-    callback.add_samples([sample(STEPS + 1, 5)])  # a step that the end of training cut off
+    callback.add_samples([sample(STEPS + 1, 5)])  # a step that was not logged before training ended
     callback.on_train_end(args, state, control)
     callback.on_log(args, state, control, logs={"train_runtime": 1.5, "train_loss": 0.1})
     callback.close()
-    del os.environ["WANDB_DATA_DIR"]  # as a new process would have it
+    del os.environ["WANDB_DATA_DIR"]  # as in a new process
     return run.settings.sync_dir
 
 
 def log_after_the_end(out):
-    """Training with a run that is already finished: wandb raises at every call."""
+    """Training with a run that is already finished, so that wandb raises at every call."""
     from transformers import TrainerControl, TrainerState
 
     from common.reports.wandb_log import WandbCallback
@@ -272,7 +272,7 @@ def logged(logs, request):
 
 
 def test_two_runs_print_two_lines(logs):
-    """Those of start_wandb: nothing of wandb's own, and no warning of the callback's."""
+    """Both are from start_wandb; wandb itself prints nothing, and the callback gives no warning."""
     lines = logs[1].splitlines()
     assert len(lines) == 2 and all(line.startswith("wandb: offline") for line in lines)
 
@@ -291,7 +291,7 @@ def test_metrics_have_readable_names_and_one_x_axis(logged):
             "completions/mean_length": 12.0,
         }.items()
     )
-    assert not {"independence", "token_efficiency"} & set(steps[2])  # NaN and None are not points of a curve
+    assert not {"independence", "token_efficiency"} & set(steps[2])  # NaN and None give no point of a curve
     assert {"eval/reward": 0.7, "train/epoch": 1.0, "train/global_step": STEPS}.items() <= history[STEPS].items()
     assert history[-1]["train/runtime"] == 1.5
 

@@ -1,4 +1,4 @@
-"""A training that is resumed goes on in its W&B run: the real scripts, the real library in offline mode."""
+"""A resumed training continues its W&B run: the real scripts, the real library in offline mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run per output folder: real processes that want the same one."""
+"""One run per output folder: real processes compete for the same one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that is full, for real: a file system of a few megabytes, and runs that go on once there is room."""
+"""A disk that is really full: a file system of a few megabytes, and runs that continue once there is room."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from common.runs.files import write_json
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """(mount point of an empty file system of 6 MB, a function that makes it as many larger)."""
+    """(mount point of an empty file system of 6 MB, a function that makes it larger by a number of MB)."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(place)]
@@ -37,12 +37,12 @@ def small_disk(tmp_path):
         subprocess.run(["mount", "-o", f"remount,size={megabytes}m", str(place)], check=True)
 
     yield place, grow
-    # Lazily: an error that a test has caught may still hold the file that it came from.
+    # A lazy unmount, because an error that a test has caught may still keep its file open.
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def told(folder: Path, work: Callable[[], object]) -> str:
-    """The one line that a failed write leads to."""
+    """The one line that explains a failed write."""
     with pytest.raises(UserError) as caught, storage.explained(folder, lambda: "then again", lambda: 20_000_000):
         work()
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)

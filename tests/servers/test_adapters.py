@@ -1,4 +1,4 @@
-"""Adapter versions on servers: on all or on none, older ones unloaded, and each refusal told in one line."""
+"""Adapter versions on servers: on all or none, older ones unloaded, and each refusal explained in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a server is asked: retries, fallbacks, errors of one line."""
+"""Requests to a server: retries, fallbacks, and errors in one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_trouble_that_passes_is_retried_and_trouble_that_stays_is_told(server, c
         if len(served) == 1:
             return handler.error(503, "loading", Retry_After="0")
         if len(served) == 2:
-            handler.reply(server.completion(request), cut=40)  # the connection breaks in the middle of the reply
+            handler.reply(server.completion(request), cut=40)  # the connection breaks within the reply
             return True
         return False
 

@@ -1,4 +1,4 @@
-"""What servers make of OpenAI's reply: why an answer ended, where it stands, how long it was, errors with status 200."""
+"""Variants of OpenAI's reply: why an answer ended, where it is, how long it was, errors with status 200."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.workers.remote import ServerWorker
 
 
 def answer_of(server, **change) -> Generation:
-    """The worker's answer where the server's reply is changed: `choice`, `message` and `usage` of it."""
+    """The worker's answer to a changed reply; `choice`, `message` and `usage` name the changes."""
 
     def apply(reply, choice):
         choice.update(change.get("choice", {}))
@@ -31,7 +31,7 @@ def test_only_the_limit_and_filters_cut_an_answer_off(server):
     cut = ("length", "max_tokens", "MAX_TOKENS", "model_length", "content_filter", "SAFETY", "abort")
     for reason in (*finished, *cut):
         assert answer_of(server, choice={"finish_reason": reason}).finished == (reason in finished), reason
-    # Without a reason the length tells: as many tokens as were asked for.
+    # Without a finish reason the length decides: the token limit was reached.
     assert not answer_of(server, choice={"finish_reason": None}, usage={"completion_tokens": 9}).finished
 
 
@@ -156,7 +156,7 @@ def test_a_template_that_refuses_the_system_role_gets_the_instructions_in_the_us
 
 
 def test_a_template_that_drops_the_system_message_is_found_out(server, capsys):
-    """Only the length of the prompt tells."""
+    """Only the length of the prompt shows it."""
 
     def count(reply, choice):
         kept = [m for m in server.requests[-1]["messages"] if m["role"] != "system"]

@@ -1,4 +1,4 @@
-"""A real vLLM server on the CPU: who answers, plans by JSON schema, files, the benchmark, and training with it."""
+"""A real vLLM server on the CPU: which model answers, plans by JSON schema, files, benchmark, and training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOURCE = "generated:shares?people=4&low=1&high=5"
 
 @pytest.fixture(scope="session")
 def serve(vllm_server, planner_adapter):
-    """A context manager: a server of base and adapter with so many LoRA slots, as its address."""
+    """A context manager: runs a server of base and adapter with a number of LoRA slots, and gives its address."""
 
     @contextmanager
     def serve(slots: int) -> Iterator[str]:
@@ -51,7 +51,7 @@ def ask(url: str, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_probe_catches_a_server_without_a_spare_slot(serve):
-    """On this backend the base then answers as the adapter when their requests share a batch."""
+    """Then this backend answers base requests with the adapter when both kinds share a batch."""
     with serve(slots=1) as contaminated:
         done = ask(contaminated, "--question", "What is 2 + 3 + 4?")
     assert done.returncode == 3, done.stderr
@@ -61,7 +61,7 @@ def test_the_probe_catches_a_server_without_a_spare_slot(serve):
 
 
 def test_the_base_answers_as_the_local_worker_does_also_in_a_mixed_batch(url, smollm2):
-    """Token for token what the frozen worker of training answers, while the adapter is busy beside it."""
+    """While the adapter is busy, the answers equal those of training's frozen worker token by token."""
     model, tokenizer = smollm2
     server = Server(Endpoint(url))
     served = server.run(server.models())
@@ -89,7 +89,7 @@ def test_one_question_is_planned_by_schema_and_solved(url):
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["plan_state"] == "valid" and record["decision"] == "split" and len(record["solutions"]) == 2
-    assert "worker_style=few-shot" in done.stderr and "training_config.json" in done.stderr  # learned from the adapter
+    assert "worker_style=few-shot" in done.stderr and "training_config.json" in done.stderr  # from the adapter's folder
     too_long = ask(url, "--question", "What is 2 + 3? " * 400, "--no-probe")
     assert too_long.returncode == 1 and "1024" in too_long.stdout  # the server's own words
 
@@ -131,7 +131,7 @@ def test_grpo_trains_with_the_servers_base_as_worker(url, tiny_planner, question
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    # The tiny planner's own weights cannot add: right sums come from SmolLM2 on the server.
+    # The tiny planner cannot add, so correct sums come from SmolLM2 on the server.
     assert any("=" in solution for record in records for solution in record["solutions"]) and not any(
         r["error"] for r in records
     )

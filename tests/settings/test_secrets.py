@@ -1,4 +1,4 @@
-"""Keys: cleaned, checked, and in nothing that the scripts print or write, whatever server and libraries make of them."""
+"""Keys are cleaned and checked, and scripts never print or write them, whatever servers and libraries do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common.settings import secrets
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """What one test protects is not hidden in the next."""
+    """Keys that one test protects are not hidden in the next."""
     monkeypatch.setattr(secrets, "_parts", set())
 
 
@@ -49,7 +49,7 @@ def test_a_key_is_hidden_in_every_way_of_writing_it_and_the_rest_stays():
         assert secrets.redact(f"before {text} after").startswith("before ")
     assert secrets.redact(repr("quo'te\"d\\key")).count("[key]") == 1
     assert secrets.redact("nothing of it") == "nothing of it"
-    secrets.protect("EMPTY")  # what local servers are given
+    secrets.protect("EMPTY")  # a usual placeholder for local servers
     assert secrets.redact("EMPTY") == "EMPTY"
 
 
@@ -69,7 +69,7 @@ def test_errors_and_what_led_to_them_are_scrubbed():
 
 @pytest.fixture
 def planted(tmp_path, server) -> dict[str, str]:
-    """An environment with a key in each place that holds one, each with a line break at its end."""
+    """An environment with a key in every place for one, each with a line break at its end."""
     home = tmp_path / "home"
     (home / "hf").mkdir(parents=True)
     (home / "hf" / "token").write_text(HUB + "\n")
@@ -81,7 +81,7 @@ def planted(tmp_path, server) -> dict[str, str]:
 
 
 def shown(done, folder) -> set[str]:
-    """Parts of the planted keys in what a script printed, and wrote below a folder."""
+    """Parts of the planted keys in the output of a script, and in the files below a folder."""
     text = everything(folder, done.stdout, done.stderr)
     return {part for key in (OPENAI, HUB, WANDB) for part in found(key, text)}
 
@@ -137,7 +137,7 @@ def test_no_list_of_models_and_no_misspelt_flag_shows_the_key(server, planted, t
 
 
 def test_nothing_that_a_grpo_run_writes_holds_a_key(server, planted, tiny_planner, questions_file, tmp_path):
-    """A worker with all faults in turn, W&B on, its server in trouble too."""
+    """The worker's server has all faults in turn; W&B is on, and its server fails too."""
     faults, turn = list(FAULTS.values()), [0]
 
     def fault(handler, request):
@@ -192,7 +192,7 @@ def test_a_key_that_cannot_be_one_is_one_line_before_any_request(planted, tmp_pa
 
 
 def test_a_login_that_holds_no_key_and_keys_of_others_do_no_harm(server, planted, tmp_path):
-    """What a command does not use may be in any state."""
+    """A login that a command does not use may be in any state."""
     (tmp_path / "home" / "hf" / "token").write_bytes(b"\xff\xfe" + HUB.encode("utf-16-le"))
     (tmp_path / "home" / "netrc").write_text("machine\n\x00 broken")
     env = {**planted, "WANDB_API_KEY": "not a key", "HF_TOKEN": "not one either"}

@@ -29,7 +29,7 @@ def test_report_writes_a_line_per_training_step(tmp_path, trainer_args):
     assert not report.plot_path.exists()
     report.on_log(trainer_args, state_at(2), control, logs={"loss": 0.4})
     assert report.plot_path.exists()
-    report.on_log(trainer_args, state_at(2), control, logs={"eval_loss": 1.0, "epoch": 0.1})  # a line of its own
+    report.on_log(trainer_args, state_at(2), control, logs={"eval_loss": 1.0, "epoch": 0.1})  # a separate line
     report.on_log(trainer_args, state_at(2), control, logs={"train_runtime": 1.0, "train_loss": 1.0})  # the summary
     report.on_log(trainer_args, state_at(3, main=False), control, logs={"loss": 0.4})  # another process
     first, second, evaluation = read_jsonl(tmp_path / "metrics.jsonl")
@@ -53,7 +53,7 @@ def test_report_draws_at_the_end_and_resumes_where_the_checkpoint_was(tmp_path, 
 
 
 def test_a_picture_that_cannot_be_drawn_is_only_a_warning(tmp_path, trainer_args, caplog):
-    (tmp_path / "training_curves.png").mkdir()  # in the way
+    (tmp_path / "training_curves.png").mkdir()  # so the picture cannot be written
     report = ReportCallback(tmp_path, plot_every=1)
     with caplog.at_level(logging.WARNING):
         report.on_log(trainer_args, state_at(1), TrainerControl(), logs={"reward": 0.9})
@@ -77,7 +77,7 @@ def test_collapse_is_reported_while_the_reward_rises(trainer_args, caplog):
     assert warnings_of(CollapseWarning(), trainer_args, caplog, healthy + collapsed) == [20, 40, 60]
     message = caplog.records[0].getMessage()
     assert "\n" not in message and "10%" in message and "0.300" in message
-    # few distinct plans without a rising reward, a rising reward with distinct plans, no metric: silence
+    # no warning: few distinct plans without a rising reward, a rising reward with distinct plans, no metric
     assert warnings_of(CollapseWarning(), trainer_args, caplog, [(0.1, 0.5)] * 40) == []
     assert warnings_of(CollapseWarning(), trainer_args, caplog, [(0.9, i / 40) for i in range(40)]) == []
     assert warnings_of(CollapseWarning(), trainer_args, caplog, [(None, i / 40) for i in range(40)]) == []
@@ -106,7 +106,7 @@ def test_first_signal_asks_for_a_checkpoint_the_second_interrupts(trainer_args, 
 
 
 def test_a_signal_in_the_middle_of_logging_is_no_deadlock(trainer_args, capfd):
-    """Signals land anywhere: also where the main thread holds the locks of logging and of a stream."""
+    """A signal may arrive while the main thread holds the locks of logging and of a stream."""
     stopped = 0
     for _ in range(20):
         with StopOnSignal() as stop:
@@ -121,7 +121,7 @@ def test_a_signal_in_the_middle_of_logging_is_no_deadlock(trainer_args, capfd):
 
 
 def test_a_forked_child_still_dies_of_sigterm(trainer_args):
-    """Data loader workers inherit the handler; it must not make them deaf or let them speak."""
+    """Data loader workers inherit the handler; they must still end, and must print nothing."""
     with StopOnSignal() as stop:
         pid = os.fork()
         if pid == 0:
@@ -147,7 +147,7 @@ def rank_loop(rank, store, trainer_args, results):
 
 
 def test_all_processes_stop_when_one_gets_the_signal(tmp_path, trainer_args):
-    """Two gloo processes, only one of which is signalled; a lone exit would hang the other."""
+    """Two gloo processes, only one of which gets the signal; if it left alone, the other would hang."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     ranks = [

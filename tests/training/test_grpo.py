@@ -35,7 +35,7 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     ids=["fp32", "bf16", "nf4"],
 )
 def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, four_bit, cpu_dtype):
-    """The worker trap (docs/architecture.md): inside reward calls, with checkpointing on and dropout."""
+    """Inside reward calls, with gradient checkpointing and dropout, where a simple worker fails (docs/architecture.md)."""
     from common.models import load_base, load_tokenizer
     from common.training.grpo import build_trainer
 
@@ -49,7 +49,7 @@ def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, 
     trainer, executor = build_trainer(tiny_args, questions, tokenizer)
     base = load_base(tiny_args.base_model, four_bit=four_bit).eval()
     separate = FrozenWorker(base, tokenizer, max_tokens=24, cpu_dtype=cpu_dtype)
-    asked = [prompts.planner_messages(question, "short") for question in QUESTIONS]  # what it can answer
+    asked = [prompts.planner_messages(question, "short") for question in QUESTIONS]  # prompts that it can answer
     expected = separate.generate(asked)
     assert all(answer.tokens > 10 for answer in expected)
 
@@ -62,7 +62,7 @@ def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, 
     def probing(**kwargs):
         assert model.training and torch.is_grad_enabled(), "the trap is only set in train mode with gradients on"
         scored = reward(**kwargs)
-        # without the memory of earlier calls
+        # without cached answers of earlier calls
         fresh = FrozenWorker(getter, tokenizer, max_tokens=24, cpu_dtype=cpu_dtype)
         assert fresh.generate(asked) == expected
         assert model.training and torch.is_grad_enabled(), "the guard must put everything back"
@@ -80,7 +80,7 @@ def test_worker_equals_a_separate_base_model_while_the_adapter_moves(tiny_args, 
 
 
 def test_a_worker_call_leaves_the_gradients_of_a_4bit_model_alone(tiny_planner):
-    """bitsandbytes repacks 4-bit layers on some CPUs in eval mode, for a kernel without a gradient."""
+    """On some CPUs bitsandbytes repacks 4-bit layers in eval mode for a kernel without a gradient."""
     from peft import LoraConfig, get_peft_model
 
     from common.models import load_base, load_tokenizer
@@ -161,12 +161,12 @@ def test_the_saved_adapter_loads_in_plain_peft_and_differs_from_the_base(finishe
 
 
 def test_resume_gives_the_same_result_as_never_having_stopped(finished_run, tmp_path):
-    """Same step, data order, optimiser state and random numbers: the last two steps come out bit by bit."""
+    """Step, data order, optimiser state and random numbers continue, so the last two steps are equal bit by bit."""
     _, folder, _ = finished_run
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "checkpoint-4")
-    # A newer checkpoint that was cut off while being written must not be taken.
+    # A newer checkpoint that was not written completely must not be used.
     shutil.copytree(copy / "checkpoint-2", copy / "checkpoint-3")
     whole = (copy / "checkpoint-3" / "optimizer.pt").read_bytes()
     (copy / "checkpoint-3" / "optimizer.pt").write_bytes(whole[: len(whole) // 2])
@@ -230,7 +230,7 @@ def test_training_goes_on_from_an_adapter(finished_run, tiny_args):
     _, folder, _ = finished_run
     tiny_args.adapter_path = str(folder)
     tiny_args.max_steps = 1
-    tiny_args.lr = 1e-9  # nothing moves, so what is saved is what was loaded
+    tiny_args.lr = 1e-9  # no weight changes, so the saved weights are the loaded ones
     done = run_script("grpo_training.py", *flags(tiny_args))
     assert done.returncode == 0, done.stderr
     before, after = adapter_weights(folder), adapter_weights(Path(tiny_args.output_dir))
@@ -281,7 +281,7 @@ def test_fewer_questions_than_a_step_takes_is_said_before_anything_is_trained(ti
 
 
 def test_a_shared_prompt_gives_the_gradient_that_separate_prompts_give(tiny_args):
-    """Prompts run once for their group: same log-probabilities, entropies and gradient as TRL's own way."""
+    """Each prompt is run once for its group: log-probabilities, entropies and gradient are the same as in TRL."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from common.training.grpo import build_trainer

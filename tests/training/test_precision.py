@@ -1,4 +1,4 @@
-"""What is trained is fp32, and a 4-bit run learns and resumes as a plain one does."""
+"""Trained weights are fp32, and a 4-bit run learns and resumes like one without quantisation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
 def test_a_small_step_moves_every_trained_weight(tiny_args, four_bit):
-    """At a learning rate of 1e-5 bf16 weights would mostly stay where they are: half their spacing is larger."""
+    """At a learning rate of 1e-5 most bf16 weights would not change: half the distance of two bf16 numbers is larger."""
     tiny_args.use_4bit, tiny_args.lr, tiny_args.max_steps = four_bit, 1e-5, 2
     trainer, _ = build_trainer(
         tiny_args, load_questions(tiny_args.dataset, limit=4), models.load_tokenizer(tiny_args.base_model)
@@ -48,7 +48,7 @@ def test_a_4bit_run_resumes_bit_for_bit(tiny_args, tmp_path):
 
 
 def test_the_kl_penalty_of_a_warm_start_is_measured_against_the_warm_start(tiny_args, finished_run):
-    """Nothing has been trained yet, so the policy is its own reference; against the base it would not be."""
+    """Before any training the policy equals its reference, so the KL is 0; against the base model it would not be."""
     tiny_args.adapter_path, tiny_args.beta, tiny_args.max_steps = str(finished_run[1]), 0.1, 1
     trainer, _ = build_trainer(
         tiny_args, load_questions(tiny_args.dataset, limit=4), models.load_tokenizer(tiny_args.base_model)

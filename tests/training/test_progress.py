@@ -36,7 +36,7 @@ def test_progress_without_a_terminal_is_a_few_plain_lines(trainer_args, capsys):
     assert [line.split()[1] for line in lines] == ["1/25", "11/25", "21/25", "25/25"]
     assert "reward 0.500  correct 25%  invalid 12%  decomposed 100%" in lines[0]
     assert "s/step" in lines[0] and "left" in lines[0]
-    # stopped early, and steps that have no log of their own
+    # stopped early, and steps without a log
     run_steps(ProgressCallback(), trainer_args, 13, 100, log_every=5)
     assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["1/100", "11/100", "13/100"]
 
@@ -51,11 +51,11 @@ def test_progress_on_a_terminal_is_one_bar(trainer_args, rows_and_columns):
         sys.stderr.flush()
         os._exit(0)
     shown = b""
-    with contextlib.suppress(OSError):  # Linux's end of file on a terminal
+    with contextlib.suppress(OSError):  # how Linux reports the end of a terminal's output
         while chunk := os.read(terminal, 4096):
             shown += chunk
     os.close(terminal)
     assert os.waitpid(pid, 0)[1] == 0
     last = shown.decode().strip().split("\r")[-1]
     assert "5/5" in last and "reward 0.500" in last and "decomposed 100%" in last
-    assert shown.count(b"\n") == 1  # always the same line
+    assert shown.count(b"\n") == 1  # the bar redraws one line

@@ -72,11 +72,11 @@ def test_planning_data_in_its_own_columns_with_a_validation_split(tiny_planner, 
     assert done.returncode == 0, done.stderr
     assert "2 rows to imitate, 1 to validate on" in done.stderr
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    (validation,) = [record["eval_loss"] for record in logged if "eval_loss" in record]  # a pass costs time: just one
+    (validation,) = [record["eval_loss"] for record in logged if "eval_loss" in record]  # evaluated once only
     assert f"{validation:.3f}" in done.stdout
 
 
-# A reasoning model's, in short: it opens the reasoning in the prompt, and strips it from an answer.
+# A short form of a reasoning model's template: begins the reasoning in the prompt, removes it from answers.
 REASONING_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
     "<|User|>{{ m.content }}{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}"

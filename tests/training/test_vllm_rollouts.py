@@ -1,4 +1,4 @@
-"""GRPO with planner and worker on a real vLLM server: who answers, and what happens when it is not who it should be."""
+"""GRPO with planner and worker on a real vLLM server: the right model answers, and a wrong one stops the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS = 5
 
 
 class RunningServer:
-    """A vLLM server as `--vllm-python` starts it, that can be killed and started again under the same address."""
+    """A vLLM server as `--vllm-python` starts it; it can be killed and started again at the same address."""
 
     def __init__(self, vllm_server) -> None:
         self.port = free_port()
@@ -57,7 +57,7 @@ def served(vllm_server) -> Iterator[RunningServer]:
 
 
 def command(url: str, adapter: str, questions: Path, folder: Path, *flags: str) -> list[str]:
-    """The flags of a run of a few steps whose adapter moves a lot in each."""
+    """The command of a run of a few steps whose adapter changes a lot in each."""
     return [
         "--base-model", PACKAGED_MODEL, "--adapter-path", adapter, "--dataset", str(questions), "--output-dir", str(folder),
         "--planner-style", "short", "--worker-style", "few-shot", "--worker-max-tokens", "8", "--max-completion-length", "48",
@@ -76,7 +76,7 @@ def run(served, planner_adapter, questions_file, tmp_path_factory) -> Path:
 
 
 def loaded(url: str) -> list[str]:
-    """Adapters that a server has."""
+    """Names of the adapters on a server."""
     with urllib.request.urlopen(f"{url}/models") as reply:
         return [model["id"] for model in json.load(reply)["data"] if model["parent"]]
 
@@ -94,7 +94,7 @@ def test_the_adapter_in_training_wrote_every_completion(run, served, planner_ada
 
 
 def test_the_worker_on_the_server_answers_as_the_frozen_worker_here(run, smollm2):
-    """Also after five versions of the adapter were loaded, the last of which is far from the first."""
+    """Also after five versions of the adapter were loaded, with the last very different from the first."""
     model, tokenizer = smollm2
     samples = [sample for sample in read_jsonl(run / "samples.jsonl") if sample["plan"]]
     local = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=8)
@@ -111,7 +111,7 @@ def test_the_worker_on_the_server_answers_as_the_frozen_worker_here(run, smollm2
 
 @contextmanager
 def sabotaged(url: str, after: int, answer_as: str | None) -> Iterator[str]:
-    """A proxy before a server that takes `after` adapters and pretends with the next: an older one, or the base, answers."""
+    """A proxy that passes on `after` adapters. It only pretends to load the next: an older one or the base answers."""
     known: list[str] = []
 
     class Proxy(BaseHTTPRequestHandler):
@@ -158,7 +158,7 @@ def sabotaged(url: str, after: int, answer_as: str | None) -> Iterator[str]:
 def test_a_swap_that_did_not_happen_stops_the_run_at_once_and_it_goes_on_from_there(
     run, served, planner_adapter, questions_file, tmp_path
 ):
-    """Step 3 is answered by version 2. Resumed with an honest server, the run ends as one that was never stopped."""
+    """Version 2 answers in step 3. Resumed with a correct server, the run ends like one that never stopped."""
     folder = tmp_path / "run"
     with sabotaged(served.url, after=2, answer_as=None) as url:
         flags = command(url, planner_adapter, questions_file, folder, "--max-steps", "3")
@@ -254,7 +254,7 @@ def test_the_runs_own_server_ends_with_it_also_when_it_is_killed(
 
 
 def wait_for(process: subprocess.Popen, path: Path) -> None:
-    """Return once a file of a running script is there."""
+    """Wait until a running script has written a file."""
     end = time.monotonic() + 600
     while not path.exists():
         assert process.poll() is None and time.monotonic() < end, process.communicate()[1]

@@ -1,4 +1,4 @@
-"""The worker is the base model: measured at the start and the end of a run, and what is refused because it is not."""
+"""The worker is the base model: measured at start and end of a run; adapters that change the base are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TARGETS = ["q_proj", "up_proj"]
 
 
 def wrapped(base, **config):
-    """A model with an adapter of which every trainable weight has moved, as after training."""
+    """A model with an adapter in which every trainable weight has changed, as after training."""
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(base, LoraConfig(**{"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **config}))
@@ -33,7 +33,7 @@ def wrapped(base, **config):
 
 
 def base_with_biases():
-    """A two-layer Llama of nothing learned, whose attention has biases to train."""
+    """An untrained two-layer Llama with trainable biases in its attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -128,7 +128,7 @@ def test_a_warm_start_that_changes_the_base_is_one_line(script, finished_run, ti
 
 
 def test_a_warm_start_that_brings_embeddings_of_its_own_is_found_by_measuring(finished_run, tiny_args, tmp_path):
-    """Nothing in the config tells it: PEFT writes whole embeddings beside the adapter, and loads them into the base."""
+    """The config does not show it: PEFT saves whole embeddings with the adapter, and loads them into the base model."""
     _, folder, _ = finished_run
     name = "model.embed_tokens.weight"
     embeddings = load_file(Path(tiny_args.base_model) / "model.safetensors")[name] + 0.01
@@ -153,7 +153,7 @@ def test_a_base_that_moves_during_the_run_stops_it_at_the_end(tiny_args):
 
 
 def test_a_4bit_base_is_measured_too_and_its_device_is_recorded(tiny_args):
-    """PEFT and TRL touch a quantised base on the way (casts, frozen flags): the logits must not see it."""
+    """PEFT and TRL modify a quantised base model (casts, frozen flags); its logits must not change."""
     tiny_args.use_4bit, tiny_args.max_steps = True, 1
     done = run_script("grpo_training.py", *[flag for flag in flags(tiny_args) if flag != "--no-4bit"], "--4bit")
     assert done.returncode == 0, done.stderr

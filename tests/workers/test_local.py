@@ -1,4 +1,4 @@
-"""The frozen worker on a local model: batches, memory of answers, failures."""
+"""The frozen worker on a local model: batches, cached answers, failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_tokens_count_the_end_token_and_no_padding(smollm2):
     worker = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=24)
     short = worker.solve_subproblem("What is 3 + 9?", "")
     assert short.finished
-    # pad is eos for this model: a count by id would drop the end token or count the padding
+    # the pad token equals the end token here, so counting by id would drop the end token or count padding
     assert short.tokens == len(tokenizer(short.text, add_special_tokens=False).input_ids) + 1
     cut = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=3).solve_subproblem("What is 3 + 9?", "")
     assert (cut.tokens, cut.finished) == (3, False)
@@ -35,7 +35,7 @@ def test_identical_prompts_run_once_and_are_remembered_within_bounds(smollm2):
     assert stats.cache_hit_rate == pytest.approx(3 / 5)
     assert worker.generate(ask) == first[:2]
     assert worker.take_stats().generated == 0
-    worker.generate([prompts.direct_messages(SUMS[2], "few-shot")])  # pushes the oldest out
+    worker.generate([prompts.direct_messages(SUMS[2], "few-shot")])  # drops the oldest cached answer
     worker.take_stats()
     worker.generate(ask)
     assert worker.take_stats().generated >= 1
@@ -63,7 +63,7 @@ def test_a_prompt_that_cannot_be_answered_fails_alone(smollm2):
 
 
 class _FailsOnMarkedPrompts(torch.nn.Module):
-    """A real model whose forward raises, as an out-of-memory does, when a marked token is in the batch."""
+    """A real model whose forward raises, like running out of memory, if a marked token is in the batch."""
 
     def __init__(self, model, marked: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_out_of_memory_fails_only_the_prompt_that_causes_it(smollm2):
     assert "no memory" in answers[3].error
     reference = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=8).generate(ask[:3])
     assert answers[:3] == reference
-    # a failure is not remembered: the prompt may work later
+    # a failure is not cached, because the prompt may work later
     assert len(worker._memory) == 4
     # Five prompts of about 500 tokens were too many, and so were some of their halves: later batches are smaller.
     assert worker._batch_tokens < 5 * 600 // 2

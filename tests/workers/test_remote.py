@@ -42,7 +42,7 @@ def test_requests_are_bounded_shared_and_remembered(server):
 
 
 def test_a_combine_does_not_wait_for_other_questions(server):
-    """The slow question's subproblem is still being solved when the quick one is combined."""
+    """The quick question is combined while a subproblem of the slow one is still being solved."""
     order = []
 
     def fault(handler, request):
@@ -74,7 +74,7 @@ def test_a_worker_failure_in_training_masks_its_own_samples_only(server):
 
 
 def test_grpo_trains_on_a_worker_elsewhere(server, tiny_planner, questions_file, tmp_path):
-    """A real run of two steps; a question that the server refuses is masked, and the run records it."""
+    """A real run of two steps; a question that the server refuses is masked and recorded."""
     server.fault = lambda handler, request: asks(request, "9 + 4") and handler.error(400, "too long")
     done = run_script(
         "grpo_training.py", "--base-model", tiny_planner, "--dataset", str(questions_file), "--output-dir", str(tmp_path / "run"),
@@ -89,7 +89,7 @@ def test_grpo_trains_on_a_worker_elsewhere(server, tiny_planner, questions_file,
     refused = [record for record in records if record["error"] is not None]
     assert answered and all(record["final"] == '{"final_answer": 5}' for record in answered)
     assert refused and all(record["reward"] is None and "too long" in record["error"] for record in refused)
-    # The printed command serves this very adapter: its rank, a spare slot, and the base it was trained on.
+    # The printed command serves this adapter: with its rank, a spare slot, and its base model.
     command = next(line for line in done.stdout.splitlines() if "api_server" in line)
     assert f"--lora-modules recursive_reasoner={tmp_path / 'run'}" in command and f"--model {tiny_planner}" in command
     assert "--max-lora-rank 16" in command and "--max-loras 2" in command

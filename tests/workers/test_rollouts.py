@@ -1,4 +1,4 @@
-"""Rollouts from servers: who is asked what, which samples are lost when one fails, and when the run stops."""
+"""Rollouts from servers: which server gets which prompt, which samples a failure costs, and when the run stops."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_groups_completions_come_from_one_server_each_with_its_own_seed(two, t
     ]
     asked = two[0].sampled + two[1].sampled
     assert len({request["seed"] for request in asked}) == 6
-    # Whatever the model's own sampling defaults are.
+    # Independent of the model's own sampling defaults.
     assert all((r["temperature"], r["top_p"], r["top_k"], r["min_p"]) == (0.9, 1.0, 0, 0.0) for r in asked)
     seeds = {request["seed"] for request in asked}
     again = planner(two, tmp_path)
