@@ -38,7 +38,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def answers_file(checkpoint: Path, rank: int) -> Path:
-    """Where a checkpoint holds the worker's remembered answers; each process of a run has its own."""
+    """The file in a checkpoint with the worker's cached answers; each process of a run (`rank`) has its own."""
     return checkpoint / f"worker_answers_{rank}.json"
 
 

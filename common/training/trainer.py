@@ -69,11 +69,8 @@ class EpochSampler(RepeatSampler):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins.
-
-    On several processes, and in a resumed run, accelerate wraps the data loader, and nothing else tells the sampler
-    (docs/architecture.md). It would repeat the order of the first epoch.
-    """
+    """Tells the sampler which epoch begins. On several processes, and in a resumed run, accelerate does not, and the
+    order of the first epoch would repeat (docs/architecture.md)."""
 
     def __init__(self, sampler: EpochSampler) -> None:
         self._sampler = sampler
@@ -109,10 +106,10 @@ class PlannerTrainer(GRPOTrainer):
         self._compares = True  # log-probabilities of the first rollouts with those of the training step
         self._log_probs: torch.Tensor | None = None  # of the micro-batch in training, (B, T)
         self._agreement: dict[str, float] = {}
-        self.worker: FrozenWorker | None = None  # whose answers go into each checkpoint
+        self.worker: FrozenWorker | None = None  # its cached answers are stored in each checkpoint
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model; into a checkpoint (`_internal_call`), the worker's remembered answers as well."""
+        """Save the model. In a checkpoint (`_internal_call`), the worker's cached answers are saved too."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.worker is not None:
             self.worker.save_answers(answers_file(Path(output_dir), self.accelerator.process_index))

@@ -115,20 +115,20 @@ class LocalModel:
         return [answers[text] for text in texts]
 
     def save_answers(self, path: Path) -> None:
-        """Write the remembered answers to a file, for a run that goes on from here.
+        """Write the cached answers to a file, for a run that resumes from here.
 
-        The kept beginnings of prompts are dropped, because a resumed run has none either: both then compute them from
-        the same batch. In bf16 the order of sums matters (docs/performance.md).
+        The cached keys and values of shared beginnings are dropped, because a resumed run has none either. So both runs
+        compute them again from the same batch. In bf16 the order of sums matters (docs/performance.md).
 
         Raises:
-            OSError: where the file cannot be written.
+            OSError: if the file cannot be written.
         """
         self._memory.save(path)
         if self._prefixes is not None:
             self._prefixes.clear()
 
     def load_answers(self, path: Path) -> None:
-        """Remember the answers of a file that `save_answers` wrote; an older checkpoint has no such file."""
+        """Add the answers in a file of `save_answers`. Nothing happens without a file (an older checkpoint)."""
         self._memory.load(path)
 
     def _run(self, texts: Sequence[str], kinds: dict[str, tuple[str, ...]]) -> list[Generation]:
