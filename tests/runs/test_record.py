@@ -39,7 +39,8 @@ def test_the_scoreboard_alone_is_kept_in_the_precision_of_the_run(tiny_args, tmp
     assert record["four_bit"] is False and record["dtype"] == "torch.float32"
     assert record["settings"]["use_4bit"] is None
     seen = {}
-    for change in ({}, {"dtype": "torch.bfloat16"}, {"four_bit": True}):
+    on_a_gpu = {"settings": {**record["settings"], "cpu_dtype": "auto"}}  # which reads no --cpu-dtype
+    for change in ({}, {"dtype": "torch.bfloat16"}, {"four_bit": True, **on_a_gpu}):
         write_json(folder / TRAINING_CONFIG, {**record, **change})
         done = run_script("grpo_training.py", "--output-dir", str(folder), "--eval-only", "--eval-samples", "2")
         assert done.returncode == 0, done.stderr

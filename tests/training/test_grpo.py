@@ -112,7 +112,7 @@ def test_a_run_leaves_every_artifact(finished_run):
         assert (folder / name).exists(), name
     assert not list(folder.glob(".saving*"))
     record = json.loads((folder / "training_config.json").read_text())
-    assert record["settings"] == args.to_dict() | {"use_4bit": False}
+    assert record["settings"] == args.to_dict() | {"use_4bit": False, "cpu_dtype": models.cpu_dtype(args)}
     assert record["versions"]["trl"].startswith("1.16") and record["seed"] == 42 and record["data_fingerprint"]
     assert str(folder) in done.stdout and "--lora-modules recursive_reasoner=" in done.stdout
     assert "no GPU found" in done.stderr
