@@ -28,6 +28,7 @@ from common.cli import (
     say,
     settings_table,
 )
+from common.fit.devices import prepare_gpu
 from common.models import check_base_model
 from common.problems.planning import load_planning_data
 from common.problems.questions import check_source
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = SupervisedArgs(**values)
     args.validate()
+    prepare_gpu("dummy_planner.py")
     with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume):
         return start(options, args)
 

@@ -8,6 +8,7 @@ solves its subproblems and combines them, or solves directly; the reward is
 See it work, on a laptop:       python grpo_training.py --demo
 Train on GSM8K, on one GPU:     python grpo_training.py --base-model meta-llama/Llama-3.1-8B-Instruct
 Several GPUs:                   accelerate launch grpo_training.py …
+Will it fit?                    python grpo_training.py --base-model … --check
 Continue after a stop:          python grpo_training.py --output-dir DIR --resume
 
 Writes to --output-dir: the adapter with its tokenizer, checkpoint-*/, training_config.json, metrics.jsonl (a
@@ -32,6 +33,7 @@ from common.cli import (
     settings_table,
 )
 from common.errors import UserError
+from common.fit.devices import prepare_gpu
 from common.models import check_base_model
 from common.pipeline import PipelineExecutor, PipelineResult
 from common.problems.questions import check_source, fingerprint, load_held_out, load_questions
@@ -61,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     run_flags.add_argument(
         "--eval-only", action="store_true", help="only the scoreboard of the trained run in --output-dir"
     )
+    run_flags.add_argument(
+        "--check", action="store_true", help="only say whether the run would fit and what it lacks; loads no weights"
+    )
     add_settings(parser, TrainingArgs)
     return parser
 
@@ -69,8 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the flags, check everything that is quick to check, train and save. Returns the exit code."""
     options = build_parser().parse_args(argv)
     check_run_flags(options)
+    if options.check and options.eval_only:
+        raise UserError("--check looks at a training run: leave out --eval-only")
     args = settle(options)
     args.validate()
+    prepare_gpu("grpo_training.py")
+    if options.check:
+        from common.fit.check import check_run
+
+        return check_run(args, overwrite=options.overwrite, resume=options.resume)
     output_dir = Path(args.output_dir)
     with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume or options.eval_only):
         return start(options, args)

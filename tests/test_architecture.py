@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "similarity": "models",
     "servers": "errors generation settings cli prompts models runs",
     "workers": "errors generation decoding settings cli prompts runs servers",
+    "fit": "errors settings cli problems prompts models runs reports servers workers",
     "pipeline": "plans generation grading settings prompts models decoding similarity workers",
     "rewards": "errors plans grading settings reports pipeline",
     "merging": "errors settings cli prompts models runs reports decoding workers",

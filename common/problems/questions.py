@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -92,6 +93,21 @@ def load_questions(
     _tell_repeats(rows, dataset)
     left_out = set(exclude)
     return [item for item in rows if item.question not in left_out][:limit]
+
+
+def check_enough(args: TrainingArgs, questions: int) -> None:
+    """Stop for fewer questions than one step takes: TRL's sampler would yield nothing and training end at once.
+
+    Raises:
+        UserError: with how many are needed.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    needed = args.batch_size * processes * args.grad_accum // args.num_generations
+    if questions < needed:
+        raise UserError(
+            f"--dataset {args.dataset} gives {questions} questions, one step takes {needed} (--batch-size × "
+            "processes × --grad-accum / --num-generations): lower --grad-accum or --batch-size, or add questions"
+        )
 
 
 def is_generated(dataset: str) -> bool:

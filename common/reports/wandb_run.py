@@ -130,6 +130,26 @@ def start_wandb(
     return run
 
 
+def online_problem() -> str | None:
+    """Why a run would be logged offline though nobody asked for that, or None; nothing is started.
+
+    Raises:
+        UserError: where W&B cannot be imported, or refuses its settings.
+    """
+    if os.environ.get("WANDB_DISABLED", "").lower() in {"1", "true", "yes", "on"}:
+        return None
+    try:
+        from wandb.sdk import wandb_setup
+    except ImportError as error:
+        raise UserError(f"W&B cannot be imported ({error}): pip install wandb, or turn W&B off") from error
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        settings = wandb_setup.singleton().settings
+    except Exception as error:  # pydantic's, UsageError or ValueError
+        raise UserError(f"W&B does not accept its settings: {_one_line(error)}") from error
+    return None if settings.mode in {"offline", "dryrun", "disabled"} else _why_offline(settings)
+
+
 def _not_uploaded(output_dir: Path, run_id: str) -> list[Path]:
     """Folders of a run's offline parts that `wandb sync` has not marked as uploaded, oldest first."""
     parts = sorted((output_dir / "wandb").glob(f"offline-run-*-{glob.escape(run_id)}"))
@@ -177,8 +197,8 @@ def _why_offline(settings: Any) -> str | None:
             return "no API key: set WANDB_API_KEY or run 'wandb login'"
     except Exception as error:  # noqa: BLE001  (a key in a wrong format, an unreadable netrc)
         return f"no usable API key: {_one_line(error)}"
-    host, port = _address_to_reach(settings)
-    problem = _cannot_connect(host, port)
+    host, port = address_to_reach(settings.base_url, settings)
+    problem = cannot_connect(host, port)
     return f"no connection to {host}:{port}: {problem}" if problem else None
 
 
@@ -192,9 +212,9 @@ def _credentials_known(base_url: str) -> bool:
     return auth is not None
 
 
-def _address_to_reach(settings: Any) -> tuple[str, int]:
-    """Host and port of the W&B server, or of the proxy in front of it."""
-    url = urllib.parse.urlsplit(settings.base_url)
+def address_to_reach(base_url: str, settings: Any = None) -> tuple[str, int]:
+    """Host and port of a server, or of the proxy that stands before it; W&B's settings may name one of their own."""
+    url = urllib.parse.urlsplit(base_url)
     host = url.hostname or ""
     proxy = getattr(settings, f"{url.scheme}_proxy", None)
     if not proxy and not urllib.request.proxy_bypass(host):
@@ -205,8 +225,8 @@ def _address_to_reach(settings: Any) -> tuple[str, int]:
     return host, url.port or (443 if url.scheme == "https" else 80)
 
 
-def _cannot_connect(host: str, port: int) -> str | None:
-    """The reason why no TCP connection is made within CONNECT_SECONDS, or None if one is."""
+def cannot_connect(host: str, port: int) -> str | None:
+    """Why no TCP connection comes about within CONNECT_SECONDS, or None if it does."""
     outcome = ["timed out"]
 
     def connect() -> None:

@@ -216,11 +216,7 @@ def serve_base(args: TrainingArgs) -> Iterator[TrainingArgs]:
         wait_until_ready(None, args.vllm_port)
         yield served
         return
-    python = Path(args.vllm_python)
-    if not python.is_file():
-        raise UserError(f"--vllm-python {python} does not exist: name the Python of an environment that has vLLM")
-    if not port_is_free(args.vllm_port):
-        raise UserError(f"--vllm-port {args.vllm_port} is in use: name another")
+    check_own_server(args)
     log = Path(args.output_dir) / "vllm.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = _command_of(args, log.parent)
@@ -228,7 +224,7 @@ def serve_base(args: TrainingArgs) -> Iterator[TrainingArgs]:
     local = Path(_model_of(args)).is_dir()
     with log.open("wb") as stream:
         server = start(
-            python,
+            Path(args.vllm_python),
             command,
             stream.fileno(),
             {
@@ -244,6 +240,20 @@ def serve_base(args: TrainingArgs) -> Iterator[TrainingArgs]:
         yield served
     finally:
         stop(server)
+
+
+def check_own_server(args: TrainingArgs) -> None:
+    """Make sure that the server of `--vllm-python` can be started, as far as its Python and port go.
+
+    Raises:
+        UserError: where it cannot.
+    """
+    if not Path(args.vllm_python or "").is_file():
+        raise UserError(
+            f"--vllm-python {args.vllm_python} does not exist: name the Python of an environment that has vLLM"
+        )
+    if not port_is_free(args.vllm_port):
+        raise UserError(f"--vllm-port {args.vllm_port} is in use: name another")
 
 
 def _model_of(args: TrainingArgs) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from common import models, prompts
 from common.errors import UserError
 from common.evaluation.during_training import Scoring
 from common.pipeline import PipelineExecutor, run_executor
-from common.problems.questions import Question, fingerprint, kind_of_source
+from common.problems.questions import Question, check_enough, fingerprint, kind_of_source
 from common.reports.jsonl import read_jsonl
 from common.reports.metrics import summary_table
 from common.reports.plots import plot_training_curves
@@ -218,21 +217,6 @@ def build_trainer(
     models.train_in_fp32(model)
     frozen.measure(model, step=0, adapter_path=args.adapter_path)
     return trainer, executor
-
-
-def check_enough(args: TrainingArgs, questions: int) -> None:
-    """Stop for fewer questions than one step takes: TRL's sampler would yield nothing and training end at once.
-
-    Raises:
-        UserError: with how many are needed.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    needed = args.batch_size * processes * args.grad_accum // args.num_generations
-    if questions < needed:
-        raise UserError(
-            f"--dataset {args.dataset} gives {questions} questions, one step takes {needed} (--batch-size × "
-            "processes × --grad-accum / --num-generations): lower --grad-accum or --batch-size, or add questions"
-        )
 
 
 def planner_row(item: Question, style: str, fold_system: bool) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""`grpo_training.py --check`: whether a run would fit, what it lacks, and what a step of it generates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import models, prompts
+from common.cli import forbid_import
+from common.errors import UserErrors
+from common.fit import missing
+from common.fit.memory import GIB, Machine, Part, estimate, peak
+from common.fit.shape import ModelShape, model_shape
+from common.fit.step import Step, step_of
+from common.problems.questions import Question, check_enough, check_source, load_held_out, load_questions
+from common.runs.adapters import check_adapter_base, check_adds_to_base
+from common.runs.folder import check_output_dir
+from common.settings.grpo import TrainingArgs
+
+
+def check_run(args: TrainingArgs, *, overwrite: bool, resume: bool) -> int:
+    """Say what a run would take and what it lacks, without loading weights and without writing anything.
+
+    Args:
+        args: settings of the run.
+        overwrite, resume: whether the run would replace or go on with one that `--output-dir` holds.
+
+    Returns:
+        0, where it fits and nothing is missing.
+
+    Raises:
+        UserErrors: with exit code 2 and a line for everything else.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # one process tells
+    found = missing.Found()
+    found.problems += missing.packages(args)
+    if found.problems:
+        raise UserErrors(found.problems)
+    found.tried(lambda: check_output_dir(Path(args.output_dir), overwrite=overwrite, resume=resume))
+    offline = missing.hub_problem(args)
+    questions = found.tried(lambda: _questions(args))
+    found.tried(lambda: missing.check_wandb(args))
+    if not args.wandb:
+        forbid_import("wandb")
+    loaded = found.tried(lambda: _base(args))
+    machine = found.tried(lambda: this_machine(args))
+    if loaded is not None:
+        config, tokenizer = loaded
+        shape = model_shape(config, args)
+        size = shape.stored_bytes * shape.parameters
+        download = found.tried(lambda: missing.check_base_files(args.base_model, size, offline))
+        print(_model_line(args, shape, download))
+        if questions:
+            step = step_of(args, questions, tokenizer)
+            print(_step_lines(args, step, len(questions)))
+            found.problems += _too_long(args, config, step)
+            if machine is not None:
+                parts = estimate(args, shape, step, machine)
+                print(_memory_table(parts, machine))
+                found.problems += does_not_fit(args, parts, machine)
+    found.tried(lambda: missing.check_encoder(args.embedding_model, offline))
+    found.tried(lambda: missing.check_server(args))
+    if found.problems:
+        raise UserErrors(found.problems)
+    print("it fits, and nothing is missing")
+    return 0
+
+
+def this_machine(args: TrainingArgs) -> Machine:
+    """The first GPU, else this machine's memory.
+
+    Raises:
+        UserError: for a --cpu-dtype that cannot be had.
+    """
+    import torch
+
+    four_bit = models.use_4bit(args)
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return Machine(True, torch.cuda.get_device_name(), total, free, four_bit)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Machine(False, "this machine", *_ram(), four_bit, models.cpu_dtype(args), processes)
+
+
+def does_not_fit(args: TrainingArgs, parts: Sequence[Part], machine: Machine) -> list[str]:
+    """One line where memory is short, with what to change about the part that takes most; nothing where it fits."""
+    needed = peak(parts, machine)
+    if needed <= min(machine.free, machine.total):
+        return []
+    largest = max(parts, key=lambda part: part.bytes)
+    ways = {
+        "always": "a smaller --base-model" + ("" if machine.four_bit or not machine.gpu else ", or --4bit"),
+        "loading": "a smaller --base-model",
+        "rollouts": "lower --batch-size or --grad-accum, or --max-completion-length",
+        "worker": "lower --worker-batch-tokens",
+        "training": "lower --batch-size and raise --grad-accum in turn, or lower --max-completion-length"
+        + ("" if largest.name.endswith("checkpointed") else ", or --gradient-checkpointing"),
+    }
+    what = f"memory: {needed / GIB:.1f} GiB are needed, {machine.name} has {machine.total / GIB:.1f}"
+    taken = f", of which {machine.free / GIB:.1f} are free" if needed <= machine.total else ""
+    return [f"{what}{taken}; most of it is for {largest.name}: {ways[largest.when]}"]
+
+
+def _questions(args: TrainingArgs) -> list[Question]:
+    """The run's questions, after the checks that a run makes; held-out ones are looked at too."""
+    check_source(args.dataset, args.dataset_split)
+    if args.eval_dataset is not None:
+        check_source(args.eval_dataset, "test", flag="--eval-dataset")
+    questions = load_questions(
+        args.dataset, limit=args.max_samples, config=args.dataset_config, split=args.dataset_split, seed=args.seed
+    )
+    check_enough(args, len(questions))
+    if args.eval_samples:
+        load_held_out(args, questions)
+    return questions
+
+
+def _base(args: TrainingArgs) -> tuple[Any, Any]:
+    """Config and tokenizer of the base model, after the checks that a run makes."""
+    from transformers import AutoConfig
+
+    models.quiet_transformers()
+    models.check_base_model(args.base_model)
+    if args.adapter_path is not None:
+        check_adapter_base(args.adapter_path, args.base_model)
+        check_adds_to_base(args.adapter_path)
+    source, options = models.unconverted(args.base_model)
+    with models.explained(args.base_model):
+        config = AutoConfig.from_pretrained(source, **options)
+    tokenizer = models.load_tokenizer(source, **options)
+    style = None if args.worker_url else args.worker_style
+    prompts.check_shown(tokenizer, prompts.sample_requests(args.planner_style, style))
+    return config, tokenizer
+
+
+def _ram() -> tuple[float, float]:
+    """(total, free) bytes of this machine's memory; in a container what its limit leaves."""
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    free = total
+    meminfo, limit, used = (
+        Path("/proc/meminfo"),
+        *map(Path("/sys/fs/cgroup").joinpath, ("memory.max", "memory.current")),
+    )
+    if meminfo.is_file():
+        rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = 1024.0 * int(rows["MemAvailable"].split()[0])
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, float(text))
+        free = min(free, total - float(used.read_text()))
+    return total, free
+
+
+def _model_line(args: TrainingArgs, shape: ModelShape, download: str | None) -> str:
+    layers = "" if shape.open_layers == shape.layers else f" on the last {shape.open_layers}"
+    return (
+        f"base model  {args.base_model}: {shape.parameters:,} parameters, {shape.layers} layers"
+        f"{'' if download is None else f' ({download})'}\n"
+        f"adapter     {shape.trained:,} parameters, LoRA of rank {shape.rank}{layers}"
+    )
+
+
+def _step_lines(args: TrainingArgs, step: Step, questions: int) -> str:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    completions, calls = processes * step.completions, processes * (step.solve.calls + step.combine.calls)
+    drawn = args.max_steps * processes * step.questions // args.num_iterations
+    return (
+        f"a step      {processes * step.questions} questions × {args.num_generations} = {completions} completions, "
+        f"{completions * args.max_completion_length:,} tokens at most; {calls:,} worker calls and "
+        f"{calls * args.worker_max_tokens:,} of their tokens at most\n"
+        f"the run     {args.max_steps} steps draw {drawn:,} questions from {questions:,}: "
+        f"each {drawn / questions:,.2f} times"
+    )
+
+
+def _too_long(args: TrainingArgs, config: Any, step: Step) -> list[str]:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    most = step.planner_prompt + args.max_completion_length
+    if limit is None or most <= limit:
+        return []
+    return [
+        f"--max-completion-length {args.max_completion_length}: with a prompt of {step.planner_prompt} tokens a plan "
+        f"leaves the model's context of {limit}: lower it"
+    ]
+
+
+def _memory_table(parts: Sequence[Part], machine: Machine) -> str:
+    """All parts, the largest sum of those that are there together, and what the machine has."""
+    needed = peak(parts, machine)
+    rows = [(part.name, part.bytes) for part in parts]
+    each = f" ({machine.processes} processes)" if machine.processes > 1 else ""
+    rows += [(f"at the worst moment{each}", needed), (f"{machine.name} has", machine.total)]
+    rows.append(("of which free now", machine.free))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(
+        ["", f"{'memory, at most':<{width}}     GiB", *(f"{n:<{width}}  {b / GIB:6.2f}" for n, b in rows), ""]
+    )

