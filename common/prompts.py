@@ -273,6 +273,14 @@ def accepts_system(tokenizer: Any) -> bool:
     return "alpha" in text and "omega" in text
 
 
+def sendable(text: str) -> str:
+    """A text that UTF-8 can encode. Bytes of the command line that Python could not decode are decoded as UTF-8."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # half of a surrogate pair: models write them, and their text goes into prompts
+        return text.encode("utf-8", "replace").decode()
+
+
 def render(tokenizer: Any, messages: Sequence[Message]) -> str:
     """The text of a prompt as the model reads it, up to the point where the completion begins.
 

@@ -99,7 +99,7 @@ class Session:
 
     def _connect(self) -> None:
         args, given = self.args, self._given
-        served = self.run(self.server.models())
+        served = self.server.contact()
         adapter = find_adapter(served, args.lora_adapter)
         self.base = base_model(served, args.model or _parent(served, adapter), flag="--model", adapter=adapter.name)
         check_parent(served, adapter, self.base)
@@ -135,7 +135,7 @@ class Session:
         if args.worker_url is not None:
             server = Server(_endpoint(args, args.worker_url, "--worker-url"), self._runner)
             self._servers.append(server)
-            served = self.run(server.models())
+            served = server.contact()
         worker = base_model(served, args.worker_model, flag="--worker-model", adapter=args.lora_adapter)
         return server, worker.name, adapter_of(served, worker.name)
 

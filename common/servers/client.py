@@ -8,16 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from common.errors import UserError
-from common.prompts import Message, fold_system
+from common.prompts import Message, fold_system, sendable
 from common.servers.model_list import ServedModel
-from common.servers.replies import Reply, read_reply, reason_in, told_error
+from common.servers.replies import NOT_OF_THE_REQUEST, Reply, is_about_roles, read_reply, reason_in, told_error
 from common.settings.secrets import HIDDEN, OPENAI_VARIABLE, api_key, redact, scrub
 
 T = TypeVar("T")
@@ -35,10 +35,11 @@ class Endpoint:
     Attributes:
         url: base address, such as http://localhost:8000/v1.
         api_key: key of the server, or None for that of the environment.
-        timeout: limit of one attempt, in seconds.
+        timeout: limit of one attempt, in seconds. No attempt begins later than that after the first one, so a server
+            that hangs costs at most twice this time, whatever `retries` is.
         retries: attempts after the first one.
         concurrency: most requests at once.
-        flag: flag that named the address, for error messages.
+        flag, timeout_flag: flags that set address and timeout, for error messages.
     """
 
     url: str
@@ -47,6 +48,7 @@ class Endpoint:
     retries: int = 2
     concurrency: int = 32
     flag: str = "--base-url"
+    timeout_flag: str = "--timeout"
 
 
 class ServerError(UserError):
@@ -114,6 +116,9 @@ class Server:
         # This class does retries and time limits: those of AsyncOpenAI do not cover invalid JSON or a slow trickle.
         self._client = AsyncOpenAI(base_url=endpoint.url, api_key=self._key, max_retries=0, timeout=endpoint.timeout)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._waiting = 0  # requests that are in flight or wait for a slot
+        self._heard = 0.0  # when anything last came back
+        self._hangs = False  # nothing came back while one of these requests waited for as long as it may
         self._count_tokens = count_tokens
         self._told_of_counts = False
         self._form = Form()  # assumed until the server refuses a part of it
@@ -130,6 +135,17 @@ class Server:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
+
+    def contact(self) -> list[ServedModel]:
+        """What the server serves, asked before any work is done: one that does not answer is the user's to mend.
+
+        Raises:
+            UserError: with exit code 2, where nothing, or nothing of the kind, answers.
+        """
+        try:
+            return self.run(self.models())
+        except ServerError as error:
+            raise UserError(str(error)) from error
 
     async def models(self) -> list[ServedModel]:
         """The models that the server serves.
@@ -197,7 +213,7 @@ class Server:
             request["seed"] = seed
         if top_logprobs:
             request |= {"logprobs": True, "top_logprobs": top_logprobs}
-        messages = [{**message, "content": _sendable(message["content"])} for message in messages]
+        messages = [{**message, "content": sendable(message["content"])} for message in messages]
         has_system = bool(messages) and messages[0]["role"] == "system"
         form = self._form
         while True:
@@ -248,20 +264,51 @@ class Server:
         return replace(reply, generation=replace(reply.generation, tokens=tokens))
 
     async def _attempts(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Repeat `ask` until it succeeds, fails for good, or all attempts are used; each pause is longer."""
-        for attempt in range(self.endpoint.retries + 1):
-            try:
-                async with self._slots, asyncio.timeout(self.endpoint.timeout):
-                    return await ask()
-            except Exception as error:
-                explained = self._explain(error)
-                if not explained.retryable or attempt == self.endpoint.retries:
-                    scrub(error)
-                    raise explained from error
-            # Doubled each time (exponential backoff), with jitter, so that many clients do not return at once.
-            pause = min(MAX_BACKOFF_SECONDS, 0.5 * 2**attempt) * (1 + random.random() / 4)
-            await asyncio.sleep(max(pause, min(explained.wait, MAX_BACKOFF_SECONDS)))
+        """Repeat `ask` until it succeeds, fails for good, or has no attempts or time left; each pause is longer."""
+        self._waiting += 1
+        began, most = time.monotonic(), self.endpoint.timeout
+        try:
+            for attempt in range(self.endpoint.retries + 1):
+                try:
+                    async with self._slots:
+                        began = time.monotonic() if attempt == 0 else began
+                        return await self._attempt(ask)
+                except Exception as error:
+                    explained = self._explain(error)
+                    # Doubled each time (exponential backoff), with jitter: many clients do not return at once.
+                    pause = min(MAX_BACKOFF_SECONDS, 0.5 * 2**attempt) * (1 + random.random() / 4)
+                    pause = max(pause, min(explained.wait, MAX_BACKOFF_SECONDS))
+                    too_late = time.monotonic() + pause - began >= most
+                    if not explained.retryable or attempt == self.endpoint.retries or too_late:
+                        scrub(error)
+                        raise explained from error
+                await asyncio.sleep(pause)
+        finally:
+            self._waiting -= 1
+            self._hangs = self._hangs and self._waiting > 0
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _attempt(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """`ask` within the time limit; not at all while the server hangs.
+
+        Else it would cost the time limit once for each `concurrency` of the requests that wait.
+        """
+        import openai
+
+        if self._hangs:
+            raise TimeoutError
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self.endpoint.timeout):
+                found = await ask()
+        except (TimeoutError, openai.APITimeoutError) as error:
+            self._hangs = self._heard < began
+            raise TimeoutError from error
+        except Exception:
+            self._heard, self._hangs = time.monotonic(), False
+            raise
+        self._heard, self._hangs = time.monotonic(), False
+        return found
 
     def _checked(self, body: Any) -> Any:
         """The body of a reply with status 200, unless it describes an error."""
@@ -275,7 +322,7 @@ class Server:
             f"{self._where} answers with an error: {self._clean(reason) or 'it gives no reason'}",
             retryable=True,
             rejected=True,
-            about_roles=bool(_ROLES.search(reason)),
+            about_roles=is_about_roles(reason),
         )
 
     def _not_openai(self, wanted: str, *, rejected: bool = False) -> ServerError:
@@ -296,10 +343,10 @@ class Server:
 
         if isinstance(error, ServerError):
             return error
-        if isinstance(error, (openai.APITimeoutError, TimeoutError)):
+        if isinstance(error, TimeoutError):
             return ServerError(
                 f"{self._where}: no reply within {self.endpoint.timeout:g} s: is the server overloaded or hanging? "
-                "Raise --timeout if it is only slow",
+                f"Raise {self.endpoint.timeout_flag} if it is only slow",
                 retryable=True,
             )
         if isinstance(error, openai.APIConnectionError):
@@ -320,7 +367,7 @@ class Server:
     def _explain_status(self, status: int, reason: str, wait: str) -> ServerError:
         """One line for an error status of the server; `wait` is its Retry-After header."""
         told = self._clean(reason) or "it gives no reason"
-        about_roles = status not in _NOT_OF_THE_REQUEST and bool(_ROLES.search(reason))
+        about_roles = status not in NOT_OF_THE_REQUEST and is_about_roles(reason)
         if status in (401, 403):
             return ServerError(
                 f"{self._where} refuses the key ({status}): give the right one in {OPENAI_VARIABLE} or --api-key",
@@ -331,7 +378,7 @@ class Server:
                 f"{self._where} is in trouble ({status}: {told}): look at the server's log",
                 retryable=not about_roles,  # some servers report a template's refusal as 500, but it will not change
                 wait=float(wait) if wait.isdigit() else 0.0,
-                rejected=status not in _NOT_OF_THE_REQUEST,
+                rejected=status not in NOT_OF_THE_REQUEST,
                 about_roles=about_roles,
             )
         if status == 404 and "model" not in told.casefold():
@@ -339,8 +386,8 @@ class Server:
         return ServerError(
             f"{self._where} refuses the request ({status}): {told}",
             exit_code=2,
-            rejected=status not in _NOT_OF_THE_REQUEST,
-            about_roles=about_roles or (status not in _NOT_OF_THE_REQUEST and "system" in reason.casefold()),
+            rejected=status not in NOT_OF_THE_REQUEST,
+            about_roles=about_roles or (status not in NOT_OF_THE_REQUEST and "system" in reason.casefold()),
         )
 
     def _clean(self, text: str) -> str:
@@ -349,19 +396,3 @@ class Server:
         # A short key is not hidden everywhere (`common.settings.secrets`), but here it is.
         line = lines[0] if self._key == "none" else lines[0].replace(self._key, HIDDEN)
         return line if len(line) <= 240 else line[:239] + "…"
-
-
-def _sendable(text: str) -> str:
-    """A text that UTF-8 can encode. Bytes of the command line that Python could not decode are decoded as UTF-8."""
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    except UnicodeEncodeError:  # half of a surrogate pair: models write them, and their text goes into prompts
-        return text.encode("utf-8", "replace").decode()
-
-
-# Statuses that say nothing about the request's content: authorisation, address, rate limit, gateways.
-_NOT_OF_THE_REQUEST = (401, 403, 404, 408, 409, 429, 502, 503, 504)
-_ROLES = re.compile(
-    r"\broles?\b|system (message|prompt|instruction)|developer instruction|\balternat|chat.?template|jinja",
-    re.IGNORECASE,
-)

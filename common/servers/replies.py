@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,12 @@ _CUT_OFF = {
 }  # fmt: skip
 # Fields for the reasoning before the answer. Some servers put the whole answer there, if they take it for reasoning.
 _REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
+# Statuses that say nothing about the request's content: authorisation, address, rate limit, gateways.
+NOT_OF_THE_REQUEST = (401, 403, 404, 408, 409, 429, 502, 503, 504)
+_ROLES = re.compile(
+    r"\broles?\b|system (message|prompt|instruction)|developer instruction|\balternat|chat.?template|jinja",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +142,11 @@ def _text(value: Any, *, reasoning: bool) -> str:
     if "text" in value:
         return _text(value["text"], reasoning=reasoning)
     return "" if kind else json.dumps(value)  # a part of another kind, or JSON that the server has parsed
+
+
+def is_about_roles(reason: str) -> bool:
+    """Whether an error's reason names the roles of messages: the model's chat template takes no system message."""
+    return bool(_ROLES.search(reason))
 
 
 def _logprobs(value: Any) -> tuple[tuple[str, ...], tuple[dict[str, float], ...]]:

@@ -163,8 +163,7 @@ class ServerWorker(ServerModel, WorkerCalls):
         """
         count = None if tokenizer is None else lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
         if args.worker_url is not None:
-            patience = (args.worker_timeout, TRAINING_RETRIES, TRAINING_CONCURRENCY)
-            servers = [Server(Endpoint(args.worker_url, None, *patience, "--worker-url"), count_tokens=count)]
+            servers = [Server(_worker_endpoint(args, args.worker_url, TRAINING_RETRIES), count_tokens=count)]
         else:
             servers = vllm_servers(args, retries=TRAINING_RETRIES)
         names = [base_model(s.run(s.models()), args.worker_model, flag="--worker-model").name for s in servers]
@@ -193,6 +192,10 @@ class ServerWorker(ServerModel, WorkerCalls):
         )
 
 
+def _worker_endpoint(args: TrainingArgs, url: str, retries: int) -> Endpoint:
+    return Endpoint(url, None, args.worker_timeout, retries, TRAINING_CONCURRENCY, "--worker-url", "--worker-timeout")
+
+
 def check_worker(args: TrainingArgs) -> None:
     """Check that the server of `--worker-url` answers, and with its base model.
 
@@ -206,18 +209,15 @@ def check_worker(args: TrainingArgs) -> None:
         return  # once is enough; a process that stops ends the others
     if args.worker_url is None:
         servers = vllm_servers(args, retries=0)
-        try:
-            for server in servers:
-                server.run(server.models())
-        except ServerError as error:
-            raise UserError(str(error)) from error  # exit code 2: nothing has run yet, so the address may be wrong
+        for server in servers:
+            server.contact()
         worker = ServerWorker.from_settings(args)
         for server in servers:
             server.run(check_rollout_server(server, worker.model, args.temperature))
         say(f"planner and worker ({worker.model}) on {', '.join(args.vllm_urls())}")
         return
+    served = Server(_worker_endpoint(args, args.worker_url, 0)).contact()
     worker = ServerWorker.from_settings(args)
-    served = worker.server.run(worker.server.models())
     found = worker.server.run(probe(worker.server, worker.model, adapter_of(served, worker.model)))
     found.check(args.worker_url, need_adapter=False)
     say(f"worker on {args.worker_url}: {found}")

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # token. If one of them does not: the mean over all tokens of a step.
 FP32_LIMIT = 1e-3
 HALF_LIMIT = 0.1
+ADMIN_SECONDS = 60.0  # that loading an adapter may take at least, on a busy server
 
 
 class RunStoppedError(UserError):
@@ -108,7 +109,8 @@ class ServedPlanner:
         Raises:
             UserError: if a server does not answer.
         """
-        admin = vllm_servers(args, retries=0)
+        # Whether a server is back is asked for `--vllm-patience` seconds: one that hangs must not take longer.
+        admin = vllm_servers(args, retries=0, timeout=max(args.vllm_patience, ADMIN_SECONDS))
         servers = vllm_servers(args, retries=TRAINING_RETRIES, runner=admin[0].runner)
         folder = Path(args.vllm_adapter_dir or Path(args.output_dir) / "vllm_adapters")
         adapters = AdapterServers(admin, folder, patience=args.vllm_patience)
@@ -272,11 +274,14 @@ class ServedPlanner:
         return Rollout(ids, logprobs)
 
 
-def vllm_servers(args: TrainingArgs, *, retries: int, runner: asyncio.Runner | None = None) -> list[Server]:
-    """Clients for the servers of `--vllm-url`; all share one runner."""
+def vllm_servers(
+    args: TrainingArgs, *, retries: int, runner: asyncio.Runner | None = None, timeout: float | None = None
+) -> list[Server]:
+    """Clients for the servers of `--vllm-url`; all share one runner. `timeout` may lower that of one attempt."""
     servers: list[Server] = []
+    seconds = min(args.vllm_timeout, timeout or args.vllm_timeout)
     for url in args.vllm_urls():
-        endpoint = Endpoint(url, None, args.vllm_timeout, retries, TRAINING_CONCURRENCY, "--vllm-url")
+        endpoint = Endpoint(url, None, seconds, retries, TRAINING_CONCURRENCY, "--vllm-url", "--vllm-timeout")
         servers.append(Server(endpoint, runner or (servers[0].runner if servers else None)))
     return servers
 

@@ -41,7 +41,7 @@ def test_nobody_answers(capfd):
     done = run_script(
         "inference_vllm.py", "--base-url", f"http://127.0.0.1:{port}/v1", "--question", "Q", "--retries", "0"
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert f":{port}/v1" in line and "is the server up" in line
 
@@ -53,7 +53,7 @@ def test_nobody_answers(capfd):
 def test_something_else_answers(server, body, kind):
     server.fault = lambda handler, request: handler.reply(body, kind=kind) or True
     code, line = failure(server)
-    assert code == 1 and "no OpenAI-compatible server" in line
+    assert code == 2 and "no OpenAI-compatible server" in line
 
 
 def test_a_wrong_path(server):

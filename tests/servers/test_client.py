@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 from conftest import ask, failure
 from misbehaving import asks, hang
+
+from common.servers.client import Endpoint, Server
+from common.workers.remote import ServerModel
 
 
 def test_a_server_that_knows_no_json_schema_and_no_system_message_is_asked_without(server, capsys):
@@ -58,3 +62,34 @@ def test_trouble_that_passes_is_retried_and_trouble_that_stays_is_told(server, c
     server.fault = lambda handler, request: bool(request) and (handler.reply({"choices": []}) or True)
     code, line = failure(server, "--no-probe", "--json")
     assert code == 1 and "chat completion" in line
+
+
+def test_a_server_that_hangs_is_given_up_after_one_time_limit_however_many_wait(server):
+    """Counted in requests that reached it: with retries, and a queue, each of them would cost the limit again."""
+    model = ServerModel(Server(Endpoint(server.url, timeout=0.4, retries=5, concurrency=2)), "base")
+    questions = [[{"role": "user", "content": f"How many, {number}?"}] for number in range(8)]
+    server.fault = hang(1.5)
+    answers = model.generate(questions)
+    assert all("no reply within 0.4 s" in (answer.error or "") for answer in answers)
+    assert len(server.requests) == 2
+    server.fault = lambda handler, request: False
+    assert [answer.error for answer in model.generate(questions)] == [None] * 8, "the next wave asks anew"
+
+
+def test_a_slow_server_may_take_longer_for_all_than_for_one(server):
+    def slow(handler, request):
+        time.sleep(0.2)
+        return False
+
+    server.fault = slow
+    model = ServerModel(Server(Endpoint(server.url, timeout=0.5, retries=0, concurrency=1)), "base")
+    answers = model.generate([[{"role": "user", "content": f"How many, {number}?"}] for number in range(5)])
+    assert [answer.error for answer in answers] == [None] * 5
+
+
+def test_no_attempt_begins_after_the_time_limit(server):
+    """Trouble that is told at once is asked about again, but not for longer than a reply may take."""
+    server.fault = lambda handler, request: bool(request) and handler.error(503, "loading")
+    model = ServerModel(Server(Endpoint(server.url, timeout=1.4, retries=50)), "base")
+    (answer,) = model.generate([[{"role": "user", "content": "How many?"}]])
+    assert "503" in (answer.error or "") and len(server.requests) == 2  # the third would be after 1.5 s or more

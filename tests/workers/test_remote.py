@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from conftest import run_script
+from conftest import free_port, run_script
 from misbehaving import asks
 
 from common.errors import UserError
@@ -15,7 +15,7 @@ from common.prompts import direct_messages
 from common.rewards import RewardWeights, reward_of
 from common.servers.client import Endpoint, Server
 from common.settings.grpo import TrainingArgs
-from common.workers.remote import ServerModel, ServerWorker
+from common.workers.remote import ServerModel, ServerWorker, check_worker
 
 
 def test_requests_are_bounded_shared_and_remembered(server):
@@ -128,3 +128,15 @@ def test_a_resumed_run_may_find_its_worker_elsewhere_but_not_become_another_run(
         else:
             with pytest.raises(UserError, match="is no server's"):
                 settle(options)
+
+
+@pytest.mark.parametrize("setting", ["worker_url", "vllm_url"])
+def test_a_server_that_is_not_there_at_the_start_is_wrong_input(setting, server):
+    """Whichever flag names it, and whether nothing answers or something else does."""
+    with pytest.raises(UserError, match="is the server up") as caught:
+        check_worker(TrainingArgs(**{setting: f"http://127.0.0.1:{free_port()}/v1"}))
+    assert caught.value.exit_code == 2
+    server.fault = lambda handler, request: handler.reply("<html>It works!</html>", kind="text/html") or True
+    with pytest.raises(UserError, match="no OpenAI-compatible server") as caught:
+        check_worker(TrainingArgs(**{setting: server.url}))
+    assert caught.value.exit_code == 2

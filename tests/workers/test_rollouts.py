@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from misbehaving import LoraServer
 
@@ -53,6 +55,23 @@ def test_a_server_that_was_started_anew_gets_the_version_again_and_no_sample_is_
     two[1].loaded.clear()
     assert served.generate(PROMPTS, None, 2)[1] == [[7, 2]] * 6
     assert served.errors == [None] * 6 and two[1].loaded == before
+
+
+def test_a_server_that_takes_requests_and_never_replies_costs_two_time_limits_at_most(two, tmp_path):
+    """It lists its models all the while, as vLLM does with a dead engine: once more asked, then its samples are masked."""
+    served = planner(two, tmp_path, vllm_timeout=1.0)
+    adapters, asked = two[1].fault, []
+
+    def hangs(handler, request):
+        if handler.path.endswith("/completions"):
+            asked.append(request["prompt"])
+            time.sleep(3)
+        return adapters(handler, request)
+
+    two[1].fault = hangs
+    served.generate(PROMPTS, None, 2)
+    assert ["no reply within 1 s" in (error or "") for error in served.errors] == [0, 0, 1, 1, 0, 0]
+    assert "--vllm-timeout" in str(served.errors[2]) and len(asked) <= 4
 
 
 def test_a_completion_that_fails_for_good_is_one_end_token_and_says_why(two, tmp_path):
