@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser, add_settings, given_settings, run
 from common.errors import UserError
-from common.inference.trained_settings import find_training_config
+from common.inference.trained_settings import check_given_config
 from common.problems.questions import check_source
 from common.runs.lock import LOCK_FILE, only_run
 from common.settings.inference import ServingArgs
@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = ServingArgs(**given)
     args.validate()
     check_mode(options)
-    if args.training_config is not None:
-        find_training_config(args.training_config, args.base_url, None)
+    check_given_config(given, benchmark=options.benchmark)
     if args.dataset is not None:
         check_source(args.dataset, "test")
     output = None if options.output is None else Path(options.output)

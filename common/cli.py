@@ -32,7 +32,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message in one line and exit with code 2."""
+        if message.startswith("unrecognized arguments:"):
+            message += self._meant(message)
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def _meant(self, message: str) -> str:
+        """The known flag that is closest to an unknown one, as a question; "" where none is close."""
+        import difflib
+
+        unknown = next((word.partition("=")[0] for word in message.split() if word.startswith("--")), "")
+        close = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.7)
+        return f": did you mean {close[0]}?" if close else ""
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -179,8 +189,9 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     guard_streams()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     if "--debug" not in sys.argv:
-        for name in ("bitsandbytes", "huggingface_hub"):  # warnings about kernels and retries; failures show below
-            logging.getLogger(name).setLevel(logging.ERROR)
+        # The outcome of missing kernels and of retries is told below. huggingface_hub sets its own level when imported.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # torch reads this when it loads its thread library: waiting threads sleep instead of spinning. On a machine with
     # other work, spinning costs several times the work itself (docs/results.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

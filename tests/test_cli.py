@@ -161,6 +161,38 @@ def test_wrong_input_is_one_line_exit_code_2_before_anything_heavy_is_imported(t
     assert (tmp_path / "used" / "metrics.jsonl").read_text() == "{}\n"
 
 
+def test_a_mistyped_flag_is_told_with_the_one_that_was_meant():
+    for script, flag, meant in (
+        ("grpo_training.py", "--max_steps=3", "--max-steps"),
+        ("grpo_training.py", "--chek", "--check"),
+        ("dummy_planner.py", "--lora-rr", "--lora-r"),
+        ("inference_vllm.py", "--bas-url", "--base-url"),
+        ("merge_and_push.py", "--no-pushh", "--no-push"),
+    ):
+        done = run_script(script, *(["--repo-name", "a/b"] if script.startswith("merge") else []), flag)
+        assert done.returncode == 2 and f"{flag}: did you mean {meant}?" in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert "did you mean" not in run_script("grpo_training.py", "--zebra").stderr
+
+
+@pytest.mark.parametrize(("flags", "level"), [([], "ERROR"), (["--debug"], "WARNING")])
+def test_the_hubs_retries_are_told_to_a_debugging_user_only(flags, level):
+    """Its client warns of each of five attempts before the one line that says what is wrong."""
+    code = (
+        "import logging, sys\nfrom common import cli\n"
+        "def main(_):\n"
+        "    import huggingface_hub.file_download\n"
+        "    print(logging.getLevelName(logging.getLogger('huggingface_hub.utils._http').getEffectiveLevel()))\n"
+        "    return 0\n"
+        "cli.run(main)"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=ROOT, env=plain, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == level, done
+
+
 @pytest.mark.parametrize("script", ["grpo_training.py", "dummy_planner.py"])
 def test_going_on_and_replacing_exclude_each_other(script):
     done = run_script(script, "--resume", "--overwrite")

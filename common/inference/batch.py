@@ -13,7 +13,7 @@ from typing import Any
 
 from common.cli import say
 from common.errors import UserError
-from common.grading import parse_gold
+from common.grading import parse_gold, parse_number
 from common.inference.session import Session, plan_shares
 from common.reports.jsonl import append_jsonl, read_jsonl
 from common.runs.files import check_file_writable, write_text_atomically
@@ -68,7 +68,10 @@ def _asked(path: str, number: int, line: str) -> Asked:
             raise ValueError("no text in 'question'")
         if row.get("answer") is not None:
             gold = str(row["answer"])
-            gold = gold if "####" in gold else f"#### {gold}"
+            if "####" not in gold:
+                if parse_number(gold) is None:
+                    raise ValueError(f"no number in 'answer', found {gold[:80]!r}")
+                gold = f"#### {gold}"
             parse_gold(gold)
     except (ValueError, RecursionError) as error:
         reason = f"not valid JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)

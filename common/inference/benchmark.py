@@ -24,6 +24,7 @@ from common.evaluation.scoreboard import (
 from common.evaluation.table import scoreboard_table
 from common.generation import Generation
 from common.inference.session import Session, plan_shares
+from common.inference.trained_settings import benchmark_source
 from common.pipeline import PipelineExecutor
 from common.problems.questions import Question, check_source, is_generated, load_held_out, load_questions
 from common.prompts import Message, planner_messages
@@ -57,7 +58,7 @@ def held_out_questions(session: Session) -> list[Question]:
         UserError: if there are none.
     """
     trained = TrainingArgs.from_dict({key: value for key, value in session.trained.items() if value is not None})
-    source = session.args.dataset or trained.eval_dataset or trained.dataset
+    source = benchmark_source(session.args, session.trained)
     check_source(source, "test")
     # Generated problems that training used are left out; files and the Hub have a test split.
     seen = (

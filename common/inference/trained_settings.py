@@ -12,7 +12,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from common.errors import UserError
+from common.problems.questions import check_source
 from common.runs.record import TRAINING_CONFIG
+from common.settings.grpo import TrainingArgs
 from common.settings.inference import PROMPT_SETTINGS, ServingArgs
 
 
@@ -57,6 +59,27 @@ def read_training_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path} is no {TRAINING_CONFIG} of a run: its settings are no object")
     return settings
+
+
+def check_given_config(given: Mapping[str, Any], *, benchmark: bool) -> None:
+    """Look at the file of `--training-config`, and at the questions that a benchmark would take from it.
+
+    Raises:
+        UserError: where it holds no settings, or settings or a source that cannot be.
+    """
+    args = ServingArgs(**given)
+    config = find_training_config(args.training_config, args.base_url, None)
+    if config is None:
+        return
+    trained = read_training_settings(config)
+    with_trained(given, trained).validate()
+    if benchmark and args.dataset is None:
+        check_source(benchmark_source(args, trained), "test")
+
+
+def benchmark_source(args: ServingArgs, trained: Mapping[str, Any]) -> str:
+    """Where a benchmark's questions come from: what the flags say, else what the adapter was trained for."""
+    return args.dataset or trained.get("eval_dataset") or trained.get("dataset") or TrainingArgs.dataset
 
 
 def with_trained(given: Mapping[str, Any], trained: Mapping[str, Any]) -> ServingArgs:

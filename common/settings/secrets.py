@@ -51,7 +51,8 @@ def clean_key(value: str | None, source: str) -> str | None:
         found = next(char for char in key if not "!" <= char <= "~")
         kind = "a space" if found == " " else "a control character" if found < " " or found == "\x7f" else "a letter"
         where = " inside" if kind != "a letter" else " that is not ASCII"
-        raise UserError(f"{source} cannot be a key: it has {kind}{where}: copy it again, or unset it")
+        without = {"-": "leave it out", "t": "log in again"}.get(source[0], "unset it")  # a flag, the login, a variable
+        raise UserError(f"{source} cannot be a key: it has {kind}{where}: copy it again, or {without}")
     return key
 
 

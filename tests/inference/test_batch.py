@@ -13,6 +13,9 @@ import pytest
 from conftest import ROOT, ask, failure
 from misbehaving import asks, hang
 
+from common.errors import UserError
+from common.inference.batch import read_input
+
 
 def test_a_file_is_answered_whole_but_for_what_fails_and_then_resumed(server, tmp_path, capsys):
     questions = [f"Question {number}: 2 + 3?" for number in range(6)]
@@ -114,3 +117,19 @@ def test_a_file_with_a_byte_order_mark_and_half_characters_is_answered(server, t
     assert [record["question"] for record in records] == questions
     assert all(record["error"] is None and "\ud83d" in record["solutions"][0] for record in records)
     assert any(asks(request, "half ? a pair?") for request in server.requests)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("none", "no number in 'answer', found 'none'"),
+        ("", "no number in 'answer', found ''"),
+        ("see #### none", "no number after '####' (expected '… #### 42'): 'see #### none'"),
+    ],
+)
+def test_an_answer_without_a_number_is_quoted_as_it_was_written(tmp_path, answer, told):
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"question": "How many?", "answer": answer}) + "\n")
+    with pytest.raises(UserError) as caught:
+        read_input(str(path))
+    assert told in str(caught.value) and f"{path}:1: " in str(caught.value)

@@ -49,3 +49,21 @@ def test_a_planner_that_never_answers_has_no_scoreboard(server):
     server.fault = fault
     code, line = failure(server, *FLAGS)
     assert code == 1 and "every request to recursive_reasoner failed" in line and "broken" in line
+
+
+def test_what_lies_here_is_looked_at_before_the_server_is_asked(server, tmp_path):
+    """The file of --training-config, the settings in it, and the questions that it names."""
+    config = tmp_path / "training_config.json"
+    wrong = {
+        "no object": "is no training_config.json",
+        json.dumps({"settings": {"worker_max_tokens": -1}}): "--worker-max-tokens must be greater than 0",
+        json.dumps({"settings": {"dataset": str(tmp_path / "gone.jsonl")}}): "gone.jsonl does not exist",
+        json.dumps({"settings": {"dataset": "reasoning-gym:chain_sun"}}): "no task 'chain_sun'",
+    }
+    heard = []
+    server.fault = lambda handler, request: heard.append(handler.path) is not None
+    for text, told in wrong.items():
+        config.write_text(text)
+        code, line = failure(server, "--benchmark", "--training-config", str(config))
+        assert code == 2 and told in line
+    assert heard == []

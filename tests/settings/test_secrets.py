@@ -37,6 +37,15 @@ def test_a_key_is_stripped_and_one_that_cannot_be_a_key_is_refused_without_being
     assert secrets.api_key(None) == OPENAI and secrets.api_key("other-key") == "other-key"
 
 
+@pytest.mark.parametrize(
+    ("source", "way_out"),
+    [("--token", "leave it out"), ("HF_TOKEN", "unset it"), ("the login's token in /home/u/token", "log in again")],
+)
+def test_a_key_that_cannot_be_one_is_told_with_a_way_out_that_fits_where_it_came_from(source, way_out):
+    with pytest.raises(UserError, match=f"copy it again, or {way_out}$"):
+        secrets.clean_key("hf_" + "a" * 20 + "\tb", source)
+
+
 def test_a_key_is_hidden_in_every_way_of_writing_it_and_the_rest_stays():
     secrets.protect(OPENAI)
     secrets.protect("quo'te\"d\\key")
