@@ -11,7 +11,7 @@ from common import models, prompts
 from common.cli import forbid_import
 from common.errors import UserErrors
 from common.fit import missing
-from common.fit.memory import GIB, Machine, Part, estimate, peak
+from common.fit.memory import GIB, SERVER, Machine, Part, estimate, peak
 from common.fit.shape import ModelShape, model_shape
 from common.fit.step import Step, step_of
 from common.problems.questions import Question, check_enough, check_source, load_held_out, load_questions
@@ -81,8 +81,10 @@ def this_machine(args: TrainingArgs) -> Machine:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return Machine(True, torch.cuda.get_device_name(), total, free, four_bit)
+    served = (args.vllm_url or args.vllm_python) is not None
+    cpu_dtype = "float32" if served and args.cpu_dtype == "auto" else models.cpu_dtype(args)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Machine(False, "this machine", *_ram(), four_bit, models.cpu_dtype(args), processes)
+    return Machine(False, "this machine", *_ram(), four_bit, cpu_dtype, processes)
 
 
 def does_not_fit(args: TrainingArgs, parts: Sequence[Part], machine: Machine) -> list[str]:
@@ -99,6 +101,8 @@ def does_not_fit(args: TrainingArgs, parts: Sequence[Part], machine: Machine) ->
         "training": "lower --batch-size and raise --grad-accum in turn, or lower --max-completion-length"
         + ("" if largest.name.endswith("checkpointed") else ", or --gradient-checkpointing"),
     }
+    if largest.name == SERVER:
+        ways["always"] = "lower --vllm-gpu-memory" if machine.gpu else "serve elsewhere, and name it with --vllm-url"
     what = f"memory: {needed / GIB:.1f} GiB are needed, {machine.name} has {machine.total / GIB:.1f}"
     taken = f", of which {machine.free / GIB:.1f} are free" if needed <= machine.total else ""
     return [f"{what}{taken}; most of it is for {largest.name}: {ways[largest.when]}"]

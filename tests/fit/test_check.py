@@ -127,6 +127,6 @@ def test_a_run_that_does_not_fit_is_told_with_what_to_change():
     args.gradient_checkpointing, args.batch_size = False, 16
     (line,) = does_not_fit(args, estimate(args, shape, step, card), card)
     assert "--gradient-checkpointing" in line and "lower --batch-size" in line
-    args.vllm_python = "python"
-    shared = peak(estimate(TrainingArgs(vllm_python="python"), shape, step, card), card)
-    assert shared > 0.4 * card.total, "a server that the run starts takes its share"
+    shared = TrainingArgs(vllm_python="python", vllm_gpu_memory=0.8)
+    (line,) = does_not_fit(shared, estimate(shared, shape, step, card), card)
+    assert "the vLLM server: lower --vllm-gpu-memory" in line
