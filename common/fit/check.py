@@ -143,18 +143,21 @@ def _base(args: TrainingArgs) -> tuple[Any, Any]:
 def _ram() -> tuple[float, float]:
     """(total, free) bytes of this machine's memory; in a container what its limit leaves."""
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    free = total
-    meminfo, limit, used = (
-        Path("/proc/meminfo"),
-        *map(Path("/sys/fs/cgroup").joinpath, ("memory.max", "memory.current")),
-    )
+    free, meminfo, group = total, Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if meminfo.is_file():
-        rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = 1024.0 * int(rows["MemAvailable"].split()[0])
+        free = 1024.0 * _numbers(meminfo)["MemAvailable"]
+    limit = group / "memory.max"
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, float(text))
-        free = min(free, total - float(used.read_text()))
+        cached = _numbers(group / "memory.stat")["inactive_file"]  # given back when memory is needed
+        free = min(free, total - float((group / "memory.current").read_text()) + cached)
     return total, free
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Names and numbers of a file that has one of each in a line."""
+    rows = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return {name: int(number) for name, number, *_ in rows}
 
 
 def _model_line(args: TrainingArgs, shape: ModelShape, download: str | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from common import models
 from common.errors import UserError
+from common.fit.devices import installed_gpus
 from common.problems.questions import kind_of_source
 from common.reports.wandb_run import address_to_reach, cannot_connect, online_problem
 from common.servers.vllm import check_own_server
@@ -42,7 +43,8 @@ class Found:
 
 def packages(args: TrainingArgs) -> Iterator[str]:
     """Packages that the run imports and this Python lacks."""
-    wanted = [*PACKAGES, *(["bitsandbytes"] if args.use_4bit else []), *(["wandb"] if args.wandb else [])]
+    four_bit = installed_gpus() > 0 if args.use_4bit is None else args.use_4bit
+    wanted = [*PACKAGES, *(["bitsandbytes"] if four_bit else []), *(["wandb"] if args.wandb else [])]
     for name in wanted:
         if find_spec(name) is None:
             yield f"the package {name} is not installed: pip install -r requirements.txt"
