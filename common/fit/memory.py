@@ -26,6 +26,7 @@ from common.settings.grpo import TrainingArgs
 MIB, GIB = 2**20, 2**30
 # Measured: resident memory of this program after its imports, and what encoder, tokenizer and data add to the weights.
 CPU_LIBRARIES, ENCODER = 540 * MIB, 140 * MIB
+QUANTISING = 110 * MIB  # measured: bitsandbytes, and its copies of a tensor that it quantises, on a CPU
 CUDA_CONTEXT = 800 * MIB  # an assumption: 0.5 to 0.8 GiB by card and driver
 NF4_BYTES = 4.127 / 8
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768  # TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE of TRL 1.16
@@ -89,7 +90,8 @@ def estimate(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine
     if not machine.gpu:
         parts.append(Part("sentence encoder, tokenizer, data", ENCODER))
         if machine.four_bit or shape.stored_bytes < machine.width:
-            parts.append(Part("loading: the model's files", shape.stored_bytes * shape.parameters, "loading"))
+            loading = shape.stored_bytes * shape.parameters + (QUANTISING if machine.four_bit else 0)
+            parts.append(Part("loading: the model's files", loading, "loading"))
     if args.vllm_python is not None:
         share = args.vllm_gpu_memory * machine.total if machine.gpu else 4 * shape.parameters + VLLM_ON_CPU
         parts.append(Part(SERVER, share))
