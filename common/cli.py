@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from common.errors import UserError
+from common.processes.ranks import is_first
 from common.settings import secrets
 from common.settings.fields import flag_of
 
@@ -128,7 +129,7 @@ def forbid_import(package: str) -> None:
 
 def say(message: str) -> None:
     """Print one line for the user on stderr, from the first process of a run only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(message, file=sys.stderr, flush=True)
 
 

@@ -16,22 +16,23 @@ COMMON = ROOT / "common"
 # here, and everything named stands above it in this table.
 MAY_IMPORT = {
     "errors": "",
+    "processes": "",
     "plans": "",
     "generation": "",
     "decoding": "",
     "grading": "plans",
-    "settings": "errors plans",
-    "cli": "errors settings",
+    "settings": "errors plans processes",
+    "cli": "errors processes settings",
     "problems": "errors plans grading settings cli",
     "prompts": "errors problems",
     "models": "errors settings prompts",
-    "runs": "errors settings models",
+    "runs": "errors processes settings models",
     "reports": "errors settings runs",
     "similarity": "models",
-    "servers": "errors generation settings cli prompts models runs",
-    "workers": "errors generation decoding settings cli prompts runs servers",
+    "servers": "errors processes generation settings cli prompts models runs",
+    "workers": "errors processes generation decoding settings cli prompts runs servers",
     "pipeline": "plans generation grading settings prompts models decoding similarity workers",
-    "rewards": "errors plans grading settings reports pipeline",
+    "rewards": "errors processes plans generation grading settings reports pipeline",
     "merging": "errors settings cli prompts models runs reports decoding workers",
     "evaluation": (
         "plans generation grading settings cli problems prompts models runs reports similarity workers pipeline"
@@ -41,7 +42,7 @@ MAY_IMPORT = {
         "pipeline evaluation"
     ),
     "training": (
-        "errors decoding settings cli problems prompts models runs reports similarity servers workers pipeline "
+        "errors processes decoding settings cli problems prompts models runs reports similarity servers workers pipeline "
         "rewards evaluation"
     ),
 }

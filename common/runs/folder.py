@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UserError
+from common.processes.ranks import is_first
 from common.runs.checkpoints import complete_checkpoints
 from common.runs.files import check_writable, remove_unfinished
 from common.runs.lock import LOCK_FILE, only_run
@@ -44,7 +44,7 @@ def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterat
     check_writable(output_dir, "--output-dir")
     with only_run(output_dir / LOCK_FILE, f"--output-dir {output_dir}"):
         check_output_dir(output_dir, overwrite=overwrite, resume=resume)
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             remove_unfinished(output_dir)
         yield
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from common.errors import UserError
 from common.evaluation.during_training import Scoring
 from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question, fingerprint, kind_of_source
+from common.processes.ranks import PATIENCE_SECONDS, world_size
 from common.reports.jsonl import read_jsonl
 from common.reports.metrics import summary_table
 from common.reports.plots import plot_training_curves
@@ -38,9 +38,6 @@ from common.workers.frozen import FrozenBase
 from common.workers.local import FrozenWorker, end_token_ids
 from common.workers.remote import ServerWorker
 from common.workers.rollouts import PolicyCheck, ServedPlanner
-
-# A rank whose worker has long answers to write holds the others at the gather; two hours, not ten minutes.
-GATHER_TIMEOUT_SECONDS = 7200
 
 
 def train(
@@ -226,8 +223,7 @@ def check_enough(args: TrainingArgs, questions: int) -> None:
     Raises:
         UserError: with how many are needed.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    needed = args.batch_size * processes * args.grad_accum // args.num_generations
+    needed = args.batch_size * world_size() * args.grad_accum // args.num_generations
     if questions < needed:
         raise UserError(
             f"--dataset {args.dataset} gives {questions} questions, one step takes {needed} (--batch-size × "
@@ -270,7 +266,7 @@ def grpo_config(args: TrainingArgs) -> GRPOConfig:
         save_total_limit=args.save_total_limit,
         report_to=[],
         disable_tqdm=True,
-        ddp_timeout=GATHER_TIMEOUT_SECONDS,
+        ddp_timeout=PATIENCE_SECONDS,
         **device_options(args),
     )
 

@@ -6,34 +6,48 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT, flags, run_script
 from safetensors.torch import load_file
 
 from common.reports.jsonl import read_jsonl
+from common.settings.grpo import TrainingArgs
 
 RANKS = 2
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), "--standalone"]
+ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-def torchrun(*given: str) -> subprocess.CompletedProcess[str]:
-    """Run grpo_training.py on two ranks without a GPU."""
+def torchrun(*given: str, script: str = "grpo_training.py") -> subprocess.CompletedProcess[str]:
+    """Run a script on two ranks without a GPU."""
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), "--master_port", "0",
-         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "grpo_training.py"), *given],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        [*LAUNCHER, str(ROOT / script), *given],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600, env={**os.environ, **ENVIRONMENT},
     )  # fmt: skip
 
 
-def test_two_ranks_train_one_adapter_and_resume_in_a_later_epoch_bit_for_bit(tiny_args, tmp_path):
-    """Four questions are one step's, so every step is an epoch of its own, each in an order of its own."""
-    tiny_args.max_steps, tiny_args.save_steps = 4, 2
-    done = torchrun(*flags(tiny_args))
+@pytest.fixture(scope="module")
+def two_ranks(tiny_planner, questions_file, tmp_path_factory) -> tuple[TrainingArgs, Path]:
+    """A run on two ranks. Four questions are one step's, so every step is an epoch, each in an order of its own."""
+    folder = tmp_path_factory.mktemp("ranks") / "run"
+    args = TrainingArgs(
+        base_model=tiny_planner, dataset=str(questions_file), output_dir=str(folder), planner_style="short",
+        worker_style="few-shot", worker_max_tokens=8, max_completion_length=60, batch_size=4, grad_accum=2,
+        num_generations=4, max_steps=4, temperature=1.0, lr=1e-3, lr_schedule="constant", save_steps=2, wandb=False,
+    )  # fmt: skip
+    done = torchrun(*flags(args))
     assert done.returncode == 0, done.stderr[-3000:]
-    whole, copy = tmp_path / "run", tmp_path / "copy"
+    return args, folder
+
+
+def test_two_ranks_train_one_adapter_and_resume_in_a_later_epoch_bit_for_bit(two_ranks, tmp_path):
+    args, whole = two_ranks
+    copy = tmp_path / "copy"
     samples = read_jsonl(whole / "samples.jsonl")
-    per_step = tiny_args.batch_size * tiny_args.grad_accum * RANKS
+    per_step = args.batch_size * args.grad_accum * RANKS
     assert [row["step"] for row in samples] == [step for step in range(1, 5) for _ in range(per_step)]
     shutil.copytree(whole, copy)
     shutil.rmtree(copy / "checkpoint-4")
@@ -47,3 +61,45 @@ def test_two_ranks_train_one_adapter_and_resume_in_a_later_epoch_bit_for_bit(tin
     expected = load_file(whole / "adapter_model.safetensors")
     found = load_file(copy / "adapter_model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def means(rows: list[dict]) -> dict[str, float | None]:
+    """What a step's line must say of these samples."""
+
+    def mean(values: list) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    valid = [row for row in rows if row["plan"] is not None]
+    split = [row for row in valid if row["plan"]["should_decompose"]]
+    return {
+        "reward": mean([row["reward"] for row in rows]),
+        "correctness": mean([row["correct"] for row in rows]),
+        "invalid_plan_rate": mean([row["plan"] is None for row in rows]),
+        "decomposition_rate": mean([row in split for row in rows]),
+        "planner_tokens": mean([row["planner_tokens"] for row in rows]),
+        "worker_tokens": mean([row["worker_tokens"] for row in rows]),
+        "token_efficiency": mean([row["token_efficiency"] for row in valid]),
+        "independence": mean([row["independence"] for row in valid]),
+        "subproblems_per_plan": mean([len(row["plan"]["subproblems"]) for row in split]),
+        "correct_direct": mean([row["correct"] for row in valid if row not in split]),
+        "no_answer_rate": mean([row["answer"] is None for row in rows if row["final"] is not None]),
+        "worker_failures": sum(row["error"] is not None for row in rows),
+    }
+
+
+def test_each_line_of_metrics_is_of_the_samples_of_all_ranks(two_ranks):
+    _, folder = two_ranks
+    samples, lines = read_jsonl(folder / "samples.jsonl"), read_jsonl(folder / "metrics.jsonl")
+    would_differ = set()
+    for line in lines:
+        rows = [row for row in samples if row["step"] == line["step"]]
+        expected = means(rows)
+        for name, value in expected.items():
+            assert line.get(name) == (None if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)), name
+        # The samples stand in the order of the ranks: would the mean of their means be another number?
+        halves = [means(rows[: len(rows) // 2]), means(rows[len(rows) // 2 :])]
+        for name, value in expected.items():
+            known = [half[name] for half in halves if half[name] is not None]
+            if known and sum(known) / len(known) != pytest.approx(value, rel=1e-5):
+                would_differ.add(name)
+    assert {"token_efficiency", "subproblems_per_plan"} & would_differ, "this run cannot tell one from the other"
