@@ -41,7 +41,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("run")
     group.add_argument("--demo", action="store_true", help="a small preset for a CPU; explicit flags override it")
     group.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
-    group.add_argument("--overwrite", action="store_true", help="replace a run that --output-dir holds")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a run in --output-dir, which is kept until the new one has a checkpoint",
+    )
     group.add_argument("--debug", action="store_true", help="show tracebacks and library warnings")
     return group
 

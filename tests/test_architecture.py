@@ -16,7 +16,7 @@ COMMON = ROOT / "common"
 # here, and everything named stands above it in this table.
 MAY_IMPORT = {
     "errors": "",
-    "processes": "",
+    "processes": "errors",
     "plans": "",
     "generation": "",
     "decoding": "",
@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "problems": "errors plans grading settings cli",
     "prompts": "errors problems",
     "models": "errors settings prompts",
-    "runs": "errors processes settings models",
+    "runs": "errors processes settings cli models",
     "reports": "errors settings runs",
     "similarity": "models",
     "servers": "errors processes generation settings cli prompts models runs",

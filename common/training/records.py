@@ -10,7 +10,7 @@ from common.processes.ranks import world_size
 from common.reports.jsonl import append_jsonl, truncate_jsonl_after
 from common.runs.checkpoints import checkpoint_step
 from common.runs.files import read_json, write_json
-from common.runs.folder import clear_run
+from common.runs.folder import set_aside
 from common.runs.record import TRAINING_CONFIG, run_record
 from common.settings.grpo import TrainingArgs
 from common.settings.sft import SupervisedArgs
@@ -45,7 +45,7 @@ def add_to_record(output_dir: Path, **facts: Any) -> None:
 
 
 def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, *, script: str, **facts: Any) -> None:
-    """Remove an older run, or cut its files back to a checkpoint, and store the settings.
+    """Set an older run aside, or cut its files back to a checkpoint, and store the settings.
 
     Call it only after everything is loaded, so that an older run stays unchanged if loading fails.
 
@@ -57,7 +57,7 @@ def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, 
     """
     output_dir = Path(args.output_dir)
     if checkpoint is None:
-        clear_run(output_dir)
+        set_aside(output_dir)
     record = run_record(args.to_dict(), script=script, seed=args.seed, processes=world_size(), **facts)
     write_json(output_dir / TRAINING_CONFIG, record)
     step = 0 if checkpoint is None else checkpoint_step(checkpoint)

@@ -6,7 +6,6 @@ are listed in `PRIVATE_NAMES`. A test reports which of them another version of T
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from common.decoding.packing import packed_linears
 from common.processes import ranks
 from common.reports.step_clock import StepClock
 from common.runs.checkpoints import answers_file
+from common.runs.storage import resume_command
 from common.workers.frozen import FrozenBase
 from common.workers.local import FrozenWorker, inference
 from common.workers.rollouts import PolicyCheck, RunStoppedError, ServedPlanner
@@ -164,9 +164,7 @@ class PlannerTrainer(GRPOTrainer):
             return "there is no step to save"
         if not (Path(output_dir) / f"checkpoint-{step}").is_dir():
             self._save_checkpoint(self.model, trial=None)
-        return (
-            f"step {step} is saved, continue with {sys.executable} grpo_training.py --output-dir {output_dir} --resume"
-        )
+        return f"step {step} is saved, continue with {resume_command('grpo_training.py', Path(output_dir))}"
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         """Forward and backward pass of a micro-batch; the first of a generation batch also generates that batch."""

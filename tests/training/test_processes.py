@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, flags, run_script
+from launched import ENVIRONMENT, LAUNCHER, RANKS, torchrun
 from safetensors.torch import load_file
 
 from common.reports.jsonl import read_jsonl
+from common.runs.checkpoints import checkpoint_step, complete_checkpoints
 from common.settings.grpo import TrainingArgs
-
-RANKS = 2
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), "--standalone"]
-ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-
-
-def torchrun(*given: str, script: str = "grpo_training.py") -> subprocess.CompletedProcess[str]:
-    """Run a script on two ranks without a GPU."""
-    return subprocess.run(
-        [*LAUNCHER, str(ROOT / script), *given],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600, env={**os.environ, **ENVIRONMENT},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +96,51 @@ def test_each_line_of_metrics_is_of_the_samples_of_all_ranks(two_ranks):
             if known and sum(known) / len(known) != pytest.approx(value, rel=1e-5):
                 would_differ.add(name)
     assert {"token_efficiency", "subproblems_per_plan"} & would_differ, "this run cannot tell one from the other"
+
+
+def ranks_of(launcher: int) -> dict[str, int]:
+    """Process ids of a launcher's ranks."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        found |= {entry[5:]: int(child) for entry in environment if entry.startswith("RANK=")}
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+@pytest.mark.parametrize("who", ["one rank", "all, as from a terminal"])
+def test_a_signal_ends_all_ranks_with_one_checkpoint_and_the_command_they_were_started_with(tiny_args, who):
+    tiny_args.max_steps, tiny_args.save_steps, tiny_args.worker_max_tokens = 500, 400, 4
+    folder = Path(tiny_args.output_dir)
+    process = subprocess.Popen(
+        [*LAUNCHER, str(ROOT / "grpo_training.py"), *flags(tiny_args)], cwd=ROOT, start_new_session=True,
+        env={**os.environ, **ENVIRONMENT}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 180
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.2)
+    if who == "one rank":
+        os.kill(ranks_of(process.pid)["1"], signal.SIGTERM)
+    else:
+        os.killpg(process.pid, signal.SIGINT)  # which the launcher then sends to its ranks once more
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, "torchrun's own code for ranks that end with an error, or for a signal"
+    codes = re.findall(r"exitcode *: (-?\d+)", errors)  # the launcher tells those of ranks that ended by themselves
+    assert who != "one rank" or (codes and set(codes) == {"143"}), errors[-3000:]
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in errors
+    (checkpoint,) = complete_checkpoints(folder)
+    steps = checkpoint_step(checkpoint)
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == RANKS
+    assert len(read_jsonl(folder / "metrics.jsonl")) == steps
+    assert not (folder / "adapter_model.safetensors").exists() and not (folder / ".run.lock").exists()
+    (command,) = [line.strip() for line in errors.splitlines() if line.endswith(f"--output-dir {folder} --resume")]
+    assert "ACCELERATE_USE_CPU=true" in command and f"torch.distributed.run --nproc_per_node {RANKS}" in command
+    if who != "one rank":
+        return
+    done = subprocess.run(
+        f"{command} --max-steps {steps + 1}", shell=True, cwd=ROOT, capture_output=True, text=True, check=False,
+        env={key: value for key, value in os.environ.items() if key not in ENVIRONMENT}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] == steps + 1
