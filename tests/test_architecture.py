@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "rewards": "errors processes plans generation grading settings reports pipeline",
     "merging": "errors settings cli prompts models runs reports decoding workers",
     "evaluation": (
-        "plans generation grading settings cli problems prompts models runs reports similarity workers pipeline"
+        "processes plans generation grading settings cli problems prompts models runs reports similarity workers "
+        "pipeline"
     ),
     "inference": (
         "errors plans generation grading settings cli problems prompts models runs reports similarity servers workers "

@@ -113,7 +113,7 @@ def _run(
     resumes = checkpoint is not None
     wandb_callback = records.add_wandb(args, trainer, samples, resumes=resumes) if main_process and args.wandb else None
     scoring = Scoring(args, model, tokenizer, executor)
-    if held_out and main_process:
+    if held_out:
         scoring.before(held_out)
 
     if checkpoint is not None and trainer.worker is not None:
@@ -141,8 +141,8 @@ def _run(
     if main_process:
         records.add_to_record(output_dir, frozen_worker=trainer.frozen.record())
         finish(args, trainer, tokenizer, output_dir, dated=facts["prompt_date"] is not None)
-        if held_out:
-            scoring.after(held_out)
+    if held_out:
+        scoring.after(held_out)
     return 0
 
 

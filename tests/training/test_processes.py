@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ def two_ranks(tiny_planner, questions_file, tmp_path_factory) -> tuple[TrainingA
         base_model=tiny_planner, dataset=str(questions_file), output_dir=str(folder), planner_style="short",
         worker_style="few-shot", worker_max_tokens=8, max_completion_length=60, batch_size=4, grad_accum=2,
         num_generations=4, max_steps=4, temperature=1.0, lr=1e-3, lr_schedule="constant", save_steps=2, wandb=False,
+        eval_samples=5, eval_dataset="generated:shares?people=3",
     )  # fmt: skip
     done = torchrun(*flags(args))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -144,3 +146,27 @@ def test_a_signal_ends_all_ranks_with_one_checkpoint_and_the_command_they_were_s
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] == steps + 1
+
+
+def test_the_scoreboard_is_spread_over_the_ranks_and_is_the_one_of_a_single_process(two_ranks, tmp_path):
+    """Five questions: two for one rank, three for the other; sampled votes too are drawn by question."""
+    _, whole = two_ranks
+    spread = read_jsonl(whole / "evaluation.jsonl")
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    done = run_script("grpo_training.py", "--output-dir", str(copy), "--eval-only", "--overwrite")
+    assert done.returncode == 0, done.stderr
+    alone = read_jsonl(copy / "evaluation.jsonl")
+    assert len(spread) == 4 * 5 and len({row["final"] for row in spread}) > 4
+    for found, expected in zip(spread, alone, strict=True):
+        assert found | {"seconds": 0} == expected | {"seconds": 0}
+    # Kept rows are kept by all ranks, and what is missing is made by all.
+    kept = [row for row in spread if row["row"] == spread[0]["row"]]
+    (copy / "evaluation.jsonl").write_text("".join(json.dumps(row | {"seconds": 12345}) + "\n" for row in kept))
+    done = torchrun("--output-dir", str(copy), "--eval-only")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("as in evaluation.jsonl") == 1 and done.stdout.count("95% interval") == 1
+    again = read_jsonl(copy / "evaluation.jsonl")
+    assert {row["seconds"] for row in again[:5]} == {12345}
+    for found, expected in zip(again, alone, strict=True):
+        assert found | {"seconds": 0} == expected | {"seconds": 0}
