@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from common.errors import UserError
-from common.processes.ranks import is_first
+from common.processes.ranks import is_first, rank
 from common.settings import secrets
 from common.settings.fields import flag_of
 
@@ -190,6 +190,8 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     # other work, spinning costs several times the work itself (docs/results.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     program = os.path.basename(sys.argv[0])  # noqa: PTH119 - pathlib costs import time and gives the same
+    if not is_first():
+        program += f" (process {rank()})"  # the same line of several, or of one alone
     try:
         code = main(None)
     except UserError as error:
