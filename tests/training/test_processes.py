@@ -31,7 +31,7 @@ def two_ranks(tiny_planner, questions_file, tmp_path_factory) -> tuple[TrainingA
         base_model=tiny_planner, dataset=str(questions_file), output_dir=str(folder), planner_style="short",
         worker_style="few-shot", worker_max_tokens=8, max_completion_length=60, batch_size=4, grad_accum=2,
         num_generations=4, max_steps=4, temperature=1.0, lr=1e-3, lr_schedule="constant", save_steps=2, wandb=False,
-        eval_samples=5, eval_dataset="generated:shares?people=3",
+        eval_samples=5, eval_dataset="generated:shares?people=3", cpu_dtype="float32",
     )  # fmt: skip
     done = torchrun(*flags(args))
     assert done.returncode == 0, done.stderr[-3000:]
