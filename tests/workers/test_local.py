@@ -53,7 +53,7 @@ def test_micro_batches_of_a_token_budget_give_the_same_answers(smollm2):
 def test_a_sampled_answer_depends_on_its_number_and_not_on_its_batch(smollm2):
     """So that a vote has one outcome on any number of processes, and with any budget of a micro-batch."""
     model, tokenizer = smollm2
-    asked = [prompts.direct_messages(question, "few-shot") for question in SUMS for _ in range(2)]
+    asked = [prompts.direct_messages(question, "few-shot") for question in SUMS[:2] for _ in range(2)]
 
     def sampled(requests: list, **options: int) -> list:
         return LocalModel(
@@ -61,7 +61,7 @@ def test_a_sampled_answer_depends_on_its_number_and_not_on_its_batch(smollm2):
         ).generate(requests)
 
     together = sampled(asked)
-    assert sampled(asked[:3]) + sampled(asked[3:], first=3) == together
+    assert sampled(asked[:1]) + sampled(asked[1:], first=1) == together
     assert sampled(asked, batch_tokens=400) == together
     assert together[0] != together[1] or together[2] != together[3], "equal prompts are sampled apart"
     assert sampled(asked, seed=4) != together
