@@ -32,9 +32,10 @@ from common.fit.devices import prepare_gpu
 from common.models import check_base_model
 from common.problems.planning import load_planning_data
 from common.problems.questions import check_source
+from common.processes.engines import check_engine
 from common.runs.adapters import check_adapter_base, check_adds_to_base
 from common.runs.checkpoints import newest_checkpoint
-from common.runs.folder import own_output_dir
+from common.runs.folder import own_output_dir, settle_replaced
 from common.runs.record import check_same_processes, stored_settings
 from common.settings.sft import RESUMABLE, SFT_DEMO, SupervisedArgs
 
@@ -73,11 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = given_settings(options, SupervisedArgs)
     preset = {**DEFAULTS, **(SFT_DEMO if options.demo else {})}
     output_dir = Path({**preset, **given}["output_dir"])
+    if options.resume:
+        settle_replaced(output_dir)
     values = (
         stored_settings(output_dir, given, RESUMABLE, "dummy_planner.py") if options.resume else {**preset, **given}
     )
     args = SupervisedArgs(**values)
     args.validate()
+    check_engine()
     prepare_gpu("dummy_planner.py")
     with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume):
         return start(options, args)

@@ -37,10 +37,11 @@ from common.fit.devices import prepare_gpu
 from common.models import check_base_model
 from common.pipeline import PipelineExecutor, PipelineResult
 from common.problems.questions import check_source, fingerprint, load_held_out, load_questions
+from common.processes.engines import check_engine
 from common.rewards import PipelineRewardFunction
 from common.runs.adapters import check_adapter_base, check_adds_to_base, read_adapter_config
 from common.runs.checkpoints import newest_checkpoint
-from common.runs.folder import own_output_dir
+from common.runs.folder import own_output_dir, settle_replaced
 from common.runs.record import check_same_data, check_same_processes, read_run_record, stored_settings
 from common.servers.vllm import serve_base
 from common.settings.grpo import DEMO, RESUMABLE, TrainingArgs
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--check looks at a training run: leave out --eval-only")
     args = settle(options)
     args.validate()
+    check_engine()
     prepare_gpu("grpo_training.py")
     if options.check:
         from common.fit.check import check_run
@@ -141,6 +143,7 @@ def settle(options: argparse.Namespace) -> TrainingArgs:
         return TrainingArgs(**{**(DEMO if options.demo else {}), **given})
     default_dir = DEMO["output_dir"] if options.demo else TrainingArgs.output_dir
     output_dir = Path(given.get("output_dir", default_dir))
+    settle_replaced(output_dir)
     args = TrainingArgs.from_dict(stored_settings(output_dir, given, RESUMABLE, "grpo_training.py"))
     if options.eval_only:
         args.vllm_url = args.vllm_python = None  # for evaluation the worker is the local base model

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from common.errors import UserError
+from common.processes.ranks import is_first, rank
 from common.settings import secrets
 from common.settings.fields import flag_of
 
@@ -50,7 +51,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("run")
     group.add_argument("--demo", action="store_true", help="a small preset for a CPU; explicit flags override it")
     group.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
-    group.add_argument("--overwrite", action="store_true", help="replace a run that --output-dir holds")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a run in --output-dir, which is kept until the new one has a checkpoint",
+    )
     group.add_argument("--debug", action="store_true", help="show tracebacks and library warnings")
     return group
 
@@ -138,7 +143,7 @@ def forbid_import(package: str) -> None:
 
 def say(message: str) -> None:
     """Print one line for the user on stderr, from the first process of a run only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(message, file=sys.stderr, flush=True)
 
 
@@ -196,6 +201,8 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     # other work, spinning costs several times the work itself (docs/results.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     program = os.path.basename(sys.argv[0])  # noqa: PTH119 - pathlib costs import time and gives the same
+    if not is_first():
+        program += f" (process {rank()})"  # the same line of several, or of one alone
     try:
         code = main(None)
     except UserError as error:

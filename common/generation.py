@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +39,8 @@ class WorkerStats:
     def cache_hit_rate(self) -> float:
         """Share of requests in [0, 1] that were answered without running the model; 0 without requests."""
         return 1 - self.generated / self.requests if self.requests else 0.0
+
+
+def total_stats(parts: Sequence[WorkerStats]) -> WorkerStats:
+    """The counts of several workers together; seconds add up too."""
+    return WorkerStats(*(sum(values) for values in zip(*map(astuple, parts), strict=True)))

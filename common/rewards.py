@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
+from common.generation import total_stats
 from common.grading import numbers_in
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import near_plan_credit
+from common.processes import ranks
 from common.reports.step_clock import StepClock
 from common.settings.grpo import TrainingArgs
 
@@ -95,7 +97,7 @@ class PipelineRewardFunction:
         executor: carries out the plans.
         weights: of the formula.
         eos_ids: tokens that end a completion; one that ends with none of them was cut off.
-        sink: receives the batch's sample records (for `samples.jsonl` and W&B).
+        sink: receives the sample records of all processes' batches, in the first process (for `samples.jsonl` and W&B).
         clock: is told how long worker and embeddings took.
 
     Raises (when called):
@@ -135,7 +137,10 @@ class PipelineRewardFunction:
         trainer_state: Any = None,
         **_: Any,
     ) -> list[float | None]:
-        """Rewards of B completions, None for one to be masked.
+        """Rewards of B completions, None for one to be masked; every process must call it.
+
+        What is logged is of the samples of all processes: the mean of their means would weigh a sample by how many
+        others of its kind its process happened to have.
 
         Args:
             prompts: unused; questions and answers travel as data set columns.
@@ -152,31 +157,31 @@ class PipelineRewardFunction:
         for result, error in zip(results, self.rollout_errors(), strict=False):
             result.error = result.error or error
         rewards = [reward_of(result, self._weights) for result in results]
-        self._stop_if_nothing_works(results)
         stats = self.executor.worker.take_stats()
         self._clock.add("worker_seconds", stats.seconds)
         if self.executor.embeddings is not None:
             self._clock.add("embedding_seconds", self.executor.embeddings.take_seconds())
+        every = ranks.gathered(list(zip(results, rewards, strict=True)))
+        everyones = [result for result, _ in every]
+        self._stop_if_nothing_works(everyones)
         if log_metric is not None:
-            for name, value in batch_metrics(results, self._weights).items():
+            # TRL averages what the processes log, which is the same in all of them.
+            for name, value in batch_metrics(everyones, self._weights).items():
                 log_metric(name, value)
-            log_metric("cache_hit_rate", stats.cache_hit_rate)
-            log_metric("worker_seconds", stats.seconds)
+            log_metric("cache_hit_rate", total_stats(ranks.gathered([stats])).cache_hit_rate)
         if log_extra is not None:
             log_extra("correct", [result.correct for result in results])
             log_extra("independence", [result.independence for result in results])
             log_extra("worker_tokens", [result.worker_tokens for result in results])
-        if self._sink is not None:
+        if self._sink is not None and ranks.is_first():
             step = getattr(trainer_state, "global_step", 0) + 1  # the step that these completions train
-            self._sink(
-                [sample_record(step, r, value, self._weights) for r, value in zip(results, rewards, strict=True)]
-            )
+            self._sink([sample_record(step, result, value, self._weights) for result, value in every])
         return rewards
 
     def _stop_if_nothing_works(self, results: Sequence[PipelineResult]) -> None:
         # Invalid plans do not reach the worker, and completions that a server did not give have no plan.
         failed = [result for result in results if result.error is not None and result.plan is not None]
-        if failed:
+        if failed and ranks.is_first():
             logger.warning("%d of %d samples masked, the worker failed: %s", len(failed), len(results), failed[0].error)
         asked = [result for result in results if result.plan is not None]
         if asked:
@@ -191,20 +196,25 @@ class PipelineRewardFunction:
 
 
 def batch_metrics(results: Sequence[PipelineResult], weights: RewardWeights) -> dict[str, float]:
-    """Averages over one batch; those that have no sample in this batch are left out."""
-    scored = [result for result in results if result.error is None]
+    """Averages over one batch; those that have no sample in this batch are left out.
+
+    A sample without a score (its `reward` is None) counts in none of them but as a failure, or as a plan if it has one.
+    """
+    # A completion that its server failed to give is no plan, valid or not.
+    planned = [result for result in results if result.error is None or result.plan is not None]
+    scored = [result for result in planned if result.error is None]
     valid = [result for result in scored if result.plan is not None]
     split = [result for result in valid if result.decomposed]
     direct = [result for result in valid if not result.decomposed]
     written = [answer for result in scored for answer in result.worker_answers]
     metrics = {
-        "worker_failures": float(len(results) - len(scored)),
-        "invalid_plan_rate": _mean([result.plan is None for result in results]),
-        "planner_tokens": _mean([result.item.planner_tokens for result in results]),
+        "worker_failures": float(len(planned) - len(scored)),
+        "invalid_plan_rate": _mean([result.plan is None for result in planned]),
+        "planner_tokens": _mean([result.item.planner_tokens for result in planned]),
         "correctness": _mean([result.correct for result in scored]),
         "worker_cut_off_rate": _mean([not answer.finished for answer in written]),
         "no_answer_rate": _mean([result.number is None for result in scored if result.final is not None]),
-        "decomposition_rate": _mean([result.decomposed for result in results]),
+        "decomposition_rate": _mean([result.decomposed for result in planned]),
         "worker_tokens": _mean([result.worker_tokens for result in scored]),
         "token_efficiency": _mean([token_efficiency(result.total_tokens, weights.max_tokens) for result in valid]),
         "independence": _mean([result.independence for result in valid]),

@@ -16,33 +16,35 @@ COMMON = ROOT / "common"
 # here, and everything named stands above it in this table.
 MAY_IMPORT = {
     "errors": "",
+    "processes": "errors",
     "plans": "",
     "generation": "",
     "decoding": "",
     "grading": "plans",
-    "settings": "errors plans",
-    "cli": "errors settings",
-    "problems": "errors plans grading settings cli",
+    "settings": "errors plans processes",
+    "cli": "errors processes settings",
+    "problems": "errors processes plans grading settings cli",
     "prompts": "errors problems",
     "models": "errors settings prompts",
-    "runs": "errors settings models",
+    "runs": "errors processes settings cli models",
     "reports": "errors settings runs",
     "similarity": "models",
-    "servers": "errors generation settings cli prompts models runs",
-    "workers": "errors generation decoding settings cli prompts runs servers",
-    "fit": "errors settings cli problems prompts models runs reports servers workers",
+    "servers": "errors processes generation settings cli prompts models runs",
+    "workers": "errors processes generation decoding settings cli prompts runs servers",
+    "fit": "errors processes settings cli problems prompts models runs reports servers workers",
     "pipeline": "plans generation grading settings prompts models decoding similarity workers",
-    "rewards": "errors plans grading settings reports pipeline",
+    "rewards": "errors processes plans generation grading settings reports pipeline",
     "merging": "errors settings cli prompts models runs reports decoding workers",
     "evaluation": (
-        "plans generation grading settings cli problems prompts models runs reports similarity workers pipeline"
+        "processes plans generation grading settings cli problems prompts models runs reports similarity workers "
+        "pipeline"
     ),
     "inference": (
         "errors plans generation grading settings cli problems prompts models runs reports similarity servers workers "
         "pipeline evaluation"
     ),
     "training": (
-        "errors decoding settings cli problems prompts models runs reports similarity servers workers pipeline "
+        "errors processes decoding settings cli problems prompts models runs reports similarity servers workers pipeline "
         "rewards evaluation"
     ),
 }

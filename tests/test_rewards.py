@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from common.errors import UserError
 from common.generation import Generation, WorkerStats
@@ -197,9 +201,54 @@ def test_a_completion_that_its_server_failed_to_give_is_masked_and_does_not_blam
     for _ in range(5):  # more batches than a worker may fail in
         scored = reward_call(reward, [SPLIT, ""], logged)
         assert scored[0] is not None and scored[1] is None
-    assert logged["worker_failures"] == 1
+    assert logged["worker_failures"] == 0
+    assert logged["invalid_plan_rate"] == 0 and logged["planner_tokens"] == 3, "of the one plan that was written"
+    assert logged["decomposition_rate"] == 1
     reward.rollout_errors = tuple
     assert reward_call(reward, [SPLIT, ""], logged)[1] == 0, "an empty plan that was written is an invalid one"
+
+
+def reward_of_a_rank(rank: int, store: str, results) -> None:
+    """Rank 0 has a completion that is right and five invalid ones; rank 1 one that is right and one whose worker fails."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    run, _ = executor(TABLE if rank == 0 else {key: value for key, value in TABLE.items() if key != "y two"})
+    logged: dict[str, float] = {}
+    records: list[dict] = []
+    reward = PipelineRewardFunction(run, RewardWeights(), eos_ids=frozenset({EOS}), sink=records.extend)
+    direct = Plan(False, ()).to_json()
+    values = reward_call(reward, [direct, *["no plan"] * 5] if rank == 0 else [direct, SPLIT], logged)
+    run.worker.table = {}  # from now on nothing works on rank 1, and rank 0 has nothing to ask
+    try:
+        for _ in range(3):
+            reward_call(reward, ["no plan"] if rank == 0 else [SPLIT], {})
+        stopped = "no"
+    except UserError as error:
+        stopped = str(error)
+    dist.destroy_process_group()
+    results.put((rank, values, logged, records, stopped))
+
+
+def test_metrics_are_of_the_samples_of_all_processes(tmp_path):
+    """Two gloo processes with unequal samples: shares of all samples, and one decision that nothing works."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=reward_of_a_rank, args=(rank, tmp_path / "store", results)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    try:
+        first, second = sorted(results.get(timeout=60) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+    logged = first[2]
+    assert logged == second[2], "or TRL's average of the processes would be another number"
+    assert logged["worker_failures"] == 1 and logged["correctness"] == 2 / 7  # of means: 7/12
+    assert logged["invalid_plan_rate"] == 5 / 8 and logged["decomposition_rate"] == 1 / 8
+    assert [len(first[1]), len(second[1])] == [6, 2], "rewards stay with their process"
+    assert [record["reward"] for record in first[3][:8]] == first[1] + second[1] and second[3] == []
+    assert "3 batches in a row" in first[4] and first[4] == second[4]
 
 
 def test_a_run_in_which_everything_fails_stops_with_a_clear_message():

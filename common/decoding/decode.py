@@ -37,7 +37,7 @@ def decode(
     eos_ids: frozenset[int],
     pad_id: int,
     temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     kinds: Sequence[Hashable] | None = None,
     prefixes: Prefixes | None = None,
     log_probs: list[list[float]] | None = None,
@@ -51,7 +51,8 @@ def decode(
         eos_ids: token ids that end a completion.
         pad_id: token id that fills shorter prompts on the left; it may equal an end-of-sequence token.
         temperature: 0 takes the most likely token; above 0 tokens are sampled at this temperature.
-        generator: random generator for sampling, on the model's device.
+        generator: random generator for sampling, on the model's device; or one for each prompt, on the CPU, so that a
+            prompt's sample does not depend on the rest of the batch.
         kinds: B labels, equal for prompts that begin alike. Without it all prompts count as one kind.
         prefixes: shared beginnings kept between calls (CPU only). Only for a model whose weights do not change.
         log_probs: an empty list. It is filled with B lists: the log-probability of each sampled token at this
@@ -77,9 +78,10 @@ def decode(
         drafts = Drafts(rows) if isinstance(cache, Branched) and temperature == 0 else None
         found = [outputs[index] for _, index in batch]
         odds = None if log_probs is None else [log_probs[index] for _, index in batch]
+        source = [generator[index] for _, index in batch] if isinstance(generator, Sequence) else generator
         with cache:
             logits = cache.read(rows, [kind for kind, _ in batch], max_new_tokens)
-            _continue(cache, logits, found, odds, max_new_tokens, eos_ids, drafts, temperature, generator)
+            _continue(cache, logits, found, odds, max_new_tokens, eos_ids, drafts, temperature, source)
     return outputs
 
 
@@ -92,7 +94,7 @@ def _continue(
     eos_ids: frozenset[int],
     drafts: Drafts | None,
     temperature: float,
-    generator: torch.Generator | None,
+    generator: torch.Generator | list[torch.Generator] | None,
 ) -> None:
     """Fill the empty `outputs` of all rows, and `log_probs` if given, starting from the first token's logits (B, V)."""
     rows = list(range(len(outputs)))  # row of the cache → index in outputs
@@ -100,7 +102,8 @@ def _continue(
     done = [False] * len(rows)
     while True:
         open_rows = [place for place, row in enumerate(rows) if not done[row]]
-        picked = _choose(logits, temperature, generator, len(rows), open_rows)
+        source = [generator[rows[place]] for place in open_rows] if isinstance(generator, list) else generator
+        picked = _choose(logits, temperature, source, len(rows), open_rows)
         if log_probs is not None:  # sampling drafts nothing, so there is one token per row
             odds = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, picked[:, None])
             for place, value in zip(open_rows, odds[:, 0].tolist(), strict=True):
@@ -139,7 +142,11 @@ def _continue(
 
 
 def _choose(
-    logits: torch.Tensor, temperature: float, generator: torch.Generator | None, rows: int, chosen: Sequence[int]
+    logits: torch.Tensor,
+    temperature: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+    rows: int,
+    chosen: Sequence[int],
 ) -> torch.Tensor:
     """The next tokens: (T, V) → (T,).
 
@@ -160,7 +167,10 @@ def _choose(
     # takes 3 to 10 times as long on a CPU (docs/performance.md).
     # Rounding the cumulative sums to fp32 changes probabilities by less than 1e-7.
     reached = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
-    drawn = torch.rand(rows, 1, device=logits.device, generator=generator)[list(chosen)]
+    if isinstance(generator, list):  # of the chosen ones
+        drawn = torch.stack([torch.rand(1, generator=own) for own in generator]).to(logits.device)
+    else:
+        drawn = torch.rand(rows, 1, device=logits.device, generator=generator)[list(chosen)]
     token = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)
     return token.squeeze(1).clamp(max=logits.shape[-1] - 1)  # rounding may exceed the last cumulative sum
 

@@ -30,13 +30,14 @@ from common.evaluation.scoreboard import (
 from common.evaluation.table import scoreboard_table
 from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question
+from common.processes import ranks
 from common.runs import storage
 from common.runs.record import read_run_record
 from common.settings.grpo import TrainingArgs
 from common.similarity import SentenceEncoder
 from common.workers.frozen import FrozenBase
 from common.workers.local import LocalModel
-from common.workers.remote import ServerWorker
+from common.workers.remote import ServerModel, ServerWorker
 
 
 def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = False) -> int:
@@ -76,7 +77,8 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = F
 class Scoring:
     """Makes and stores the scoreboard of a run: some rows before training, the others after it.
 
-    A stored row is used again if everything that determines it is the same, and no question in it failed.
+    A stored row is used again if everything that determines it is the same, and no question in it failed. If there are
+    several processes, each asks its share of the questions, and the first one writes; all must call the same methods.
 
     Args:
         args: settings of the run.
@@ -102,13 +104,15 @@ class Scoring:
     def before(self, held_out: list[Question]) -> None:
         """Make the rows of direct solving, of the base model as planner, and of the planner of a warm start."""
         args = self._args
-        self._earlier = {} if self._anew else stored_rows(Path(args.output_dir))
+        self._earlier = {} if self._anew or not ranks.is_first() else stored_rows(Path(args.output_dir))
         say(f"scoreboard: {len(held_out)} questions, before training")
         fingerprints = self._fingerprints(held_out)
-        self._keep_or_make(DIRECT, fingerprints.direct(), held_out, lambda: run_direct(held_out, self._executor))
-        self._plan(UNTRAINED, fingerprints.planner(None), held_out, adapter=False)
+        self._keep_or_make(
+            DIRECT, fingerprints.direct, held_out, lambda part: run_direct(held_out[part], self._executor)
+        )
+        self._plan(UNTRAINED, lambda: fingerprints.planner(None), held_out, adapter=False)
         if args.adapter_path is not None:
-            self._plan(SUPERVISED, fingerprints.planner(args.adapter_path), held_out, adapter=True)
+            self._plan(SUPERVISED, lambda: fingerprints.planner(args.adapter_path), held_out, adapter=True)
         self._forget_times()
 
     def after(self, held_out: list[Question]) -> None:
@@ -116,49 +120,64 @@ class Scoring:
         args = self._args
         say(f"scoreboard: {len(held_out)} questions, the trained planner")
         fingerprints = self._fingerprints(held_out)
-        trained = self._plan(TRAINED, fingerprints.planner(args.output_dir), held_out, adapter=True)
-        worker = self._executor.worker
-        voters = (
-            worker.sampler(VOTE_TEMPERATURE, args.seed)
-            if isinstance(worker, ServerWorker)
-            else self._answerer(adapter=False, max_tokens=args.worker_max_tokens, temperature=VOTE_TEMPERATURE)
-        )
-        budget = trained.mean("total_tokens")
+        trained = self._plan(TRAINED, lambda: fingerprints.planner(args.output_dir), held_out, adapter=True)
         direct = self._rows[DIRECT]
-        self._keep_or_make(
-            VOTE,
-            fingerprints.vote(votes_for(budget, direct), VOTE_TEMPERATURE),
-            held_out,
-            lambda: run_vote(held_out, direct, voters.generate, args.worker_style, budget),
-        )
+        count = votes_for(trained.mean("total_tokens"), direct)
+
+        def vote(part: slice) -> Row:
+            voters = self._voters(first=part.start * (count - 1))
+            return run_vote(held_out[part], direct.part(part), voters.generate, args.worker_style, count)
+
+        self._keep_or_make(VOTE, lambda: fingerprints.vote(count, VOTE_TEMPERATURE), held_out, vote)
         self._forget_times()
+        if not ranks.is_first():
+            return
         print("\n" + scoreboard_table(self._summary))
         print(f"scoreboard: {Path(args.output_dir) / 'evaluation.json'} and evaluation.png beside it")
 
-    def _plan(self, name: str, fingerprint: Fingerprint, held_out: list[Question], *, adapter: bool) -> Row:
+    def _plan(
+        self, name: str, fingerprint: Callable[[], Fingerprint], held_out: list[Question], *, adapter: bool
+    ) -> Row:
         args = self._args
         planner = self._answerer(adapter=adapter, max_tokens=args.max_completion_length)
         return self._keep_or_make(
             name,
             fingerprint,
             held_out,
-            lambda: run_planner(name, held_out, self._executor, planner.generate, args.planner_style),
+            lambda part: run_planner(name, held_out[part], self._executor, planner.generate, args.planner_style),
         )
 
     def _keep_or_make(
-        self, name: str, fingerprint: Fingerprint, held_out: list[Question], make: Callable[[], Row]
+        self,
+        name: str,
+        fingerprint: Callable[[], Fingerprint],
+        held_out: list[Question],
+        make: Callable[[slice], Row],
     ) -> Row:
-        earlier = self._earlier.get(name)
-        if earlier is not None:
-            reason = why_not_again(earlier, fingerprint, held_out)
-            if reason is None:
-                say(f"  {name}: as in {RECORDS} (--overwrite: anew)")
-                return self._add(earlier)
-            say(f"  {name}: the earlier row is not used again, it was {reason}")
-        row = make()
-        row.fingerprint = fingerprint
+        """A row: the earlier one, or a new one to which each process gives the part of its share of the questions.
+
+        The files of a run are the first process's, so it decides for all.
+        """
+        now = fingerprint() if ranks.is_first() else {}
+        kept = ranks.from_first(self._kept(name, now, held_out) if ranks.is_first() else None)
+        if kept is not None:
+            return self._add(kept)
+        part = make(ranks.share(len(held_out)))
+        row = Row(name, ranks.gathered(part.records), max(ranks.gathered([part.seconds])), now)
         say(f"  {name}: {row.mean('correct'):.1%} in {row.seconds:.0f} s")
         return self._add(row)
+
+    def _kept(self, name: str, now: Fingerprint, held_out: list[Question]) -> Row | None:
+        """The earlier row, where it is what would be made now."""
+        earlier = self._earlier.get(name)
+        if earlier is None:
+            return None
+        reason = why_not_again(earlier, now, held_out)
+        if reason is not None:
+            say(f"  {name}: the earlier row is not used again, it was {reason}")
+            return None
+        say(f"  {name}: as in {RECORDS} (--overwrite: anew)")
+        return earlier
 
     def _fingerprints(self, held_out: list[Question]) -> RunFingerprints:
         return RunFingerprints(self._args, self._model, self._tokenizer, self._executor.worker, held_out)
@@ -169,7 +188,16 @@ class Scoring:
         if self._executor.embeddings is not None:
             self._executor.embeddings.take_seconds()
 
-    def _answerer(self, *, adapter: bool, max_tokens: int, temperature: float = 0.0) -> LocalModel:
+    def _voters(self, *, first: int) -> LocalModel | ServerModel:
+        """The worker, sampled; `first` is the number of its first answer among those of all processes."""
+        args, worker = self._args, self._executor.worker
+        if isinstance(worker, ServerWorker):
+            return worker.sampler(VOTE_TEMPERATURE, args.seed + first)
+        return self._answerer(
+            adapter=False, max_tokens=args.worker_max_tokens, temperature=VOTE_TEMPERATURE, first=first
+        )
+
+    def _answerer(self, *, adapter: bool, max_tokens: int, temperature: float = 0.0, first: int = 0) -> LocalModel:
         return LocalModel(
             self._model,
             self._tokenizer,
@@ -178,11 +206,13 @@ class Scoring:
             batch_tokens=self._args.worker_batch_tokens,
             temperature=temperature,
             seed=self._args.seed,
+            first=first,
             cpu_dtype=models.cpu_dtype(self._args),
         )
 
     def _add(self, row: Row) -> Row:
         """Keep a row, also on disk: a row can take an hour, and a stopped run continues after the stored rows."""
         self._rows[row.name] = row
-        self._summary = save_scoreboard(list(self._rows.values()), Path(self._args.output_dir))
+        if ranks.is_first():
+            self._summary = save_scoreboard(list(self._rows.values()), Path(self._args.output_dir))
         return row

@@ -117,7 +117,7 @@ def planner_parts(asked: Any, limits: Sequence[int], embedding_model: str) -> Fi
 
 def vote_parts(count: int, temperature: float, seed: int) -> Fingerprint:
     """Influences on a majority vote besides the worker."""
-    return {"votes": digest([count, temperature, seed])}
+    return {"votes": digest([count, temperature, seed, "a seed each"])}
 
 
 def worker_prompts(style: str) -> list[list[Message]]:

@@ -66,6 +66,10 @@ class Row:
         values = [record[key] for record in self.records if record[key] is not None]
         return sum(values) / len(values) if values else math.nan
 
+    def part(self, questions: slice) -> Row:
+        """The row of some of its questions."""
+        return Row(self.name, self.records[questions], self.seconds, self.fingerprint)
+
 
 def run_direct(questions: Sequence[Question], executor: PipelineExecutor) -> Row:
     """The row of direct solving: the worker alone, step by step, greedy."""
@@ -90,22 +94,19 @@ def run_planner(
     return _run(name, questions, executor, plans, started)
 
 
-def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, style: str, budget: float) -> Row:
-    """The row of direct solving with at least the token budget of another row: a majority vote over samples.
+def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, style: str, count: int) -> Row:
+    """The row of direct solving with a majority vote over samples (self-consistency, arXiv:2203.11171).
 
-    This is self-consistency (arXiv:2203.11171). The greedy answer is the first vote and wins ties. Sampled answers
-    are added until the mean cost reaches the budget. There are at least three votes, because with two the greedy
-    answer would always win. So direct solving gets at least the budget, often more.
+    The greedy answer is the first vote and wins ties.
 
     Args:
-        questions: of the scoreboard.
-        direct: row whose greedy answers are the first votes.
+        questions: of the scoreboard, or a part of them.
+        direct: their row, whose greedy answers are the first votes.
         sampler: answers the worker's direct prompts by sampling.
         style: of these prompts.
-        budget: tokens per question to reach.
+        count: votes per question, including the greedy answer; see `votes_for`.
     """
     started = time.perf_counter()
-    count = votes_for(budget, direct)
     requests = [direct_messages(item.question, style) for item in questions for _ in range(count - 1)]
     samples = iter(sampler(requests) if requests else [])
     records = []
@@ -137,7 +138,9 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
 
 
 def votes_for(budget: float, direct: Row) -> int:
-    """Number of direct answers per question that together reach a token budget.
+    """Number of direct answers per question that together reach a token budget, at least three.
+
+    With two votes the greedy answer would always win. So direct solving gets at least the budget, often more.
 
     Args:
         budget: tokens per question.

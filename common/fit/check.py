@@ -15,6 +15,7 @@ from common.fit.memory import GIB, SERVER, Machine, Part, estimate, peak
 from common.fit.shape import ModelShape, model_shape
 from common.fit.step import Step, step_of
 from common.problems.questions import Question, check_enough, check_source, load_held_out, load_questions
+from common.processes.ranks import is_first, world_size
 from common.runs.adapters import check_adapter_base, check_adds_to_base
 from common.runs.folder import check_output_dir
 from common.settings.grpo import TrainingArgs
@@ -33,7 +34,7 @@ def check_run(args: TrainingArgs, *, overwrite: bool, resume: bool) -> int:
     Raises:
         UserErrors: with exit code 2 and a line for everything else.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return 0  # one process tells
     found = missing.Found()
     found.problems += missing.packages(args)
@@ -170,7 +171,7 @@ def _model_line(args: TrainingArgs, shape: ModelShape, download: str | None) -> 
 
 
 def _step_lines(args: TrainingArgs, step: Step, questions: int) -> str:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     completions, calls = processes * step.completions, processes * (step.solve.calls + step.combine.calls)
     drawn = args.max_steps * processes * step.questions // args.num_iterations
     return (

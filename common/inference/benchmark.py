@@ -140,8 +140,9 @@ def _rows(
         rows.append((row, written))
     budget = rows[-1][0].mean("total_tokens")
     sampler = session.worker.sampler(VOTE_TEMPERATURE, seed=seed)
-    vote = run_vote(questions, direct, sampler.generate, args.worker_style, budget)
-    vote.fingerprint = {**always, **vote_parts(votes_for(budget, direct), VOTE_TEMPERATURE, seed)}
+    count = votes_for(budget, direct)
+    vote = run_vote(questions, direct, sampler.generate, args.worker_style, count)
+    vote.fingerprint = {**always, **vote_parts(count, VOTE_TEMPERATURE, seed)}
     return [*rows, (vote, [])]
 
 

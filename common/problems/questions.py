@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from common.errors import UserError
 from common.grading import parse_gold
 from common.problems import generated
 from common.problems.files import SUFFIXES, data_files, read_records, split_files
+from common.processes.ranks import world_size
 from common.settings.grpo import TrainingArgs
 from common.settings.secrets import hub_token
 
@@ -101,8 +101,7 @@ def check_enough(args: TrainingArgs, questions: int) -> None:
     Raises:
         UserError: with how many are needed.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    needed = args.batch_size * processes * args.grad_accum // args.num_generations
+    needed = args.batch_size * world_size() * args.grad_accum // args.num_generations
     if questions < needed:
         raise UserError(
             f"--dataset {args.dataset} gives {questions} questions, one step takes {needed} (--batch-size × "

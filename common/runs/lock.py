@@ -21,6 +21,7 @@ from io import FileIO
 from pathlib import Path
 
 from common.errors import UserError
+from common.processes.ranks import is_first
 
 LOCK_FILE = ".run.lock"
 
@@ -38,7 +39,7 @@ def only_run(lock_file: Path, place: str) -> Iterator[None]:
     Raises:
         UserError: if another process holds the lock; the message names the process.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         yield
         return
     made = _make_folders(lock_file.parent)

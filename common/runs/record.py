@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.processes.ranks import world_size
 from common.settings.fields import flag_of
 
 TRAINING_CONFIG = "training_config.json"
@@ -46,11 +46,6 @@ def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str]
                 "leave the flag out to go on with it, or start anew in another --output-dir"
             )
     return {**stored, **given, "output_dir": str(output_dir)}
-
-
-def world_size() -> int:
-    """How many processes train together, as their launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_same_processes(output_dir: Path) -> None:

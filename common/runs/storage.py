@@ -7,12 +7,12 @@ import os
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UserError
+from common.processes.launcher import start_command
 from common.runs.checkpoints import checkpoint_step, complete_checkpoints
 from common.runs.files import megabytes
 
@@ -54,8 +54,8 @@ def explained(
 
 
 def resume_command(script: str, output_dir: Path) -> str:
-    """The command that continues a run."""
-    return f"{shlex.quote(sys.executable)} {script} --output-dir {shlex.quote(str(output_dir))} --resume"
+    """The command that continues a run, with the launcher and the number of processes that it was started with."""
+    return f"{start_command(script)} --output-dir {shlex.quote(str(output_dir))} --resume"
 
 
 def how_to_resume(script: str, output_dir: Path) -> str:

@@ -20,6 +20,7 @@ from types import MappingProxyType
 
 from common.cli import say
 from common.errors import UserError
+from common.processes.ranks import is_first
 from common.runs.adapters import read_adapter_config
 from common.settings.grpo import TrainingArgs
 from common.settings.inference import ADAPTER_NAME
@@ -212,7 +213,7 @@ def serve_base(args: TrainingArgs) -> Iterator[TrainingArgs]:
     served = replace(args, vllm_url=url)
     if os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1"):
         raise UserError("--vllm-python serves one machine only: start servers by hand and name them with --vllm-url")
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         wait_until_ready(None, args.vllm_port)
         yield served
         return

@@ -7,12 +7,12 @@ and serving read them. Nothing heavy is imported here.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from common.errors import UserErrors
 from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS
+from common.processes import ranks
 from common.settings.fields import check_values, setting, url_problem
 from common.settings.secrets import api_key_problem
 
@@ -115,7 +115,7 @@ class TrainingArgs:
         """
         problems = check_values(self)
         if not problems:
-            processes = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+            processes = world_size or ranks.world_size()
             problems += _divisibility_problem(self, processes)
             if self.correctness_weight + self.token_weight + self.independence_weight == 0:
                 problems.append("all three reward weights are 0, so every reward would be: raise one of them")

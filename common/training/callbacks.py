@@ -1,6 +1,7 @@
 """Trainer callbacks for what a run writes and shows while it trains, and for signals.
 
 ReportCallback     writes metrics.jsonl and training_curves.png
+DropReplacedRun    removes the run that --overwrite replaces, after the first checkpoint
 CollapseWarning    warns if the reward rises while all plans become the same
 StopOnSignal       ends the run after a checkpoint on Ctrl-C and SIGTERM
 
@@ -24,9 +25,12 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from common.cli import say
+from common.processes.launcher import is_elastic, patience_hint
+from common.processes.ranks import wait_for_all
 from common.reports.jsonl import append_jsonl, truncate_jsonl_after
 from common.reports.metrics import step_metrics
 from common.reports.plots import plot_training_curves
+from common.runs.folder import drop_replaced
 from common.runs.storage import resume_command
 
 logger = logging.getLogger(__name__)
@@ -98,6 +102,21 @@ class ReportCallback(TrainerCallback):
             logger.warning("could not draw %s: %s: %s", self.plot_path, type(error).__name__, error)
 
 
+class DropReplacedRun(TrainerCallback):
+    """Removes the run that `--overwrite` replaces, once the new one has its first checkpoint."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self._output_dir = output_dir
+        self._saved = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._saved:
+            wait_for_all()  # each process writes a part of the checkpoint
+            if state.is_world_process_zero:
+                drop_replaced(self._output_dir)
+        self._saved = True
+
+
 class CollapseWarning(TrainerCallback):
     """Warns when the reward rises while nearly all plans are the same text.
 
@@ -158,15 +177,21 @@ class StopOnSignal(TrainerCallback):
         if stop.received: ...   # signal.SIGINT or signal.SIGTERM
 
     A second signal raises KeyboardInterrupt at once. With several processes all stop at the same
-    step, even if only one of them got the signal: one that left alone would hang the others.
+    step, even if only one of them got the signal, and `received` is that signal in all: one that left alone
+    would hang the others. A launcher passes on what the processes have got themselves, and ends the rest once
+    the first has gone: neither counts as a second signal.
     """
 
+    REPEATED_SECONDS = 2.0
     _NOTICE = b"\nsaving a checkpoint after this step; press again to quit at once\n"
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._pid = 0
+        self._launched = is_elastic()
+        self._since = 0.0  # when the signal came
+        self._decided = False  # all processes save and leave
 
     def __enter__(self) -> StopOnSignal:
         self._pid = os.getpid()
@@ -181,6 +206,8 @@ class StopOnSignal(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, previous in self._previous.items():
+            if self._decided and self._launched and number == signal.SIGTERM:
+                previous = signal.SIG_IGN  # the launcher's, for who has not left yet
             # None: a handler that was not set from Python and cannot be set again from it.
             signal.signal(number, signal.SIG_DFL if previous is None else previous)
         self._previous.clear()
@@ -194,36 +221,52 @@ class StopOnSignal(TrainerCallback):
                 os.kill(os.getpid(), number)
             return
         if self.received is not None:
+            repeated = time.monotonic() - self._since < self.REPEATED_SECONDS
+            if self._launched and (repeated or (self._decided and number == signal.SIGTERM)):
+                return
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        self.received, self._since = signal.Signals(number), time.monotonic()
         with contextlib.suppress(OSError):  # stderr may be closed
             os.write(2, self._NOTICE)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if hint := patience_hint():
+            say(hint)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self._any_process_stops(args):
+        number = self._any_process_got(args)
+        if number:
+            if self.received is None:
+                self._since = time.monotonic()  # another process was the first to get it
+            self._decided, self.received = True, signal.Signals(number)
             control.should_save = True
             control.should_training_stop = True
         return control
 
-    def _any_process_stops(self, args: TrainingArguments) -> bool:
+    def _any_process_got(self, args: TrainingArguments) -> int:
+        """The signal that this or another process has got, 0 for none."""
         import torch
         import torch.distributed as dist
 
+        here = int(self.received or 0)
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return self.received is not None
-        flag = torch.tensor([int(self.received is not None)], device=args.device)  # (1,)
+            return here
+        flag = torch.tensor([here], device=args.device)  # (1,)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return int(flag.item())
 
 
 def stopped_early(script: str, received: int, state: TrainerState, output_dir: Path) -> int:
-    """Say how to go on after a signal; returns the exit code."""
+    """Say how to go on after a signal; returns the exit code. All processes leave together."""
     say(
         f"stopped after step {state.global_step} of {state.max_steps}; continue with\n"
         f"  {resume_command(script, output_dir)}"
     )
+    wait_for_all()
     return 128 + received
 
 

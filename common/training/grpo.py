@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.evaluation.during_training import Scoring
 from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question, check_enough, fingerprint, kind_of_source
+from common.processes.ranks import PATIENCE_SECONDS
 from common.reports.jsonl import read_jsonl
 from common.reports.metrics import summary_table
 from common.reports.plots import plot_training_curves
@@ -37,9 +38,6 @@ from common.workers.frozen import FrozenBase
 from common.workers.local import FrozenWorker, end_token_ids
 from common.workers.remote import ServerWorker
 from common.workers.rollouts import PolicyCheck, ServedPlanner
-
-# A rank whose worker has long answers to write holds the others at the gather; two hours, not ten minutes.
-GATHER_TIMEOUT_SECONDS = 7200
 
 
 def train(
@@ -115,7 +113,7 @@ def _run(
     resumes = checkpoint is not None
     wandb_callback = records.add_wandb(args, trainer, samples, resumes=resumes) if main_process and args.wandb else None
     scoring = Scoring(args, model, tokenizer, executor)
-    if held_out and main_process:
+    if held_out:
         scoring.before(held_out)
 
     if checkpoint is not None and trainer.worker is not None:
@@ -143,8 +141,8 @@ def _run(
     if main_process:
         records.add_to_record(output_dir, frozen_worker=trainer.frozen.record())
         finish(args, trainer, tokenizer, output_dir, dated=facts["prompt_date"] is not None)
-        if held_out:
-            scoring.after(held_out)
+    if held_out:
+        scoring.after(held_out)
     return 0
 
 
@@ -189,6 +187,7 @@ def build_trainer(
         peft_config=models.lora_config(args, base),
         callbacks=[
             callbacks.ReportCallback(Path(args.output_dir)),
+            callbacks.DropReplacedRun(Path(args.output_dir)),
             callbacks.CollapseWarning(),
             progress.ProgressCallback(),
         ],
@@ -254,7 +253,7 @@ def grpo_config(args: TrainingArgs) -> GRPOConfig:
         save_total_limit=args.save_total_limit,
         report_to=[],
         disable_tqdm=True,
-        ddp_timeout=GATHER_TIMEOUT_SECONDS,
+        ddp_timeout=PATIENCE_SECONDS,
         **device_options(args),
     )
 

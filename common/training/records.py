@@ -6,32 +6,25 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from common.processes.ranks import world_size
 from common.reports.jsonl import append_jsonl, truncate_jsonl_after
 from common.runs.checkpoints import checkpoint_step
 from common.runs.files import read_json, write_json
-from common.runs.folder import clear_run
-from common.runs.record import TRAINING_CONFIG, run_record, world_size
+from common.runs.folder import set_aside
+from common.runs.record import TRAINING_CONFIG, run_record
 from common.settings.grpo import TrainingArgs
 from common.settings.sft import SupervisedArgs
 
 
 class SampleLog:
-    """Appends every batch's sample records to `samples.jsonl`, those of all processes from the first one."""
+    """Appends every batch's sample records to `samples.jsonl`; the first process alone does."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.listeners: list[Any] = []
 
     def __call__(self, records: list[dict[str, Any]]) -> None:
-        """Write one batch; every process must call it, since the records are gathered."""
-        from accelerate import PartialState
-        from accelerate.utils import gather_object
-
-        state = PartialState()
-        if state.num_processes > 1:
-            records = gather_object(records)
-        if not state.is_main_process:
-            return
+        """Write one batch, of all processes."""
         for record in records:
             append_jsonl(self._path, record)
         for listener in self.listeners:
@@ -52,7 +45,7 @@ def add_to_record(output_dir: Path, **facts: Any) -> None:
 
 
 def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, *, script: str, **facts: Any) -> None:
-    """Remove an older run, or cut its files back to a checkpoint, and store the settings.
+    """Set an older run aside, or cut its files back to a checkpoint, and store the settings.
 
     Call it only after everything is loaded, so that an older run stays unchanged if loading fails.
 
@@ -64,7 +57,7 @@ def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, 
     """
     output_dir = Path(args.output_dir)
     if checkpoint is None:
-        clear_run(output_dir)
+        set_aside(output_dir)
     record = run_record(args.to_dict(), script=script, seed=args.seed, processes=world_size(), **facts)
     write_json(output_dir / TRAINING_CONFIG, record)
     step = 0 if checkpoint is None else checkpoint_step(checkpoint)

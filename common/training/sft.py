@@ -76,6 +76,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
         peft_config=models.lora_config(args, base),
         callbacks=[
             callbacks.ReportCallback(output_dir, plot=plot_loss_curves),
+            callbacks.DropReplacedRun(output_dir),
             progress.ProgressCallback(),
         ],
     )

@@ -6,7 +6,6 @@ are listed in `PRIVATE_NAMES`. A test reports which of them another version of T
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ from common.decoding.branching import can_branch
 from common.decoding.decode import decode
 from common.decoding.log_probs import token_log_probs
 from common.decoding.packing import packed_linears
+from common.processes import ranks
 from common.reports.step_clock import StepClock
 from common.runs.checkpoints import answers_file
+from common.runs.storage import resume_command
 from common.workers.frozen import FrozenBase
 from common.workers.local import FrozenWorker, inference
 from common.workers.rollouts import PolicyCheck, RunStoppedError, ServedPlanner
@@ -163,9 +164,7 @@ class PlannerTrainer(GRPOTrainer):
             return "there is no step to save"
         if not (Path(output_dir) / f"checkpoint-{step}").is_dir():
             self._save_checkpoint(self.model, trial=None)
-        return (
-            f"step {step} is saved, continue with {sys.executable} grpo_training.py --output-dir {output_dir} --resume"
-        )
+        return f"step {step} is saved, continue with {resume_command('grpo_training.py', Path(output_dir))}"
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         """Forward and backward pass of a micro-batch; the first of a generation batch also generates that batch."""
@@ -208,6 +207,8 @@ class PlannerTrainer(GRPOTrainer):
             "rollout_failures": float(masked.sum()),
         }
         step = self.state.global_step + 1
+        # TRL's is the mean of the processes' means, which have unequal numbers of tokens.
+        self._metrics["train"]["sampling/sampling_logp_difference/mean"][-1] = mean
         check.check(mean, float(most.max()), f"the completions of step {step} are not the trained adapter's")
 
     def _check_base(self, planner: ServedPlanner, check: PolicyCheck, base: str) -> None:
@@ -230,16 +231,17 @@ class PlannerTrainer(GRPOTrainer):
         """GRPO's loss; where the rollouts' log-probabilities are known, they are compared with those it rests on.
 
         Without TRL's vLLM nothing corrects for a difference, so the ratio of the two, which is 1 on average where
-        rollouts and training step compute the same policy, is logged once a process under TRL's names.
+        rollouts and training step compute the same policy, is logged once under TRL's names, of all processes' tokens.
         """
         loss = super().compute_loss(model, inputs, *others, **options)
         sampled = inputs.get("sampling_per_token_logps")
         if self._compares and sampled is not None and self._log_probs is not None and not self._agreement:
             differences = (self._log_probs - sampled)[inputs["completion_mask"] == 1]
-            ratios = differences.exp()
+            every = torch.tensor(ranks.gathered(differences.tolist()))
+            ratios = every.exp()
             self._agreement = {
-                "sampling/sampling_logp_difference/mean": differences.abs().mean().item(),
-                "sampling/sampling_logp_difference/max": differences.abs().max().item(),
+                "sampling/sampling_logp_difference/mean": every.abs().mean().item(),
+                "sampling/sampling_logp_difference/max": every.abs().max().item(),
                 "sampling/importance_sampling_ratio/mean": ratios.mean().item(),
                 "sampling/importance_sampling_ratio/min": ratios.min().item(),
                 "sampling/importance_sampling_ratio/max": ratios.max().item(),

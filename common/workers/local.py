@@ -6,10 +6,12 @@ worker.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,8 @@ class LocalModel:
         cache_size: greedy answers kept across calls; the least recently used is dropped first. Use 0 for a model
             whose weights change.
         temperature: above 0, answers are sampled, and each request gets its own.
-        seed: of sampling.
+        seed: of sampling. A sample depends on the seed and the request's number, not on the rest of its batch.
+        first: number of the first request, if another process answers those before it.
         cpu_dtype: "bfloat16" for matrix products in bf16 on a CPU (`common.decoding.packing`).
     """
 
@@ -71,6 +74,7 @@ class LocalModel:
         cache_size: int = 0,
         temperature: float = 0.0,
         seed: int = 0,
+        first: int = 0,
         cpu_dtype: str = "float32",
     ) -> None:
         self._model: Callable[[], Any] = model if _is_getter(model) else lambda: model
@@ -81,6 +85,7 @@ class LocalModel:
         self._batch_tokens = batch_tokens
         self._temperature = temperature
         self._seed = seed
+        self._next = first
         self._cpu_dtype = cpu_dtype
         self._memory = AnswerMemory(cache_size)
         # Keys and values of shared beginnings of prompts; kept under the same condition as answers.
@@ -160,15 +165,16 @@ class LocalModel:
                     batches.append([index])
                     widest = width
             for batch in batches:
-                with_kinds = [(encoded[i], kinds[texts[i]]) for i in batch]
-                answers.update(zip(batch, self._run_batch(model, with_kinds), strict=True))
+                asked = [_Prompt(encoded[i], kinds[texts[i]], self._next + i) for i in batch]
+                answers.update(zip(batch, self._run_batch(model, asked), strict=True))
+        self._next += len(texts)
         self._stats.model_seconds += time.perf_counter() - started
         self._stats.generated += len(texts)
         self._stats.generated_tokens += sum(answer.tokens or 0 for answer in answers.values())
         return [answers[index] for index in range(len(texts))]
 
-    def _run_batch(self, model: Any, encoded: Sequence[tuple[list[int], Hashable]]) -> list[Generation]:
-        """Run one micro-batch of (token ids, kind). If it fails, run its halves, down to the prompt that fails."""
+    def _run_batch(self, model: Any, encoded: Sequence[_Prompt]) -> list[Generation]:
+        """Run one micro-batch of prompts. If it fails, run its halves, down to the prompt that fails."""
         if not encoded:
             return []
         import torch
@@ -176,26 +182,25 @@ class LocalModel:
         from common.decoding.decode import decode
 
         eos_ids = end_token_ids(model, self._tokenizer)
-        generator = None
+        generators = None
         if self._temperature > 0:
-            self._seed += 1  # a new seed for each batch, so that a repeated run draws the same samples
-            generator = torch.Generator(device=model.device).manual_seed(self._seed)
+            generators = [torch.Generator().manual_seed(_seed(self._seed, prompt.number)) for prompt in encoded]
         try:
             outputs = decode(
                 model,
-                [ids for ids, _ in encoded],
+                [prompt.ids for prompt in encoded],
                 max_new_tokens=self._max_tokens,
                 eos_ids=eos_ids,
                 pad_id=self._tokenizer.pad_token_id,
                 temperature=self._temperature,
-                generator=generator,
-                kinds=[kind for _, kind in encoded],
+                generator=generators,
+                kinds=[prompt.kind for prompt in encoded],
                 prefixes=self._prefixes,
             )
         except Exception as error:  # noqa: BLE001 - whatever failed, only its own samples may fail
             failure = f"{type(error).__name__}: {error}"
             if len(encoded) > 1 and _out_of_memory(error):
-                self._lower_budget([ids for ids, _ in encoded])
+                self._lower_budget([prompt.ids for prompt in encoded])
         else:
             texts = self._tokenizer.batch_decode(outputs, skip_special_tokens=True)
             return [
@@ -220,6 +225,20 @@ class LocalModel:
                 tokens,
                 self._batch_tokens,
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """One prompt of a micro-batch: its tokens, its kind, and its number among all that a model was asked."""
+
+    ids: list[int]
+    kind: Hashable
+    number: int
+
+
+def _seed(seed: int, number: int) -> int:
+    """A seed for each request of a run: 32 bits, of which torch's generator on a CPU takes no more."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=4).digest())
 
 
 class FrozenWorker(LocalModel, WorkerCalls):

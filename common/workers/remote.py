@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Coroutine, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from common.cli import say
 from common.errors import UserError
 from common.generation import Generation, WorkerStats
+from common.processes.ranks import is_first
 from common.prompts import Message
 from common.servers.client import TRAINING_CONCURRENCY, TRAINING_RETRIES, Endpoint, Server, ServerError
 from common.servers.instructions import fold_if_dropped
@@ -205,7 +205,7 @@ def check_worker(args: TrainingArgs) -> None:
     Raises:
         UserError: if a check fails; with exit code 3 if an adapter answers instead of the base model.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return  # once is enough; a process that stops ends the others
     if args.worker_url is None:
         servers = vllm_servers(args, retries=0)

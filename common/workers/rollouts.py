@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.processes.ranks import is_first
 from common.servers.adapters import AdapterServers, check_takes_adapters, status_of
 from common.servers.client import TRAINING_CONCURRENCY, TRAINING_RETRIES, Endpoint, Server, ServerError
 from common.servers.probe import EXIT_CODE
@@ -114,7 +114,7 @@ class ServedPlanner:
         servers = vllm_servers(args, retries=TRAINING_RETRIES, runner=admin[0].runner)
         folder = Path(args.vllm_adapter_dir or Path(args.output_dir) / "vllm_adapters")
         adapters = AdapterServers(admin, folder, patience=args.vllm_patience)
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             adapters.clear()
         return cls(
             adapters,

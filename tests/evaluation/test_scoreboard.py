@@ -18,6 +18,7 @@ from common.evaluation.scoreboard import (
     save_scoreboard,
     stored_rows,
     summarise,
+    votes_for,
     why_not_again,
 )
 from common.evaluation.statistics import mcnemar_exact, wilson_interval
@@ -119,7 +120,8 @@ def test_a_vote_whose_samples_fail_is_an_error():
     def sampler(requests):
         return [Generation("1", 10, True), *(Generation("", 0, False, "refused") for _ in requests[1:])]
 
-    vote = run_vote(questions, row(DIRECT, [True]), sampler, "few-shot", budget=math.nan)
+    direct = row(DIRECT, [True])
+    vote = run_vote(questions, direct, sampler, "few-shot", votes_for(math.nan, direct))
     (record,) = vote.records
     assert record["error"] == "refused" and not record["correct"] and record["total_tokens"] is None
 
@@ -151,7 +153,7 @@ def test_the_vote_reaches_the_budget_and_the_greedy_answer_wins_ties():
         asked.extend(request[-1]["content"].split("\n")[0] for request in requests)
         return [Generation(next(drawn[request[-1]["content"].split("\n")[0]]), 10, True) for request in requests]
 
-    vote = run_vote(questions, direct, sampler, "few-shot", budget=25)
+    vote = run_vote(questions, direct, sampler, "few-shot", votes_for(25, direct))
     assert asked == ["q0", "q0", "q1", "q1"]  # 10 tokens each: three answers reach 25
     assert [record["correct"] for record in vote.records] == [True, True]  # a tie of three, and 7 = 7.0
     assert vote.mean("total_tokens") == 30
@@ -167,7 +169,7 @@ def test_cut_off_answers_and_answers_without_a_number_are_told(tmp_path):
     def sampler(requests):
         return [Generation(text, 10, finished) for _ in requests for text, finished in [next(drawn)]]
 
-    vote = run_vote(questions, direct, sampler, "few-shot", budget=30)
+    vote = run_vote(questions, direct, sampler, "few-shot", votes_for(30, direct))
     # Cut off in the middle of the working is no vote; cut off behind an explicit answer is one.
     assert [record["votes"] for record in vote.records] == [{"1": 1}, {"1": 1, "7": 2}, {"2": 1, "7": 2}, {"7": 2}]
     rows = save_scoreboard([direct, vote], tmp_path)["rows"]

@@ -10,7 +10,6 @@ from conftest import flags, run_script
 
 from common.errors import UserError
 from common.runs.files import write_json
-from common.runs.folder import clear_run
 from common.runs.record import TRAINING_CONFIG, stored_settings
 
 
@@ -52,15 +51,3 @@ def test_the_scoreboard_alone_is_kept_in_the_precision_of_the_run(tiny_args, tmp
         line = json.loads((folder / "evaluation.jsonl").read_text().splitlines()[0])
         seen[json.dumps(change)] = line["fingerprint"]["worker"]
     assert len(set(seen.values())) == 3
-
-
-def test_a_new_run_clears_all_that_an_older_one_has_written_and_nothing_else(tmp_path):
-    made = [
-        TRAINING_CONFIG, "metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "evaluation.json", "evaluation.png",
-        "wandb_run.json", "adapter_model.safetensors", "training_curves.png", "checkpoint-3/optimizer.pt",
-    ]  # fmt: skip
-    for name in [*made, "notes.txt"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    clear_run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

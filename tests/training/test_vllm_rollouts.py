@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, free_port, run_script
+from launched import RANKS, torchrun
 from safetensors.torch import load_file
 
 from common.models import resolve_model
@@ -109,19 +110,58 @@ def test_the_worker_on_the_server_answers_as_the_frozen_worker_here(run, smollm2
     assert compared > 6
 
 
+class Forwarding(BaseHTTPRequestHandler):
+    """Hands requests on to the server at `upstream`, and its replies back."""
+
+    protocol_version = "HTTP/1.1"
+    upstream = ""
+
+    def do_GET(self):
+        self.forward(None)
+
+    def do_POST(self):
+        self.post(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def post(self, body):
+        self.forward(json.dumps(body).encode())
+
+    def forward(self, body):
+        address = self.upstream.removesuffix("/v1") + self.path
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=300) as reply:
+                self.reply(reply.status, reply.read())
+        except urllib.error.HTTPError as error:
+            self.reply(error.code, error.read())
+
+    def reply(self, status, data):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json" if data[:1] in b'{["' else "text/plain")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def proxy(handler: type[Forwarding], url: str) -> Iterator[str]:
+    """The address of a server before another one."""
+    handler.upstream = url
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}/v1"
+        running.shutdown()
+
+
 @contextmanager
 def sabotaged(url: str, after: int, answer_as: str | None) -> Iterator[str]:
     """A proxy that passes on `after` adapters. It only pretends to load the next: an older one or the base answers."""
     known: list[str] = []
 
-    class Proxy(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self):
-            self.forward(None)
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    class Pretending(Forwarding):
+        def post(self, body):
             if self.path.endswith("load_lora_adapter") and body["lora_name"].startswith("planner-"):
                 if self.path.endswith("/load_lora_adapter") and len(known) < after:
                     known.append(body["lora_name"])
@@ -129,30 +169,10 @@ def sabotaged(url: str, after: int, answer_as: str | None) -> Iterator[str]:
                     return self.reply(200, b'"ok"')
             elif self.path.endswith("/v1/completions") and len(known) == after and body["model"] != known[-1]:
                 body["model"] = answer_as or known[-1] if body["model"].startswith("planner-") else body["model"]
-            return self.forward(json.dumps(body).encode())
+            return super().post(body)
 
-        def forward(self, body):
-            request = urllib.request.Request(url[: -len("/v1")] + self.path, body, {"Content-Type": "application/json"})
-            try:
-                with urllib.request.urlopen(request, timeout=300) as reply:
-                    self.reply(reply.status, reply.read())
-            except urllib.error.HTTPError as error:
-                self.reply(error.code, error.read())
-
-        def reply(self, status, data):
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json" if data[:1] in b'{["' else "text/plain")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{proxy.server_address[1]}/v1"
-        proxy.shutdown()
+    with proxy(Pretending, url) as address:
+        yield address
 
 
 def test_a_swap_that_did_not_happen_stops_the_run_at_once_and_it_goes_on_from_there(
@@ -226,6 +246,41 @@ def test_two_servers_share_the_prompts(served, vllm_server, planner_adapter, que
             assert sum(float(row.split()[-1]) for row in counted) > 0
     finally:
         second.stop()
+
+
+def test_two_ranks_on_one_server_never_ask_planner_and_worker_together(
+    served, planner_adapter, questions_file, tmp_path
+):
+    """One planner request of each wave is held back: the other rank has its plans long before, and must wait."""
+    spans: list[tuple[bool, float, float]] = []  # of requests: whether to the planner, start, end
+    waves: set[str] = set()
+
+    class Watching(Forwarding):
+        def post(self, body):
+            model, started = body.get("model", ""), time.monotonic()
+            if model.startswith("planner-") and model not in waves:
+                waves.add(model)
+                time.sleep(3)
+            super().post(body)
+            if model:
+                spans.append((model.startswith("planner-"), started, time.monotonic()))
+
+    folder, steps = tmp_path / "run", 2
+    with proxy(Watching, served.url) as url:
+        done = torchrun(*command(url, planner_adapter, questions_file, folder, "--max-steps", str(steps)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = read_jsonl(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2] and len(waves) == steps
+    for line in lines:
+        assert 0 < line["served_policy_gap/max"] < 1e-3 and line["rollout_failures"] == line["worker_failures"] == 0
+    assert len(read_jsonl(folder / "samples.jsonl")) == steps * RANKS * 4
+    planner, worker = ([span[1:] for span in spans if span[0] == kind] for kind in (True, False))
+    assert len(planner) == steps * RANKS * 4 and worker
+    at_once = max(sum(start <= moment < end for start, end in planner) for moment, _ in planner)
+    assert at_once > 4, "both ranks' prompts are asked together"
+    together = [(a, b) for a in planner for b in worker if a[0] < b[1] and b[0] < a[1]]
+    assert not together, "the server answers the worker wrongly while it has planner requests (docs/training.md)"
+    assert not loaded(served.url)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import prompts
-from common.workers.local import FrozenWorker, inference
+from common.workers.local import FrozenWorker, LocalModel, inference
 
 SUMS = ["What is 7 + 8 + 5?", "What is 3 + 9?", "What is 21 + 30 + 4?", "What is 2 + 2 + 2 + 2?", "What is 6 + 9 + 1?"]
 
@@ -48,6 +48,23 @@ def test_micro_batches_of_a_token_budget_give_the_same_answers(smollm2):
     whole = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=16).generate(ask)
     small = FrozenWorker(model, tokenizer, style="few-shot", max_tokens=16, batch_tokens=1)  # one prompt each
     assert small.generate(ask) == whole
+
+
+def test_a_sampled_answer_depends_on_its_number_and_not_on_its_batch(smollm2):
+    """So that a vote has one outcome on any number of processes, and with any budget of a micro-batch."""
+    model, tokenizer = smollm2
+    asked = [prompts.direct_messages(question, "few-shot") for question in SUMS[:2] for _ in range(2)]
+
+    def sampled(requests: list, **options: int) -> list:
+        return LocalModel(
+            model, tokenizer, adapter=False, max_tokens=8, temperature=1.5, **{"seed": 3, **options}
+        ).generate(requests)
+
+    together = sampled(asked)
+    assert sampled(asked[:1]) + sampled(asked[1:], first=1) == together
+    assert sampled(asked, batch_tokens=400) == together
+    assert together[0] != together[1] or together[2] != together[3], "equal prompts are sampled apart"
+    assert sampled(asked, seed=4) != together
 
 
 def test_a_prompt_that_cannot_be_answered_fails_alone(smollm2):

@@ -1,0 +1,50 @@
+"""The command that starts a run again is the one that it was started with."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SCRIPT = "from common.processes.launcher import patience_hint, start_command\nprint(start_command('train.py'), patience_hint())"
+
+
+@pytest.fixture
+def script(tmp_path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def told(*command: str, **environment: str) -> str:
+    cleared = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**cleared, "PYTHONPATH": str(ROOT), **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_python_alone_and_processes_whose_launcher_is_not_known(script):
+    python = shlex.quote(sys.executable)
+    assert told(sys.executable, str(script)) == f"{python} {script} None"
+    found = told(sys.executable, str(script), WORLD_SIZE="4", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
+    assert found == f"ACCELERATE_USE_CPU=true torchrun --nnodes 2 --nproc_per_node 2 {script} None"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the launcher's command is read from /proc")
+def test_a_launcher_is_named_with_its_own_flags(script):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone"]
+    found = told(*launcher, str(script), "--flag", ACCELERATE_USE_CPU="true")
+    command, hint = found.split(" a signal ")
+    assert command == f"ACCELERATE_USE_CPU=true {shlex.join([*launcher, str(script)])}"
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in hint
+    patient = [*launcher, "--shutdown-timeout", "300"]
+    assert told(*patient, str(script)) == f"{shlex.join([*patient, str(script)])} None"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    assert told(*accelerate, str(script)) == f"{shlex.join([*accelerate, str(script)])} None"
