@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = (
         stored_settings(output_dir, given, RESUMABLE, "dummy_planner.py") if options.resume else {**preset, **given}
     )
-    args = SupervisedArgs(**values)
+    args = SupervisedArgs.from_dict({**DEFAULTS, **values})
     args.validate()
     with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume):
         return start(options, args)

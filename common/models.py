@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -101,13 +102,31 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
 
     with explained(name):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model(name), revision=revision, padding_side="left", truncation_side="left"
+            resolve_model(name),
+            revision=revision,
+            padding_side="left",
+            truncation_side="left",
+            trust_remote_code=False,  # left open, transformers asks on the terminal, and runs it at a "y"
         )
+        _check_templates(tokenizer.chat_template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     return tokenizer
+
+
+def _check_templates(template: Any) -> None:
+    """Stop for chat templates of which one's name would be a path when they are saved.
+
+    transformers refuses to write one, which would end a run at its first checkpoint.
+
+    Raises:
+        ValueError: with that name.
+    """
+    for name in template if isinstance(template, dict) else ():
+        if not re.fullmatch(r"[\w-]+", str(name)):
+            raise ValueError(f"a chat template is named {name!r:.60}, which is no file name")
 
 
 def load_base(
@@ -134,7 +153,7 @@ def load_base(
     gpu = torch.cuda.is_available() if gpu is None else gpu
     half = torch.bfloat16 if has_native_bf16() else torch.float16
     dtype = dtype or (half if gpu else torch.float32)
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": False}
     if four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -170,7 +189,8 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
     from peft import LoraConfig, PeftConfig
 
     if args.adapter_path is not None:
-        config = PeftConfig.from_pretrained(args.adapter_path)
+        with explained(args.adapter_path):
+            config = PeftConfig.from_pretrained(args.adapter_path)
         config.inference_mode = False
         return config
     leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
@@ -331,7 +351,9 @@ def explained(name: str) -> Iterator[None]:
             "smaller --base-model, or a device with more memory",
             exit_code=1,
         ) from error
-    except (OSError, ValueError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a config may hold anything, and libraries raise anything then
         reason = first_line(error)
         hint = "check the name, the network, and access to a gated model (HF_TOKEN or `hf auth login`)"
         if Path(name).exists():

@@ -104,12 +104,13 @@ def already_answered(path: Path, asked: Sequence[Asked]) -> dict[int, dict[str, 
     if not earlier and not '{"line": '.startswith(path.read_text(encoding="utf-8", errors="replace")[:9]):
         raise UserError(f"--output {path} holds something else than answers: name another file")
     for record in earlier:
-        if questions.get(record.get("line", 0)) != record.get("question"):
+        line = record.get("line")
+        if not isinstance(line, int) or line not in questions or questions[line] != record.get("question"):
             raise UserError(
                 f"--output {path} holds answers to other questions than --input, or none at all: name another file"
             )
         if record.get("error") is None:
-            found[record["line"]] = record
+            found[line] = record
     return found
 
 

@@ -383,7 +383,16 @@ def finished_merge(folder: Path, inputs: dict[str, Any], *, overwrite: bool) -> 
         raise UserError(f"--local-save-path {folder} holds files that are no merge of this script: name another folder")
     if overwrite:
         return None
-    found = report.get("inputs", {})
+    found: Any = report.get("inputs")
+    try:
+        table(report["certificate"])
+        known = isinstance(found, dict) and isinstance(report["files"], dict)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        known = False
+    if not known:
+        raise UserError(
+            f"{folder / REPORT} is no report of a merge: merge anew with --overwrite, or name another folder"
+        )
     changed = [name for name, value in inputs.items() if found.get(name) != value]
     if changed:
         name = changed[0]

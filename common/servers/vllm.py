@@ -261,7 +261,9 @@ def _command_of(args: TrainingArgs, folder: Path) -> list[str]:
 
     model, template = _model_of(args), None
     with models.explained(args.base_model):
-        longest = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", CONTEXT)
+        longest = getattr(
+            AutoConfig.from_pretrained(model, trust_remote_code=False), "max_position_embeddings", CONTEXT
+        )
     if models.load_tokenizer(args.base_model).chat_template == prompts.PLAIN_CHAT_TEMPLATE:
         template = folder / "vllm_chat_template.jinja"
         template.write_text(prompts.PLAIN_CHAT_TEMPLATE)

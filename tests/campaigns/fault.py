@@ -1,0 +1,6 @@
+"""Placeholder."""
+
+from .stage import Stage
+
+
+def campaign(stage: Stage, only: str = "") -> None: ...
