@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -108,7 +109,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
             truncation_side="left",
             trust_remote_code=False,  # left open, transformers asks on the terminal, and runs it at a "y"
         )
-        _check_templates(tokenizer.chat_template)
+        _check_savable(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -116,17 +117,17 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def _check_templates(template: Any) -> None:
-    """Stop for chat templates of which one's name would be a path when they are saved.
-
-    transformers refuses to write one, which would end a run at its first checkpoint.
+def _check_savable(tokenizer: Any) -> None:
+    """Stop for a tokenizer that can be loaded but not saved, which would end a run at its first checkpoint.
 
     Raises:
-        ValueError: with that name.
+        ValueError: for a chat template whose name would be a path, and for texts that UTF-8 cannot hold.
     """
-    for name in template if isinstance(template, dict) else ():
+    templates = tokenizer.chat_template
+    for name in templates if isinstance(templates, dict) else ():
         if not re.fullmatch(r"[\w-]+", str(name)):
             raise ValueError(f"a chat template is named {name!r:.60}, which is no file name")
+    json.dumps([templates, tokenizer.special_tokens_map], ensure_ascii=False, default=str).encode()
 
 
 def load_base(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
+import torch
 from campaigns.targets import sample_adapter, sample_tokenizer
 from conftest import failure
 
@@ -113,6 +115,13 @@ def test_an_adapter_config_that_peft_refuses_is_told(tmp_path, change):
         models.lora_config(TrainingArgs(adapter_path=str(folder)), None)
 
 
+def test_an_adapter_whose_base_has_no_name_is_told(tmp_path):
+    sample_adapter(tmp_path / "adapter")
+    change_config(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path=[1])
+    with pytest.raises(UserError, match=r"base_model_name_or_path is \[1\]"):
+        adapter_origin(str(tmp_path / "adapter"), "packaged/SmolLM2-135M-Instruct")
+
+
 def test_a_wait_that_is_no_number_and_a_reply_without_end_are_told(server):
     def fault(handler, request):
         if request:
@@ -145,6 +154,13 @@ def test_a_chat_template_whose_name_is_a_path_is_told_at_the_start(tmp_path):
         models.load_tokenizer(str(folder))
 
 
+def test_a_token_that_could_not_be_saved_is_told_at_the_start(tmp_path):
+    sample_tokenizer(tmp_path / "model")
+    change_config(tmp_path / "model", "tokenizer_config.json", bos_token="\ud83d")
+    with pytest.raises(UserError, match="surrogates not allowed"):
+        models.load_tokenizer(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize(
     "template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.system('x') }}",
                  "{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ messages[9]['role'] }}", "{% include '/etc/passwd' %}", "{{ x"],
@@ -172,4 +188,24 @@ def test_code_in_a_model_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeyp
     for load in (lambda: models.load_base(str(folder), four_bit=False), lambda: models.load_tokenizer(str(folder))):
         with pytest.raises(UserError, match="could not be loaded"):
             load()
+    assert not (tmp_path / "ran").exists()
+
+
+class Pickled:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickled_code_in_a_model_folder_is_not_run(tmp_path, tiny_planner):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_planner, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Pickled(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="could not be loaded"):
+        models.load_base(str(folder), four_bit=False)
     assert not (tmp_path / "ran").exists()

@@ -83,6 +83,9 @@ def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise UserError(f"{flag} {adapter_path}: found an adapter of type {kind!r}, a LoRA adapter is needed")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        raise UserError(f"{flag} {adapter_path}: its base_model_name_or_path is {base!r:.60}, no name: save it anew")
     problem = safetensors_problem(folder / "adapter_model.safetensors")
     if problem is not None:
         raise UserError(f"{flag}: {problem}: copy or save the adapter anew")

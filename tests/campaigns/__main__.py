@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long it goes on (default: 10)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of its dice (default: another each time)")
     parser.add_argument("--folder", type=Path, default=Path("campaigns"), help="where it works (default: ./campaigns)")
-    parser.add_argument("--only", default="", help="a part of what it tries, by a piece of the name")
+    parser.add_argument("--only", default="", help="what it tries, by a regular expression for its name")
     options = parser.parse_args()
     from . import fault, inputs, kill, soak
     from .stage import Stage, shown_keys

@@ -45,6 +45,7 @@ class Trigger:
         number: of the change, from 1; 0 for never, which only writes down what happens.
         room: None ends the run at once; a number lets files grow by so many bytes from then on, and the kernel ends the
             run in the middle of the first write beyond that (SIGXFSZ, whose default is to end a process at once).
+        fill: a file that is grown at that change until its disk is full; the run goes on.
         log: file for a line per change.
     """
 
@@ -52,6 +53,7 @@ class Trigger:
     pattern: str = ""
     number: int = 0
     room: int | None = None
+    fill: Path | None = None
     log: Path | None = None
 
 
@@ -153,6 +155,8 @@ class Forks:
         trigger: Trigger | None = None,
         env: dict[str, str] | None = None,
         limits: dict[str, int] | None = None,
+        clock: float = 0.0,
+        user: int | None = None,
         ranks: int = 1,
     ) -> Run:
         """Fork a run of a script.
@@ -162,7 +166,9 @@ class Forks:
             flags: of its command line.
             trigger: where it ends itself.
             env: beside the interpreter's own.
-            limits: of resources, by the names of the `resource` module.
+            limits: of resources, by the names of the `resource` module; of memory what there is beside the imports.
+            clock: seconds by which `time.time` is set back while it runs.
+            user: id of the user it runs as.
             ranks: processes, which find each other as `torchrun` would have them do.
         """
         self._number += 1
@@ -174,12 +180,12 @@ class Forks:
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
             }  # fmt: skip
+            armed = None if trigger is None or rank > 0 else {
+                name: str(value) if isinstance(value, Path) else value for name, value in vars(trigger).items()
+            }  # fmt: skip
             order = {
                 "script": script, "flags": flags, "env": {**(env or {}), **own}, "printed": str(printed),
-                "limits": limits or {},
-                "trigger": None if trigger is None or rank > 0 else {
-                    **vars(trigger), "folder": str(trigger.folder), "log": None if trigger.log is None else str(trigger.log),
-                },
+                "limits": limits or {}, "clock": clock, "user": user, "trigger": armed,
             }  # fmt: skip
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
@@ -275,12 +281,19 @@ def _run(order: dict[str, Any]) -> None:
     os.environ.update(order["env"])
     for name, value in order["limits"].items():
         kind = getattr(resource, name)
-        resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(kind, (value + (held if name == "RLIMIT_AS" else 0), resource.getrlimit(kind)[1]))
+    if order["clock"]:
+        _set_back(order["clock"])
+    if order["user"] is not None:
+        os.setgid(order["user"])
+        os.setuid(order["user"])
     path = ROOT / order["script"]
     sys.argv = [str(path), *order["flags"]]
     sys.path[0] = str(ROOT)
     if order["trigger"] is not None:
-        _arm(Trigger(**{**order["trigger"], "folder": Path(order["trigger"]["folder"])}))
+        paths = {name: Path(order["trigger"][name]) for name in ("folder", "fill", "log") if order["trigger"][name]}
+        _arm(Trigger(**{**order["trigger"], **paths}))
     runpy.run_path(str(path), run_name="__main__")
 
 
@@ -308,6 +321,9 @@ def _arm(trigger: Trigger) -> None:
             os.write(log, change.encode() + b"\n")
         if seen != trigger.number:
             return
+        if trigger.fill is not None:
+            _fill(trigger.fill)
+            return
         if trigger.room is None:
             os.kill(os.getpid(), signal.SIGKILL)
         size = Path(name).stat().st_size if event == "open" and Path(name).is_file() else 0
@@ -315,6 +331,27 @@ def _arm(trigger: Trigger) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + (trigger.room or 0), resource.RLIM_INFINITY))
 
     sys.addaudithook(hook)
+
+
+def _fill(path: Path) -> None:
+    """Grow a file until its disk is full."""
+    with path.open("ab", buffering=0) as stream:
+        for size in (1 << 20, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while stream.write(b"0" * size) == size:
+                    pass
+
+
+def _set_back(seconds: float) -> None:
+    """From its thousandth call on, the clock of this process is late by so much."""
+    real, calls = time.time, 0
+
+    def late() -> float:
+        nonlocal calls
+        calls += 1
+        return real() - (seconds if calls > 1000 else 0)
+
+    time.time = late
 
 
 _CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -60,7 +61,7 @@ class Target:
 
 
 def campaign(stage: Stage, inputs: int | None = None, only: str = "") -> None:
-    """Mutate until the time is over, or for so many inputs; `only` picks targets by a part of their name."""
+    """Mutate until the time is over, or for so many inputs; `only` is searched in their names."""
     from . import targets
 
     place = stage.folder / "input"
@@ -69,7 +70,7 @@ def campaign(stage: Stage, inputs: int | None = None, only: str = "") -> None:
     told: set[str] = set()
     slowest: dict[str, float] = {}
     with written_outside(stage.folder) as outside, targets.all_targets(stage, place) as chosen:
-        chosen = [target for target in chosen if only in target.name]
+        chosen = [target for target in chosen if re.search(only, target.name)]
         weights = [target.weight for target in chosen]
         while stage.time_left() and (inputs is None or stage.counts["inputs"] < inputs):
             for target in stage.dice.choices(chosen, weights, k=500):

@@ -7,9 +7,10 @@ most `save_steps` steps lost. After the last one: what the uninterrupted run has
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ class Subject:
         prepare: fills the folder before the first start.
         ranks: processes.
         weight: how often, beside the others.
+        after: names of those whose references it starts from.
         patterns: of changes in the folder that kills are aimed at.
     """
 
@@ -65,6 +67,7 @@ class Subject:
     prepare: Callable[[Path], None] = lambda folder: folder.mkdir()
     ranks: int = 1
     weight: float = 1.0
+    after: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ("",)
     seconds: float = 0.0
     expected: Any = None
@@ -72,22 +75,26 @@ class Subject:
 
 
 def campaign(stage: Stage, kills: int | None = None, only: str = "") -> None:
-    """Kill until the time is over, or so many times; `only` picks subjects by a part of their name."""
+    """Kill until the time is over, or so many times; `only` is searched in the names of subjects."""
     place = stage.folder / "kill"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     with slow_server() as url, Forks(place / "logs", PLANTED) as forks:
-        subjects = []
-        for subject in all_subjects(stage, place, url):
-            made = subject.name in ("GRPO", "merge") or only in subject.name
-            if made:
-                reference(stage, forks, place, subject)
-            if only in subject.name:
-                subjects.append(subject)
+        everyone = list(all_subjects(stage, place, url))
+        subjects = [subject for subject in everyone if re.search(only, subject.name)]
         while stage.time_left() and (kills is None or stage.counts["kills"] < kills):
             (subject,) = stage.dice.choices(subjects, [each.weight for each in subjects])
+            ready(stage, forks, place, subject, everyone)
             left = MOST if kills is None else min(MOST, kills - stage.counts["kills"])
             one_life(stage, forks, place, subject, most=left)
+
+
+def ready(stage: Stage, forks: Forks, place: Path, subject: Subject, everyone: Sequence[Subject]) -> None:
+    """Have the references that a subject needs, its own last."""
+    for name in subject.after:
+        ready(stage, forks, place, next(each for each in everyone if each.name == name), everyone)
+    if subject.expected is None:
+        reference(stage, forks, place, subject)
 
 
 def reference(stage: Stage, forks: Forks, place: Path, subject: Subject) -> None:
@@ -102,8 +109,6 @@ def reference(stage: Stage, forks: Forks, place: Path, subject: Subject) -> None
     subject.seconds = time.monotonic() - started
     subject.expected = subject.outcome(folder)
     text = log.read_text().splitlines() if log.exists() else []
-    import re
-
     subject.changes = {pattern: sum(bool(re.search(pattern, line)) for line in text) for pattern in subject.patterns}
     for problem in subject.broken(folder):
         stage.fails(f"{subject.name} without a kill: {problem}")
@@ -218,6 +223,7 @@ def all_subjects(stage: Stage, place: Path, url: str) -> Iterator[Subject]:
     yield Subject(
         "scoreboard", "grpo_training.py", board, board_outcome, broken_run,
         prepare=lambda folder: shutil.copytree(trained, folder) and None, patterns=("", "evaluation"),
+        after=("GRPO",),
     )  # fmt: skip
 
     def merge(folder: Path) -> list[str]:
@@ -227,10 +233,10 @@ def all_subjects(stage: Stage, place: Path, url: str) -> Iterator[Subject]:
         ]  # fmt: skip
 
     yield Subject("merge", "merge_and_push.py", merge, merge_outcome, broken_merge,
-                  patterns=("", "model", "rename"), weight=2)  # fmt: skip
+                  patterns=("", "model", "rename"), weight=2, after=("GRPO",))  # fmt: skip
     yield Subject(
         "merge over an older one", "merge_and_push.py", lambda folder: [*merge(folder), "--dtype", "bfloat16", "--overwrite"],
-        merge_outcome, broken_merge, patterns=("", "rename"),
+        merge_outcome, broken_merge, patterns=("", "rename"), after=("merge",),
         prepare=lambda folder: shutil.copytree(place / "reference-merge", folder) and None,
     )  # fmt: skip
 
