@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -34,7 +35,12 @@ def main() -> int:
     from .stage import Stage, shown_keys
 
     stage = Stage(options.folder.resolve(), options.minutes, options.seed)
-    campaigns = {"kill": kill.campaign, "fault": fault.campaign, "input": inputs.campaign, "soak": soak.campaign}
+    campaigns: dict[str, Callable[..., None]] = {
+        "kill": kill.campaign,
+        "fault": fault.campaign,
+        "input": inputs.campaign,
+        "soak": soak.campaign,
+    }
     if options.name != "secrets":
         campaigns[options.name](stage, only=options.only)
     for shown in shown_keys(stage.folder):

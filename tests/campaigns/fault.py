@@ -22,7 +22,7 @@ from misbehaving import FAULTS, MisbehavingServer, hang
 from . import kill
 from .forks import Forks, Run, Trigger
 from .kill import Subject, difference
-from .stage import PLANTED, Stage
+from .stage import PLANTED, Stage, digest
 
 DISK = 96  # MB, more than any subject needs
 NOBODY = 65534
@@ -232,14 +232,14 @@ def hub_breaks(stage: Stage, place: Path) -> None:
                         "--adapter-path", str(place / "reference-GRPO"), "--local-save-path", str(merged), "--repo-name",
                         f"user/planner-{number}-{action}", "--max-shard-size", "5MB",
                     ]  # fmt: skip
-                    before = {path.name: kill.digest(path) for path in merged.iterdir()}
+                    before = {path.name: digest(path) for path in merged.iterdir()}
                     hub.faults[:] = [Fault(method, part, action, times=99)]
                     run = forks.start("merge_and_push.py", *flags)
                     code = run.wait()
                     lines = [line for line in run.text().splitlines() if line.startswith("merge_and_push.py: error:")]
                     if code not in (1, 2) or len(lines) != 1 or "Traceback" in run.text():
                         stage.fails(f"Hub, {method} {part} {action}: exit code {code}: {run.tail()}")
-                    changed = [name for name, is_ in before.items() if kill.digest(merged / name) != is_]
+                    changed = [name for name, is_ in before.items() if digest(merged / name) != is_]
                     if set(changed) - {"README.md"}:
                         stage.fails(f"Hub, {method} {part} {action}: {changed} changed")
                     hub.faults.clear()

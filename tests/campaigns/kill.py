@@ -24,7 +24,7 @@ from common.runs.adapters import safetensors_problem
 from common.runs.checkpoints import checkpoint_step, complete_checkpoints
 
 from .forks import Forks, Run, Trigger
-from .stage import PER_STEP, PLANTED, SAVE_STEPS, SMALL, Stage, digest
+from .stage import PER_STEP, PLANTED, SAVE_STEPS, Stage, digest
 
 MOST = 10  # kills of one run
 ROOMS = (0, 10, 2_000, 40_000, 150_000, 400_000, 2_000_000)
@@ -64,7 +64,7 @@ class Subject:
     outcome: Callable[[Path], Any]
     broken: Callable[[Path], Iterator[str]]
     again: Callable[[Path], list[str]] | None = None
-    prepare: Callable[[Path], None] = lambda folder: folder.mkdir()
+    prepare: Callable[[Path], object] = lambda folder: folder.mkdir()
     ranks: int = 1
     weight: float = 1.0
     after: tuple[str, ...] = ()
@@ -121,7 +121,8 @@ def one_life(stage: Stage, forks: Forks, place: Path, subject: Subject, most: in
     stage.counts["runs"] += 1
     folder = place / f"{number:04d}-{subject.name.replace(' ', '-')}"
     subject.prepare(folder)
-    found, history = [], []
+    found: list[str] = []
+    history: list[str] = []
     started = False
     for _ in range(stage.dice.randint(1, max(1, most))):
         how, trigger, moment = aim(stage, subject, folder)
@@ -222,7 +223,7 @@ def all_subjects(stage: Stage, place: Path, url: str) -> Iterator[Subject]:
 
     yield Subject(
         "scoreboard", "grpo_training.py", board, board_outcome, broken_run,
-        prepare=lambda folder: shutil.copytree(trained, folder) and None, patterns=("", "evaluation"),
+        prepare=lambda folder: shutil.copytree(trained, folder), patterns=("", "evaluation"),
         after=("GRPO",),
     )  # fmt: skip
 
@@ -237,7 +238,7 @@ def all_subjects(stage: Stage, place: Path, url: str) -> Iterator[Subject]:
     yield Subject(
         "merge over an older one", "merge_and_push.py", lambda folder: [*merge(folder), "--dtype", "bfloat16", "--overwrite"],
         merge_outcome, broken_merge, patterns=("", "rename"), after=("merge",),
-        prepare=lambda folder: shutil.copytree(place / "reference-merge", folder) and None,
+        prepare=lambda folder: shutil.copytree(place / "reference-merge", folder),
     )  # fmt: skip
 
     def batch(folder: Path) -> list[str]:
@@ -372,6 +373,3 @@ def difference(expected: Any, got: Any, where: str = "") -> list[str]:
         pairs = enumerate(zip(expected, got, strict=True))
         return [line for number, (a, b) in pairs for line in difference(a, b, f"{where}/{number}")][:5]
     return [] if expected == got else [f"{where} is {str(got)[:200]}, not {str(expected)[:200]}"]
-
-
-assert "--save-steps" in SMALL

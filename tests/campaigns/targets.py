@@ -15,8 +15,6 @@ from typing import Any
 
 from misbehaving import MODELS, PLAN, MisbehavingServer
 
-from common.errors import UserError
-
 from .inputs import Target
 from .stage import Stage
 
@@ -195,8 +193,6 @@ def configs(stage: Stage, place: Path) -> Iterator[Target]:
     weights = good["adapter_model.safetensors"][:600]
     use = into("adapter_model.safetensors", lambda: read_adapter_config(str(folder)))
     yield Target("safetensors headers", (good["adapter_model.safetensors"], weights), use, weight=8, json=False)
-    yield Target("safetensors headers, JSON", (weights[8 : weights.index(b"}}") + 2],), into(
-        "adapter_model.safetensors.json", lambda: None), weight=0.01)  # fmt: skip
 
     row = {
         "row": "direct",
@@ -356,7 +352,7 @@ def sample_adapter(folder: Path) -> None:
 
     folder.mkdir()
     LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path="packaged/SmolLM2-135M-Instruct",
-               task_type="CAUSAL_LM").save_pretrained(folder)  # fmt: skip
+               task_type="CAUSAL_LM").save_pretrained(str(folder))  # fmt: skip
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(4, 8)}, folder / "adapter_model.safetensors")
 
 
@@ -376,6 +372,3 @@ def sample_tokenizer(folder: Path) -> None:
     tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     shutil.rmtree(folder, ignore_errors=True)
     tokenizer.save_pretrained(folder)
-
-
-__all__ = ["UserError", "all_targets", "sample_adapter", "sample_tokenizer"]
