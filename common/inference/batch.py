@@ -6,7 +6,8 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
     from tqdm import tqdm
 
     records = already_answered(output, asked)
-    _write(output, records)  # drops the failures of an earlier run
+    with _room_for(output, records, len(asked)):
+        _write(output, records)  # drops the failures of an earlier run
     waiting = [item for item in asked if item.line not in records]
     if records:
         say(f"{len(records)} of {len(asked)} questions were answered before")
@@ -149,25 +151,39 @@ def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
 
         started = time.perf_counter()
         try:
-            session.run(_answer_all(session, waiting, done))
+            with _room_for(output, records, len(asked)):
+                session.run(_answer_all(session, waiting, done))
         except KeyboardInterrupt:
             bar.close()
             say(f"stopped: {len(records)} of {len(asked)} questions answered; the same command goes on from there")
             return 130
-        except ExceptionGroup as errors:
-            unwritten = errors.subgroup(OSError)
-            if unwritten is None:
-                raise
-            raise UserError(
-                f"--output {output} could not be written ({unwritten.exceptions[0]}) after {len(records)} of "
-                f"{len(asked)} questions: make room, then the same command goes on from there",
-                exit_code=1,
-            ) from errors
     seconds = time.perf_counter() - started
-    _write(output, records)
+    with _room_for(output, records, len(asked)):
+        _write(output, records)
     if waiting:
         say(f"{len(waiting)} questions asked in {seconds:.1f} s, {len(waiting) / seconds:.2f} a second")
     return _say_summary(records, output)
+
+
+@contextmanager
+def _room_for(output: Path, records: Mapping[int, object], of: int) -> Iterator[None]:
+    """Report a failed write in one line, also if it is one of the exceptions of a task group.
+
+    Raises:
+        UserError: with exit code 1.
+    """
+    try:
+        yield
+    except (OSError, ExceptionGroup) as error:
+        unwritten = error.subgroup(OSError) if isinstance(error, ExceptionGroup) else None
+        if isinstance(error, ExceptionGroup) and unwritten is None:
+            raise
+        reason = error if unwritten is None else unwritten.exceptions[0]
+        raise UserError(
+            f"--output {output} could not be written ({reason}) after {len(records)} of {of} questions: make room, "
+            "then the same command goes on from there",
+            exit_code=1,
+        ) from error
 
 
 async def _answer_all(session: Session, asked: Sequence[Asked], done: Callable[[Asked, dict[str, Any]], None]) -> None:
