@@ -230,4 +230,6 @@ def _limit_reached(error: BaseException) -> str | None:
     return None
 
 
-_NO_MEMORY = re.compile(r"can't allocate memory|[Cc]annot allocate memory|bad_alloc|not enough memory")
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|[Cc]annot allocate memory|bad_alloc|not enough memory|failed to map segment"
+)

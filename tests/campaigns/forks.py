@@ -11,6 +11,7 @@ moved or removed) it ends itself with SIGKILL, or lets the kernel end it in the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -134,7 +135,7 @@ class Forks:
 
     def __enter__(self) -> Forks:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__))], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, str(Path(__file__)), *PRELOADED], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, **self._env},
         )  # fmt: skip
         ready = self.reply(SECONDS)
@@ -156,7 +157,7 @@ class Forks:
         env: dict[str, str] | None = None,
         limits: dict[str, int] | None = None,
         clock: float = 0.0,
-        user: int | None = None,
+        privileged: bool = True,
         ranks: int = 1,
     ) -> Run:
         """Fork a run of a script.
@@ -168,7 +169,7 @@ class Forks:
             env: beside the interpreter's own.
             limits: of resources, by the names of the `resource` module; of memory what there is beside the imports.
             clock: seconds by which `time.time` is set back while it runs.
-            user: id of the user it runs as.
+            privileged: whether root may write where permissions say otherwise.
             ranks: processes, which find each other as `torchrun` would have them do.
         """
         self._number += 1
@@ -185,7 +186,7 @@ class Forks:
             }  # fmt: skip
             order = {
                 "script": script, "flags": flags, "env": {**(env or {}), **own}, "printed": str(printed),
-                "limits": limits or {}, "clock": clock, "user": user, "trigger": armed,
+                "limits": limits or {}, "clock": clock, "privileged": privileged, "trigger": armed,
             }  # fmt: skip
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
@@ -223,7 +224,7 @@ def serve() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what libraries print while they are imported is no reply
     sys.modules["wandb"] = None  # type: ignore[assignment]  # as --no-wandb has it; TRL would import it
-    for name in PRELOADED:
+    for name in sys.argv[1:]:
         importlib.import_module(name)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
@@ -285,9 +286,8 @@ def _run(order: dict[str, Any]) -> None:
         resource.setrlimit(kind, (value + (held if name == "RLIMIT_AS" else 0), resource.getrlimit(kind)[1]))
     if order["clock"]:
         _set_back(order["clock"])
-    if order["user"] is not None:
-        os.setgid(order["user"])
-        os.setuid(order["user"])
+    if not order["privileged"]:
+        _obey_permissions()
     path = ROOT / order["script"]
     sys.argv = [str(path), *order["flags"]]
     sys.path[0] = str(ROOT)
@@ -340,6 +340,19 @@ def _fill(path: Path) -> None:
             with contextlib.suppress(OSError):
                 while stream.write(b"0" * size) == size:
                     pass
+
+
+def _obey_permissions() -> None:
+    """Give up what lets root pass over file permissions (capset(2): CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    if libc.capget(header, sets) != 0:
+        raise OSError(ctypes.get_errno(), "capget")
+    for place in range(3):
+        sets[place] &= ~0b110
+    if libc.capset(header, sets) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def _set_back(seconds: float) -> None:

@@ -175,8 +175,7 @@ def start(forks: Forks, subject: Subject, folder: Path, started: bool, trigger: 
     first = subject.first(folder)
     if not started or subject.again is None:
         return forks.start(subject.script, *first, trigger=trigger, ranks=subject.ranks)
-    # A dry look at what --resume says, as a person would have it, costs a second process of seconds only where it goes
-    # on; so the question is asked of the same function that the script asks.
+    # As the script itself decides it. What it says without a checkpoint is looked at, and followed.
     if complete_checkpoints(folder):
         return forks.start(subject.script, *subject.again(folder), trigger=trigger, ranks=subject.ranks)
     told = forks.start(subject.script, *subject.again(folder))
@@ -321,7 +320,7 @@ def broken_run(folder: Path) -> Iterator[str]:
                 yield f"metrics.jsonl has the steps {steps}"
             whole = complete_checkpoints(folder)
             kept = checkpoint_step(whole[-1]) if whole else 0
-            if (folder / "checkpoint-1").exists() or len(steps) - kept > SAVE_STEPS:
+            if len(steps) - kept > SAVE_STEPS:
                 yield f"{len(steps)} steps done, {kept} kept"
         elif name == "samples.jsonl":
             steps = [row["step"] for row in rows]
