@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = (
         stored_settings(output_dir, given, RESUMABLE, "dummy_planner.py") if options.resume else {**preset, **given}
     )
-    args = SupervisedArgs(**values)
+    args = SupervisedArgs.from_dict({**DEFAULTS, **values})
     args.validate()
     check_engine()
     prepare_gpu("dummy_planner.py")

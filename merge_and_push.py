@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from common.cli import Parser, add_settings, given_settings, run, say, settings_table
-from common.errors import UserError
+from common.errors import UserError, UserErrors
 from common.merging import certificate as certifying
 from common.merging import hub, model_card
 from common.merging.unfinished import remove_unfinished_merges
@@ -133,7 +133,7 @@ def start(
         write_text_atomically(args.target / "README.md", str(finished))
     tell(args.target, report)
     if not report["certificate"]["passed"]:
-        raise UserError("\n".join(report["certificate"]["problems"]), exit_code=certifying.EXIT_CODE)
+        raise UserErrors(report["certificate"]["problems"], exit_code=certifying.EXIT_CODE)
     if api is not None:
         upload(api, args, repo_id)
     return 0

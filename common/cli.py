@@ -7,9 +7,11 @@ All entry scripts use it, so that flags, defaults, error lines and exit codes ar
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
+import re
 import sys
 import textwrap
 import types
@@ -227,9 +229,25 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         if "--debug" in sys.argv:
             raise
         first = str(error).strip().splitlines()
-        print(
-            f"{program}: error: {type(error).__name__}: {first[0] if first else '(no message)'} (--debug shows where)",
-            file=sys.stderr,
-        )
+        told = f"{type(error).__name__}: {first[0] if first else '(no message)'}"
+        print(f"{program}: error: {told} ({_limit_reached(error) or '--debug shows where'})", file=sys.stderr)
         code = 1
     sys.exit(code)
+
+
+def _limit_reached(error: BaseException) -> str | None:
+    """What to do about an error that only says how little the machine has to give; None for any other error."""
+    seen: BaseException | None = error
+    while seen is not None:
+        number = seen.errno if isinstance(seen, OSError) else None
+        if number in (errno.EMFILE, errno.ENFILE):
+            return "too many open files: raise the limit, such as with `ulimit -n 4096`, then the same command again"
+        if number == errno.ENOMEM or isinstance(seen, MemoryError) or _NO_MEMORY.search(str(seen)):
+            return "memory ran out: use smaller batches or a machine with more, then --resume or the same command again"
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|[Cc]annot allocate memory|bad_alloc|not enough memory|failed to map segment"
+)

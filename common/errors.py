@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 
+def in_one_line(text: str) -> str:
+    """A message without line breaks and control characters, which texts from files and servers bring into it.
+
+    A terminal obeys them, and who reads the last line of a log shall find all of it there.
+    """
+    return "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
+
+
 class UserError(Exception):
     """One line that says what is wrong, what was found and how to fix it.
 
@@ -13,13 +21,14 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, *, exit_code: int = 2) -> None:
-        super().__init__(message)
+        super().__init__(in_one_line(message))
         self.exit_code = exit_code
 
 
 class UserErrors(UserError):
     """Several problems found in one check, so that a user can fix all of them at once; one line each."""
 
-    def __init__(self, messages: list[str]) -> None:
-        super().__init__("\n".join(messages))
-        self.messages = messages
+    def __init__(self, messages: list[str], *, exit_code: int = 2) -> None:
+        super().__init__("", exit_code=exit_code)
+        self.messages = [in_one_line(message) for message in messages]
+        self.args = ("\n".join(self.messages),)

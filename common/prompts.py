@@ -285,9 +285,14 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> str:
     """The text of a prompt as the model reads it, up to the point where the completion begins.
 
     Raises:
-        TypeError: if the chat template does not return text.
+        jinja2.TemplateError, ValueError: if the chat template fails.
+        TypeError: if it does not return text.
     """
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, re.error) as error:
+        # A template is a program: what goes wrong in it is the template's, not ours.
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     if not isinstance(text, str):
         raise TypeError(f"the chat template gave {type(text).__name__}, not text: {json.dumps(messages)[:80]}")
     return text

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from misbehaving import LoraServer, MisbehavingServer
+from tiny import QUESTIONS, teach_planner
 
 import inference_vllm
 from common.errors import UserError
@@ -29,7 +30,6 @@ from common.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 VLLM_INSTALL_SECONDS = 900
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "sentence_transformers", "bitsandbytes", "wandb", "numpy"}
-QUESTIONS = [f"What is {a} + {b} + {c}?" for a, b, c in [(2, 3, 4), (5, 6, 7), (8, 2, 5), (9, 4, 3)]]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -144,64 +144,9 @@ def questions_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_planner(tmp_path_factory) -> str:
-    """Folder of a two-layer Llama that writes a few kinds of valid plans, and some invalid ones, when sampled.
-
-    Its base weights are trained on such plans, so that rewards differ within a group after a few seconds.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from common.models import load_tokenizer
-    from common.plans import Plan
-    from common.prompts import planner_messages, render
-    from common.settings.grpo import PACKAGED_MODEL
-
-    tokenizer = load_tokenizer(PACKAGED_MODEL)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    rows, labels = [], []
-    for question in QUESTIONS:
-        a, b, c = question[8:-1].split(" + ")
-        prompt = tokenizer(render(tokenizer, planner_messages(question, "short")), add_special_tokens=False).input_ids
-        for plan in (
-            Plan(False, ()),
-            Plan(True, (f"What is {a} + {b}?",)),
-            Plan(True, (f"What is {a} + {b}?", f"What is {b} + {c}?")),
-        ):
-            target = [*tokenizer(plan.to_json()).input_ids, tokenizer.eos_token_id]
-            rows.append(prompt + target)
-            labels.append([-100] * len(prompt) + target)
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    gold = torch.tensor([row + [-100] * (width - len(row)) for row in labels])
-    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(80):
-        hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-        logits = model.lm_head(hidden[gold[:, 1:] != -100])  # the head is most of this model's work, so skip the rest
-        loss = torch.nn.functional.cross_entropy(logits, gold[:, 1:][gold[:, 1:] != -100])
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    assert loss.item() < 0.5, f"the tiny planner did not learn its plans: loss {loss.item():.2f}"
+    """Folder of `tiny.teach_planner`'s model."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny-planner"
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    teach_planner(folder)
     return str(folder)
 
 

@@ -274,3 +274,22 @@ def test_a_resumed_run_keeps_its_servers_and_a_run_without_does_not_get_any(tmp_
     assert (scored.vllm_url, scored.vllm_python) == (None, None), "the scoreboard's worker is the model that is here"
     with pytest.raises(UserError, match="samples its plans itself"):
         settled(TrainingArgs(output_dir=str(tmp_path)), "--resume", "--vllm-url", "http://a/v1")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("OSError(24, 'Too many open files')", "too many open files: raise the limit, such as with `ulimit -n 4096`"),
+        (
+            'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried")',
+            "memory ran out: use smaller batches",
+        ),
+        ("MemoryError()", "memory ran out"),
+        ("KeyError('x')", "--debug shows where"),
+    ],
+)
+def test_a_limit_of_the_machine_is_told_with_the_way_out(error, told):
+    code = f"from common.cli import run\ndef main(argv):\n  raise {error}\nrun(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and told in line

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question
 from common.processes import ranks
 from common.runs import storage
-from common.runs.record import read_run_record
+from common.runs.record import read_run_record, stored_date
 from common.settings.grpo import TrainingArgs
 from common.similarity import SentenceEncoder
 from common.workers.frozen import FrozenBase
@@ -56,8 +55,9 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = F
 
     tokenizer = models.load_tokenizer(args.base_model)
     record = read_run_record(Path(args.output_dir))
-    if record.get("prompt_date") is not None:
-        prompts.fix_date(tokenizer, date.fromisoformat(record["prompt_date"]))
+    day = stored_date(record)
+    if day is not None:
+        prompts.fix_date(tokenizer, day)
     # The dtype of the run, which may not be this machine's default.
     dtype = getattr(torch, record["dtype"].removeprefix("torch.")) if "dtype" in record else None
     base = models.load_base(args.base_model, four_bit=models.use_4bit(args), dtype=dtype)

@@ -24,7 +24,7 @@ from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import Plan
 from common.problems.questions import Question
 from common.prompts import Message, direct_messages, planner_messages
-from common.reports.jsonl import read_jsonl
+from common.reports.jsonl import JsonLinesError, read_jsonl
 from common.reports.plots import plot_scoreboard
 from common.runs.files import write_json, write_text_atomically
 
@@ -288,12 +288,17 @@ def stored_rows(output_dir: Path) -> dict[str, Row]:
     """The rows of `evaluation.jsonl` by name. Rows without a stored fingerprint are left out.
 
     Raises:
-        UserError: if a line of the file is not a JSON object.
+        JsonLinesError: for a file that holds something else than rows.
     """
     rows: dict[str, Row] = {}
     if (output_dir / RECORDS).exists():
         for record in read_jsonl(output_dir / RECORDS):
             seconds, fingerprint = record.pop("seconds", None), record.pop("fingerprint", None)
+            known = isinstance(record.get("row"), str) and isinstance(fingerprint or {}, dict)
+            if not known or not {"question", "error"} <= record.keys():
+                raise JsonLinesError(
+                    f"{output_dir / RECORDS} holds something else than rows of a scoreboard: remove it"
+                )
             if fingerprint and seconds is not None:
                 row = rows.setdefault(record["row"], Row(record["row"], [], seconds, fingerprint))
                 row.records.append(record)

@@ -6,7 +6,8 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,13 @@ def already_answered(path: Path, asked: Sequence[Asked]) -> dict[int, dict[str, 
     if not earlier and not '{"line": '.startswith(path.read_text(encoding="utf-8", errors="replace")[:9]):
         raise UserError(f"--output {path} holds something else than answers: name another file")
     for record in earlier:
-        if questions.get(record.get("line", 0)) != record.get("question"):
+        line = record.get("line")
+        if not isinstance(line, int) or line not in questions or questions[line] != record.get("question"):
             raise UserError(
                 f"--output {path} holds answers to other questions than --input, or none at all: name another file"
             )
         if record.get("error") is None:
-            found[record["line"]] = record
+            found[line] = record
     return found
 
 
@@ -136,7 +138,8 @@ def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
     from tqdm import tqdm
 
     records = already_answered(output, asked)
-    _write(output, records)  # drops the failures of an earlier run
+    with _room_for(output, records, len(asked)):
+        _write(output, records)  # drops the failures of an earlier run
     waiting = [item for item in asked if item.line not in records]
     if records:
         say(f"{len(records)} of {len(asked)} questions were answered before")
@@ -151,25 +154,39 @@ def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
 
         started = time.perf_counter()
         try:
-            session.run(_answer_all(session, waiting, done))
+            with _room_for(output, records, len(asked)):
+                session.run(_answer_all(session, waiting, done))
         except KeyboardInterrupt:
             bar.close()
             say(f"stopped: {len(records)} of {len(asked)} questions answered; the same command goes on from there")
             return 130
-        except ExceptionGroup as errors:
-            unwritten = errors.subgroup(OSError)
-            if unwritten is None:
-                raise
-            raise UserError(
-                f"--output {output} could not be written ({unwritten.exceptions[0]}) after {len(records)} of "
-                f"{len(asked)} questions: make room, then the same command goes on from there",
-                exit_code=1,
-            ) from errors
     seconds = time.perf_counter() - started
-    _write(output, records)
+    with _room_for(output, records, len(asked)):
+        _write(output, records)
     if waiting:
         say(f"{len(waiting)} questions asked in {seconds:.1f} s, {len(waiting) / seconds:.2f} a second")
     return _say_summary(records, output)
+
+
+@contextmanager
+def _room_for(output: Path, records: Mapping[int, object], of: int) -> Iterator[None]:
+    """Report a failed write in one line, also if it is one of the exceptions of a task group.
+
+    Raises:
+        UserError: with exit code 1.
+    """
+    try:
+        yield
+    except (OSError, ExceptionGroup) as error:
+        unwritten = error.subgroup(OSError) if isinstance(error, ExceptionGroup) else None
+        if isinstance(error, ExceptionGroup) and unwritten is None:
+            raise
+        reason = error if unwritten is None else unwritten.exceptions[0]
+        raise UserError(
+            f"--output {output} could not be written ({reason}) after {len(records)} of {of} questions: make room, "
+            "then the same command goes on from there",
+            exit_code=1,
+        ) from error
 
 
 async def _answer_all(session: Session, asked: Sequence[Asked], done: Callable[[Asked, dict[str, Any]], None]) -> None:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from common import prompts
 from common.errors import UserError
+from common.merging.report import read_report
 from common.reports.tables import format_table
-from common.runs.files import read_json, sha256
+from common.runs.files import sha256
 
 if TYPE_CHECKING:
     import torch
@@ -378,12 +379,12 @@ def finished_merge(folder: Path, inputs: dict[str, Any], *, overwrite: bool) -> 
         raise UserError(f"--local-save-path {folder} is a file: name a folder")
     if not folder.exists() or not any(folder.iterdir()):
         return None
-    report = read_json(folder / REPORT)
+    report = read_report(folder / REPORT)
     if report is None:
         raise UserError(f"--local-save-path {folder} holds files that are no merge of this script: name another folder")
     if overwrite:
         return None
-    found = report.get("inputs", {})
+    found = report["inputs"]
     changed = [name for name, value in inputs.items() if found.get(name) != value]
     if changed:
         name = changed[0]

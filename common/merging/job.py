@@ -78,7 +78,7 @@ def prepare(args: MergeArgs, base: str, record: dict[str, Any], inputs: dict[str
     """
     adapter, revision = Path(args.adapter_path), args.revision
     with models.explained(base):
-        config = AutoConfig.from_pretrained(models.resolve_model(base), revision=revision)
+        config = AutoConfig.from_pretrained(models.resolve_model(base), revision=revision, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "an unknown method")
         raise UserError(

@@ -133,7 +133,9 @@ def measure_merged(
         gpu: whether to use the GPU.
     """
     with models.explained(str(folder)):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cuda" if gpu else None)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map="cuda" if gpu else None, trust_remote_code=False
+        )
     return certifying.Evidence(
         ids=certifying.write_plans(model, job.tokenizer, asked, adapter=False),
         logits=certifying.predictions(model, asked, reference.ids, adapter=False),

@@ -103,7 +103,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix.casefold() == ".json" and "".join(lines[:1]).lstrip().startswith("["):
         try:
             records = json.loads("\n".join(lines))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
             raise UserError(f"{place}: not valid JSON ({error}): mend the file") from error
         yield from ((f"{path} item {number}", record) for number, record in enumerate(records, start=1))
@@ -113,7 +113,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"{path}:{number}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}:{number}: not valid JSON ({error}): one object a line is expected, "
                 'such as {"question": "…", "answer": "… #### 7"}'

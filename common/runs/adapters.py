@@ -51,9 +51,9 @@ def safetensors_problem(path: Path) -> str | None:
             return f"{path} is cut off or not a safetensors file"
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
             return f"{path} is not a safetensors file"
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     expected = 8 + length + max(ends, default=0)
     return None if size == expected else f"{path} has {size} bytes, its header promises {expected}"
 
@@ -76,13 +76,16 @@ def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict
             raise UserError(f"{flag} {adapter_path} is no LoRA adapter: {name} is missing in it")
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{folder / 'adapter_config.json'} is not valid JSON ({error}): save the adapter anew"
         ) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise UserError(f"{flag} {adapter_path}: found an adapter of type {kind!r}, a LoRA adapter is needed")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        raise UserError(f"{flag} {adapter_path}: its base_model_name_or_path is {base!r:.60}, no name: save it anew")
     problem = safetensors_problem(folder / "adapter_model.safetensors")
     if problem is not None:
         raise UserError(f"{flag}: {problem}: copy or save the adapter anew")

@@ -51,7 +51,7 @@ def answers_file(checkpoint: Path, rank: int) -> Path:
 
 def _checkpoints(output_dir: Path) -> list[tuple[Path, str | None]]:
     """Checkpoints by step, each with what keeps it from being resumed from."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
     processes = _processes(output_dir) if found else 1
     return [(path, _problem(path, processes)) for path in sorted(found, key=checkpoint_step)]
 
@@ -59,9 +59,10 @@ def _checkpoints(output_dir: Path) -> list[tuple[Path, str | None]]:
 def _processes(output_dir: Path) -> int:
     """How many processes the run has, each of which writes its random states."""
     try:
-        return int(read_run_record(output_dir).get("processes", 1))
+        stored = read_run_record(output_dir).get("processes")
     except UserError:  # a checkpoint alone: of one process, as far as can be known
         return 1
+    return stored if isinstance(stored, int) else 1
 
 
 def _problem(checkpoint: Path, processes: int) -> str | None:
@@ -71,7 +72,7 @@ def _problem(checkpoint: Path, processes: int) -> str | None:
             return f"{name} is missing"
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return "trainer_state.json is cut off"
     random_states = [*checkpoint.glob("rng_state*.pth")]
     if len(random_states) < processes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,27 @@ def read_run_record(output_dir: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["settings"]["output_dir"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored_date(record)
+        if not isinstance(record.get("processes", 1), int):
+            raise ValueError(f"processes is {record['processes']!r:.40}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = "there is none" if not path.exists() else f"it cannot be read: {error}"
         raise UserError(f"no {path} to go on from ({reason}): --output-dir must name the folder of a run") from error
     return record
+
+
+def stored_date(record: dict[str, Any]) -> date | None:
+    """The date that a run's prompts show, None where they show none.
+
+    Raises:
+        ValueError: for a record with something else in its place.
+    """
+    stored = record.get("prompt_date")
+    if stored is None:
+        return None
+    if not isinstance(stored, str):
+        raise ValueError(f"prompt_date is {stored!r:.40}")
+    return date.fromisoformat(stored)
 
 
 def _installed(name: str) -> bool:

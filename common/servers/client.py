@@ -358,7 +358,7 @@ class Server:
         if isinstance(error, openai.APIStatusError):
             reason = reason_in(error.body) if error.body is not None else ""
             return self._explain_status(error.status_code, reason, error.response.headers.get("retry-after", ""))
-        if isinstance(error, ValueError):  # the body is not JSON, or has an unexpected structure
+        if isinstance(error, (ValueError, RecursionError)):  # a body that is no JSON, or of another shape
             return self._not_openai("JSON")
         if isinstance(error, openai.OpenAIError):
             return ServerError(f"{self._where}: {self._clean(str(error))}")
@@ -377,7 +377,7 @@ class Server:
             return ServerError(
                 f"{self._where} is in trouble ({status}: {told}): look at the server's log",
                 retryable=not about_roles,  # some servers report a template's refusal as 500, but it will not change
-                wait=float(wait) if wait.isdigit() else 0.0,
+                wait=float(wait) if wait.isascii() and wait.isdigit() else 0.0,
                 rejected=status not in NOT_OF_THE_REQUEST,
                 about_roles=about_roles,
             )

@@ -126,7 +126,7 @@ def server_command(
         base: Hub id or folder of the base model.
         adapter: folder of the adapter.
         port: of the server.
-        cpu: whether there is no GPU; then fp32, little memory, reachable from this machine only.
+        cpu: whether there is no GPU; then fp32 and little memory.
         chat_template: file for a base model without a chat template of its own.
 
     Raises:
@@ -149,9 +149,10 @@ def _base_command(base: str, rank: int, *, cpu: bool, chat_template: str | None)
     if served is None:
         raise UserError(f"LoRA rank {rank} is too high, vLLM serves up to {_LORA_RANKS[-1]}: train a smaller one")
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", base, "--enable-lora"]
-    command += ["--max-lora-rank", str(served), "--max-loras", "2"]
+    # vLLM's own default is every address of the machine, and not all of its paths require a key (docs/inference.md).
+    command += ["--max-lora-rank", str(served), "--max-loras", "2", "--host", "127.0.0.1"]
     if cpu:
-        command += ["--max-cpu-loras", "2", "--dtype", "float32", "--host", "127.0.0.1"]
+        command += ["--max-cpu-loras", "2", "--dtype", "float32"]
     if chat_template is not None:
         command += ["--chat-template", chat_template]
     return command
@@ -189,7 +190,7 @@ def training_command(
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     command += ["--max-model-len", str(context), "--served-model-name", Path(base).name]
     if not cpu:
-        command += ["--max-cpu-loras", "2", "--gpu-memory-utilization", f"{gpu_memory:g}", "--host", "127.0.0.1"]
+        command += ["--max-cpu-loras", "2", "--gpu-memory-utilization", f"{gpu_memory:g}"]
         command += ["--quantization", "bitsandbytes"] if four_bit else []
     return [*command, "--port", str(port)]
 
@@ -272,7 +273,9 @@ def _command_of(args: TrainingArgs, folder: Path) -> list[str]:
 
     model, template = _model_of(args), None
     with models.explained(args.base_model):
-        longest = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", CONTEXT)
+        longest = getattr(
+            AutoConfig.from_pretrained(model, trust_remote_code=False), "max_position_embeddings", CONTEXT
+        )
     if models.load_tokenizer(args.base_model).chat_template == prompts.PLAIN_CHAT_TEMPLATE:
         template = folder / "vllm_chat_template.jinja"
         template.write_text(prompts.PLAIN_CHAT_TEMPLATE)

@@ -6,9 +6,13 @@ Nothing heavy is imported here.
 from __future__ import annotations
 
 import math
+import types
+import typing
 from dataclasses import field, fields
 from typing import Any
 from urllib.parse import urlsplit
+
+_LARGEST = 2**53  # what every library behind the settings can hold
 
 
 def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
@@ -30,7 +34,10 @@ def flag_of(name: str) -> str:
 
 def check_values(settings: Any) -> list[str]:
     """Problems with single values of a settings dataclass, one line each."""
-    return [problem for spec in fields(settings) if (problem := _problem_with(spec, getattr(settings, spec.name)))]
+    hints = typing.get_type_hints(type(settings))
+    found = ((spec, getattr(settings, spec.name)) for spec in fields(settings))
+    checked = (_type_problem(spec, hints[spec.name], value) or _problem_with(spec, value) for spec, value in found)
+    return [problem for problem in checked if problem is not None]
 
 
 def url_problem(url: str) -> str | None:
@@ -45,12 +52,30 @@ def url_problem(url: str) -> str | None:
     return None if fine else f"{url!r} is no address of a server: use http://HOST:PORT/v1"
 
 
+def _type_problem(spec: Any, hint: Any, value: Any) -> str | None:
+    """What is wrong with a value's type or choice, or None; stored settings have not passed the parser of flags."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if typing.get_origin(option) is typing.Literal:
+            fits = isinstance(value, str) and value in typing.get_args(option)
+        elif option in (int, float):
+            fits = isinstance(value, (int, option)) and not isinstance(value, bool)
+        else:
+            fits = isinstance(value, option)
+        if fits:
+            return None
+    names = (", ".join(typing.get_args(o)) or getattr(o, "__name__", str(o)) for o in options)
+    return f"{flag_of(spec.name)} must be {' or '.join(names).replace('NoneType', 'null')}, found {value!r:.80}"
+
+
 def _problem_with(spec: Any, value: Any) -> str | None:
-    """The problem with one number, or None. The parser of the command line checks types and choices."""
+    """What is wrong with one number, or None."""
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     flag = flag_of(spec.name)
     found = f"found {value}"
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return f"{flag} is too large a number: at most {_LARGEST}"
     if not math.isfinite(value):
         return f"{flag} must be a finite number, {found}"
     if spec.metadata.get("positive") and value <= 0:

@@ -5,7 +5,7 @@ Settings without a default here have it at the top of `dummy_planner.py`, where 
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 from common.errors import UserErrors
@@ -63,6 +63,12 @@ class SupervisedArgs:
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON-ready values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SupervisedArgs:
+        """Settings as stored by `to_dict`; names this version does not know are dropped."""
+        known = {spec.name for spec in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 # Values of `--demo`: the warm start of `make demo`. Its questions are like the GRPO demo's, from another seed.

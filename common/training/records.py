@@ -6,12 +6,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from common.processes.ranks import world_size
 from common.reports.jsonl import append_jsonl, truncate_jsonl_after
 from common.runs.checkpoints import checkpoint_step
 from common.runs.files import read_json, write_json
 from common.runs.folder import set_aside
-from common.runs.record import TRAINING_CONFIG, run_record
+from common.runs.record import TRAINING_CONFIG, run_record, stored_date
 from common.settings.grpo import TrainingArgs
 from common.settings.sft import SupervisedArgs
 
@@ -34,8 +35,12 @@ class SampleLog:
 def prompt_date(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None) -> date:
     """The date that prompts show: that of the resumed run, or of the warm start, or else today's."""
     folder = args.output_dir if checkpoint is not None else args.adapter_path
-    record = {} if folder is None else read_json(Path(folder) / TRAINING_CONFIG) or {}
-    return date.fromisoformat(record["prompt_date"]) if record.get("prompt_date") else date.today()
+    path = None if folder is None else Path(folder) / TRAINING_CONFIG
+    record = {} if path is None else read_json(path) or {}
+    try:
+        return stored_date(record) or date.today()
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it from the run that wrote it") from error
 
 
 def add_to_record(output_dir: Path, **facts: Any) -> None:

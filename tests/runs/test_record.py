@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import flags, run_script
 
 from common.errors import UserError
+from common.runs.checkpoints import complete_checkpoints
 from common.runs.files import write_json
 from common.runs.record import TRAINING_CONFIG, stored_settings
 
@@ -51,3 +53,17 @@ def test_the_scoreboard_alone_is_kept_in_the_precision_of_the_run(tiny_args, tmp
         line = json.loads((folder / "evaluation.jsonl").read_text().splitlines()[0])
         seen[json.dumps(change)] = line["fingerprint"]["worker"]
     assert len(set(seen.values())) == 3
+
+
+def test_a_checkpoint_lacks_something_until_every_process_has_written_its_random_numbers(finished_run, tmp_path):
+    """The first process writes its last file without waiting for the others'."""
+    _, finished, _ = finished_run
+    shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
+    assert len(complete_checkpoints(tmp_path)) == 1
+    write_json(tmp_path / TRAINING_CONFIG, {"processes": 2})
+    assert complete_checkpoints(tmp_path) == []
+    for rank in range(2):
+        one = finished / "checkpoint-2" / "rng_state.pth"
+        shutil.copy(one, tmp_path / "checkpoint-2" / f"rng_state_{rank}.pth")
+    (tmp_path / "checkpoint-2" / "rng_state.pth").unlink()
+    assert len(complete_checkpoints(tmp_path)) == 1

@@ -19,14 +19,14 @@ def test_the_server_command_has_a_rank_that_vllm_takes(tmp_path, rank, pattern, 
     command = shown_command(server_command("owner/model", tmp_path, cpu=False))
     assert command == (
         "python -m vllm.entrypoints.openai.api_server --model owner/model --enable-lora "
-        f"--max-lora-rank {served} --max-loras 2 --lora-modules recursive_reasoner={tmp_path} --port 8000"
+        f"--max-lora-rank {served} --max-loras 2 --host 127.0.0.1 --lora-modules recursive_reasoner={tmp_path} --port 8000"
     )
 
 
 def test_the_command_of_a_training_run_has_room_for_one_version_and_tells_log_probabilities_as_sampled():
     cpu = training_command("/models/base", 4, port=8100, context=1024, cpu=True)
     shown = " ".join(cpu)
-    assert "--max-lora-rank 8 --max-loras 2 --max-cpu-loras 2 --dtype float32 --host 127.0.0.1" in shown
+    assert "--max-lora-rank 8 --max-loras 2 --host 127.0.0.1 --max-cpu-loras 2 --dtype float32" in shown
     assert "--logprobs-mode processed_logprobs --generation-config vllm --max-model-len 1024" in shown
     assert "--served-model-name base" in shown and "--lora-modules" not in shown
     gpu = " ".join(training_command("b", 16, port=8100, context=4096, cpu=False, four_bit=True, gpu_memory=0.3))

