@@ -140,11 +140,11 @@ def metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     settings = record.get("settings", {})
-    source = str(settings.get("dataset", ""))
+    source = _problems_of(str(settings.get("dataset", "")))
     trained = (evaluation or {}).get("rows", {}).get("trained planner")
     results = None
     if trained is not None:
-        where = str(_public(settings.get("eval_dataset") or source or "unknown"))
+        where = str(_public(_problems_of(settings.get("eval_dataset") or source or "unknown")))
         kind = None if settings.get("eval_dataset") else record.get("data_source")
         if ":" not in where and not _is_hub_id(where, kind):
             where = Path(where).name
@@ -170,6 +170,11 @@ def metadata(
         pipeline_tag="text-generation",
         tags=[*TAGS, *method],
     )
+
+
+def _problems_of(source: str) -> str:
+    """Where the problems of `multi:SOURCE?…` come from; any other source as it is."""
+    return source.removeprefix("multi:").partition("?")[0] if source.startswith("multi:") else source
 
 
 def _is_hub_id(source: str, kind: str | None) -> bool:

@@ -38,7 +38,7 @@ class TrainingArgs:
     lora_dropout: float = setting(0.0, "model", "LoRA dropout; rollouts run in train mode, so it is noise on the policy too", fraction=True)
     lora_layers: int | None = setting(None, "model", "adapt only the last N layers (default: all)", positive=True)
 
-    dataset: str = setting("openai/gsm8k", "data", "Hub id; or a .jsonl/.parquet file or folder with question and answer columns; or generated problems: generated:shares or reasoning-gym:TASK[?option=value&…]")
+    dataset: str = setting("openai/gsm8k", "data", "Hub id; or a .jsonl/.parquet file or folder with question and answer columns; or generated problems: generated:shares or reasoning-gym:TASK[?option=value&…]; or several of any of these in one question: multi:SOURCE[?parts=2-3&single=0.3&max_steps=3&kind=sum|chained]")
     dataset_config: str | None = setting("main", "data", "configuration of a Hub data set", metavar="NAME")
     dataset_split: str = setting("train", "data", "split to train on", metavar="NAME")
     max_samples: int = setting(1000, "data", "use at most this many questions", positive=True)

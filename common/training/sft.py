@@ -18,7 +18,7 @@ from common.cli import say
 from common.errors import UserError
 from common.problems.demonstrations import demonstrations
 from common.problems.planning import load_planning_data
-from common.problems.questions import Question, fingerprint, kind_of_source, load_questions
+from common.problems.questions import Question, fingerprint, is_generated, kind_of_source, load_questions
 from common.reports.jsonl import read_jsonl
 from common.reports.plots import plot_loss_curves
 from common.reports.tables import format_table
@@ -195,9 +195,7 @@ def load_rows(args: SupervisedArgs) -> tuple[list[Demonstration], list[Demonstra
     if args.format == "json-plan":
         questions = load_questions(
             args.dataset,
-            limit=args.max_samples or 1_000_000
-            if not args.dataset.startswith("generated:")
-            else args.max_samples or 1000,
+            limit=args.max_samples or 1_000_000 if not is_generated(args.dataset) else args.max_samples or 1000,
             config=args.dataset_config,
             seed=args.seed,
         )
