@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "settings": "errors plans",
     "cli": "errors settings",
     "problems": "errors plans grading settings cli",
-    "prompts": "errors problems",
+    "examples": "problems",
+    "prompts": "errors examples problems",
     "models": "errors settings prompts",
     "runs": "errors settings models",
     "reports": "errors settings runs",
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "servers": "errors generation settings cli prompts models runs",
     "workers": "errors generation decoding settings cli prompts runs servers",
     "pipeline": "plans generation grading settings prompts models decoding similarity workers",
-    "rewards": "errors plans grading settings reports pipeline",
+    "rewards": "errors plans settings reports pipeline",
     "merging": "errors settings cli prompts models runs reports decoding workers",
     "evaluation": (
         "plans generation grading settings cli problems prompts models runs reports similarity workers pipeline"

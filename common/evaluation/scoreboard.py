@@ -86,7 +86,8 @@ def run_planner(
         style: of these prompts.
     """
     started = time.perf_counter()
-    plans = planner([planner_messages(item.question, style) for item in questions])
+    context = executor.worker.context
+    plans = planner([planner_messages(item.question, style, context) for item in questions])
     return _run(name, questions, executor, plans, started)
 
 

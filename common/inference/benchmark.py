@@ -118,7 +118,8 @@ def _rows(
     """
     args, seed = session.args, 0
     worker = digest([session.worker.server.endpoint.url, session.worker.model])
-    always = direct_parts(questions, worker, worker_prompts(args.worker_style), args.worker_max_tokens)
+    asked = worker_prompts(args.worker_style, args.worker_context, args.plan_to_worker)
+    always = direct_parts(questions, worker, asked, args.worker_max_tokens)
     direct = run_direct(questions, executor)
     _check_direct(direct, session.worker)
     direct.fingerprint = always
@@ -131,7 +132,7 @@ def _rows(
             **always,
             "planner": digest([session.server.endpoint.url, model, temperature, seed, args.structured]),
             **planner_parts(
-                planner_messages("{question}", args.planner_style),
+                planner_messages("{question}", args.planner_style, args.worker_context),
                 [args.max_tokens, args.max_subproblems, args.max_subproblem_chars],
                 TrainingArgs.embedding_model,
             ),

@@ -200,8 +200,9 @@ def _introduction(repo_id: str, base: str) -> str:
 
 
 def _usage(repo_id: str, base: str, record: dict[str, Any]) -> str:
-    style = record.get("settings", {}).get("planner_style", "full")
-    system = planner_messages("", style)[0]["content"]
+    settings = record.get("settings", {})
+    style, context = settings.get("planner_style", "full"), settings.get("worker_context", "question")
+    system = planner_messages("", style, context)[0]["content"]
     return (
         "## How to use it\n\n"
         "With vLLM, the planner on one port and the worker, which is the base model, on another:\n\n"

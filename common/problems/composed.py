@@ -152,14 +152,11 @@ def as_single(item: Question) -> Question:
 
 def summed(parts: Sequence[Question]) -> Question:
     """One question that asks for the sum of the answers to several problems."""
-    letters = LETTERS[: len(parts)]
     golds = [parse_gold(part.answer) for part in parts]
-    named = [f"({letter})" for letter in letters]
-    asked = f"What is the sum of the answers to {', '.join(named[:-1])} and {named[-1]}?"
     added = " + ".join(map(_shown, golds))
     total = _shown(sum(golds, Decimal(0)))
     solution = [*_solutions(parts), f"{added} = <<{added.replace(' ', '')}={total}>>{total}", f"#### {total}"]
-    return Question("\n".join([*_marked(parts), asked]), "\n".join(solution), SUM, tuple(parts))
+    return Question(sum_text([part.question for part in parts]), "\n".join(solution), SUM, tuple(parts))
 
 
 def chain(first: Question, second: Question) -> Question | None:
@@ -174,12 +171,23 @@ def _chained(first: Question, second: Question, slots: Sequence[chained.Slot]) -
     for slot in slots:
         answer = slot.answer(int(gold)) if gold != slot.number else None
         if answer is not None:
-            asked = Question(slot.text(chained.VARIABLE), answer)
             told = Question(slot.text(str(int(gold))), answer, source=second.question)
             solution = [*_solutions([first, told]), f"#### {_shown(parse_gold(answer))}"]
-            text = "\n".join([*_marked([first, asked]), _CHAINED_END])
+            text = chained_text(first.question, slot.text(chained.VARIABLE))
             return Question(text, "\n".join(solution), CHAINED, (first, told))
     return None
+
+
+def sum_text(problems: Sequence[str]) -> str:
+    """The question that asks for the sum of the answers to several problems."""
+    named = [f"({letter})" for letter in LETTERS[: len(problems)]]
+    asked = f"What is the sum of the answers to {', '.join(named[:-1])} and {named[-1]}?"
+    return "\n".join([*_marked(problems), asked])
+
+
+def chained_text(first: str, second: str) -> str:
+    """The question whose second problem uses the first one's answer, which it calls X."""
+    return "\n".join([*_marked([first, second]), _CHAINED_END])
 
 
 def count_parts(question: str) -> int:
@@ -204,8 +212,8 @@ def by_reference(letter: str) -> str:
     return f"What is the answer to ({letter})?"
 
 
-def _marked(parts: Sequence[Question]) -> list[str]:
-    return [f"({letter}) {part.question.strip()}" for letter, part in zip(LETTERS, parts, strict=False)]
+def _marked(problems: Sequence[str]) -> list[str]:
+    return [f"({letter}) {text.strip()}" for letter, text in zip(LETTERS, problems, strict=False)]
 
 
 def _solutions(parts: Sequence[Question]) -> list[str]:

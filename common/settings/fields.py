@@ -45,6 +45,13 @@ def url_problem(url: str) -> str | None:
     return None if fine else f"{url!r} is no address of a server: use http://HOST:PORT/v1"
 
 
+def advice_problem(plan_to_worker: bool, worker_style: str) -> str | None:
+    """What is wrong with showing a plan's text to a worker of some style, or None."""
+    if plan_to_worker and worker_style == "few-shot":
+        return "--plan-to-worker: the turns of --worker-style few-shot have no place for a plan: use instruct or worked"
+    return None
+
+
 def _problem_with(spec: Any, value: Any) -> str | None:
     """The problem with one number, or None. The parser of the command line checks types and choices."""
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):

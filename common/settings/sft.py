@@ -34,6 +34,7 @@ class SupervisedArgs:
     max_seq_len: int = setting(MISSING, "data", "longer rows are cut", positive=True)
     planner_style: Literal["full", "short"] = setting("full", "data", "wording of the planner's system message (json-plan)")
 
+    worker_context: Literal["question", "none"] = setting("question", "data", "what the worker will see of a question when it solves a part (json-plan): the planner is told of it, as by grpo_training.py")
     lr: float = setting(MISSING, "training", "peak learning rate (AdamW, linear decay)", positive=True)
     batch_size: int = setting(MISSING, "training", "rows per device and forward/backward pass", positive=True)
     grad_accum: int = setting(MISSING, "training", "passes per optimiser step", positive=True)

@@ -66,7 +66,10 @@ def train(
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
     prompts.check_shown(
-        tokenizer, prompts.sample_requests(args.planner_style, None if args.worker_url else args.worker_style)
+        tokenizer,
+        prompts.sample_requests(
+            args.planner_style, None if args.worker_url else args.worker_style, args.worker_context
+        ),
     )
     day = records.prompt_date(args, checkpoint)
     dated = prompts.fix_date(tokenizer, day)
@@ -185,7 +188,7 @@ def build_trainer(
         model=base,
         reward_funcs=[reward],
         args=grpo_config(args),
-        train_dataset=Dataset.from_list([planner_row(item, args.planner_style, fold) for item in questions]),
+        train_dataset=Dataset.from_list([planner_row(item, args, fold) for item in questions]),
         processing_class=tokenizer,
         peft_config=models.lora_config(args, base),
         callbacks=[
@@ -235,9 +238,9 @@ def check_enough(args: TrainingArgs, questions: int) -> None:
         )
 
 
-def planner_row(item: Question, style: str, fold_system: bool) -> dict[str, Any]:
+def planner_row(item: Question, args: TrainingArgs, fold_system: bool) -> dict[str, Any]:
     """A row of the data set. Question and gold answer are columns of their own, so no prompt has to be parsed."""
-    messages = prompts.planner_messages(item.question, style)
+    messages = prompts.planner_messages(item.question, args.planner_style, args.worker_context)
     prompt = prompts.fold_system(messages) if fold_system else messages
     return {"prompt": prompt, "question": item.question, "answer": item.answer}
 

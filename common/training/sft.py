@@ -200,7 +200,9 @@ def load_rows(args: SupervisedArgs) -> tuple[list[Demonstration], list[Demonstra
             seed=args.seed,
         )
         rows = [
-            Demonstration(prompts.planner_messages(item.question, args.planner_style), plan.to_json())
+            Demonstration(
+                prompts.planner_messages(item.question, args.planner_style, args.worker_context), plan.to_json()
+            )
             for item, plan in demonstrations(questions, args.seed)
         ]
         if not rows:
