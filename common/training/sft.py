@@ -208,7 +208,7 @@ def load_rows(args: SupervisedArgs) -> tuple[list[Demonstration], list[Demonstra
         if not rows:
             raise UserError(
                 f"--dataset {args.dataset} has nothing to imitate: json-plan needs GSM8K's socratic variant "
-                "(solution lines 'sub-question ** step') or generated:shares"
+                "(solution lines 'sub-question ** step'), generated:shares or multi:SOURCE"
             )
         return _cut(rows, args.seed)
     training, held_out = (

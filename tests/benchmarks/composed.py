@@ -128,7 +128,10 @@ def load_arms(options: argparse.Namespace) -> dict[str, Arm]:
             model, tokenizer, style=STYLE, context=context, max_tokens=options.max_tokens, cpu_dtype=dtype
         )
 
-    alone, shown = (PipelineExecutor(worker(context), None) for context in ("none", "question"))
+    # A plan written by hand is no less a plan for a long problem in it.
+    alone, shown = (
+        PipelineExecutor(worker(context), None, max_subproblem_chars=10_000) for context in ("none", "question")
+    )
 
     def single(batch: Sequence[Question]) -> list[Record]:
         asked = [prompts.direct_messages(item.question, STYLE, like_question=False) for item in batch]

@@ -11,7 +11,9 @@ from conftest import ROOT
 
 from common.errors import UserError
 from common.grading import parse_gold
+from common.plans import parse_planner_output
 from common.problems import chained, composed
+from common.problems.demonstrations import COMPOSED_KINDS, SINGLE_DIRECT_SHARE, demonstrations
 from common.problems.questions import Question, check_source, is_generated, load_held_out, load_questions
 from common.settings.grpo import TrainingArgs
 
@@ -166,6 +168,42 @@ def test_results_with_another_number_must_make_sense():
     assert whole[12].answer(10) is None, "10 / 4 is no whole number where 12 / 4 was one"
     assert whole[12].answer(8) is None and whole[12].answer(4) is None, "nothing, or less, is left"
     assert whole[4].text("X") == "Bo shares 12 figs among X and eats 2. How many has he?"
+
+
+def kind_of(plan, item: Question) -> str:
+    """Which kind of plan it is, read off its parts."""
+    texts = composed.part_texts(item.question)
+    if not plan.should_decompose:
+        return "direct"
+    if all(re.fullmatch(r"What is the answer to \([A-H]\)\?", part) for part in plan.subproblems):
+        return "by reference"
+    assert set(plan.subproblems) <= set(texts)
+    whole = texts[:1] if item.kind == composed.CHAINED else texts
+    return "self-contained" if sorted(plan.subproblems) == sorted(whole) else "partial"
+
+
+@pytest.mark.parametrize("kind", ["sum&parts=2-3", "chained"])
+def test_plans_to_imitate_are_of_all_kinds_alike_and_leave_single_problems_whole(kind):
+    items = load_questions(f"multi:generated:shares?people=2&high=20&single=0.4&kind={kind}", limit=900, seed=3)
+    if kind == "chained":  # what is generated has no annotations
+        first = [Question(f"How many are {n}?", f"#### {n}") for n in range(20, 320)]
+        items = [item for one in first if (item := composed.chain(one, USES))]
+    found = list(demonstrations(items, seed=1))
+    assert found == list(demonstrations(items, seed=1)) and [item for item, _ in found] == items
+    composed_ones = [(plan, item) for item, plan in found if item.parts]
+    kinds = [kind_of(plan, item) for plan, item in composed_ones]
+    assert set(kinds) == set(COMPOSED_KINDS)
+    assert all(0.18 < kinds.count(each) / len(kinds) < 0.32 for each in COMPOSED_KINDS), "none is marked"
+    orders = [plan.subproblems.index(composed.part_texts(item.question)[0]) for (plan, item), kind in zip(composed_ones, kinds, strict=True) if kind == "self-contained"]  # fmt: skip
+    assert set(orders) == {0} if kind == "chained" else 0.2 < orders.count(0) / len(orders) < 0.8
+    singles = [plan for item, plan in found if not item.parts]
+    assert (
+        kind == "chained"
+        or abs(sum(not p.should_decompose for p in singles) / len(singles) - SINGLE_DIRECT_SHARE) < 0.08
+    )
+    assert all(parse_planner_output(plan.to_json()) == plan for _, plan in found)
+    long = composed.summed([Question("Long " * 200 + "?", "#### 1"), Question("Short?", "#### 2")])
+    assert all(parse_planner_output(plan.to_json()) for _, plan in demonstrations([long] * 20, seed=1))
 
 
 @needs_gsm8k
