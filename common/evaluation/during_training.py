@@ -12,6 +12,7 @@ from common.cli import say
 from common.evaluation.fingerprint import Fingerprint, RunFingerprints
 from common.evaluation.scoreboard import (
     DIRECT,
+    PARTS,
     RECORDS,
     SUPERVISED,
     TRAINED,
@@ -19,6 +20,7 @@ from common.evaluation.scoreboard import (
     VOTE,
     VOTE_TEMPERATURE,
     Row,
+    parts_of,
     run_direct,
     run_planner,
     run_vote,
@@ -106,6 +108,13 @@ class Scoring:
         say(f"scoreboard: {len(held_out)} questions, before training")
         fingerprints = self._fingerprints(held_out)
         self._keep_or_make(DIRECT, fingerprints.direct(), held_out, lambda: run_direct(held_out, self._executor))
+        if parts := parts_of(held_out):
+            self._keep_or_make(
+                PARTS,
+                self._fingerprints(parts).direct(),
+                parts,
+                lambda: run_direct(parts, self._executor, PARTS),
+            )
         self._plan(UNTRAINED, fingerprints.planner(None), held_out, adapter=False)
         if args.adapter_path is not None:
             self._plan(SUPERVISED, fingerprints.planner(args.adapter_path), held_out, adapter=True)

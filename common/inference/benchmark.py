@@ -9,11 +9,13 @@ from common.cli import say
 from common.errors import UserError
 from common.evaluation.fingerprint import digest, direct_parts, planner_parts, vote_parts, worker_prompts
 from common.evaluation.scoreboard import (
+    PARTS,
     RECORDS,
     TRAINED,
     UNTRAINED,
     VOTE_TEMPERATURE,
     Row,
+    parts_of,
     run_direct,
     run_planner,
     run_vote,
@@ -105,7 +107,8 @@ def benchmark(session: Session, temperature: float, output: Path | None) -> int:
     if output is not None:
         with storage.explained(output, lambda: "the table above is all there is of this benchmark"):
             save_scoreboard([row for row, _ in rows], output)
-    return 1 if any(row["errors"] for row in summary["rows"].values()) else 0
+    alone = summary.get("composed", {}).get("parts_alone") or {"errors": 0}
+    return 1 if alone["errors"] or any(row["errors"] for row in summary["rows"].values()) else 0
 
 
 def _rows(
@@ -142,7 +145,12 @@ def _rows(
     sampler = session.worker.sampler(VOTE_TEMPERATURE, seed=seed)
     vote = run_vote(questions, direct, sampler.generate, args.worker_style, budget)
     vote.fingerprint = {**always, **vote_parts(votes_for(budget, direct), VOTE_TEMPERATURE, seed)}
-    return [*rows, (vote, [])]
+    rows.append((vote, []))
+    if parts := parts_of(questions):
+        alone = run_direct(parts, executor, PARTS)
+        alone.fingerprint = direct_parts(parts, worker, asked, args.worker_max_tokens)
+        rows.append((alone, []))
+    return rows
 
 
 def _check_direct(direct: Row, worker: ServerModel) -> None:

@@ -114,9 +114,10 @@ def load_arms(options: argparse.Namespace) -> dict[str, Arm]:
 
     from common import models
     from common.settings.grpo import TrainingArgs
-    from common.training.device import tune_for_cpu
+    from common.training.device import quiet_libraries, tune_for_cpu
     from common.workers.local import FrozenWorker
 
+    quiet_libraries(debug=False)
     tune_for_cpu()
     torch.set_grad_enabled(False)
     tokenizer = models.load_tokenizer(options.model)
