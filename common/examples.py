@@ -38,46 +38,75 @@ MORNING = ("How many rolls are left after the morning?", worked_answer(*BAKER_ST
 SAVED = ("How much does she save?", worked_answer(*BIKE_STEPS[:1], number=120))
 PRICE = ("What does the bike cost after the discount?", worked_answer(*BIKE_STEPS[1:3], number=180))
 
-# What questions made of several problems are made of: text, steps, result.
+# What questions made of several problems are made of: text, steps, result. Two or three steps each: after examples with
+# one step a small model leaves out steps of its own.
 Solved = tuple[str, tuple[str, ...], int]
 SOLVED: tuple[Solved, ...] = (
-    ("A tray holds 6 muffins. How many muffins are on 4 trays?", ("4 * 6 = 24 muffins are on the trays.",), 24),
-    ("Finn had 30 marbles and gave away 12. How many are left?", ("30 - 12 = 18 marbles are left.",), 18),
+    (
+        "A tray holds 6 muffins. Eva bakes 4 trays and gives away 9 muffins. How many muffins has she left?",
+        ("She bakes 4 * 6 = 24 muffins.", "She has 24 - 9 = 15 muffins left."),
+        15,
+    ),
+    (
+        "Finn has 30 marbles. He gives 12 to his sister and then buys two bags of 5. How many has he now?",
+        (
+            "After giving some away he has 30 - 12 = 18 marbles.",
+            "The bags hold 2 * 5 = 10 marbles.",
+            "Now he has 18 + 10 = 28 marbles.",
+        ),
+        28,
+    ),
     (
         "A ticket costs $8 and a drink $3. What do both cost for 5 people?",
         ("One person pays 8 + 3 = 11 dollars.", "Five people pay 5 * 11 = 55 dollars."),
         55,
     ),
-    ("Lea reads 7 pages an hour. How many pages does she read in 3 hours?", ("She reads 3 * 7 = 21 pages.",), 21),
+    (
+        "A book has 50 pages. Lea reads 7 pages an hour and has read for 3 hours. How many pages are left?",
+        ("She has read 3 * 7 = 21 pages.", "50 - 21 = 29 pages are left."),
+        29,
+    ),
     (
         "A rope of 40 feet is cut into 5 equal pieces. How long are 2 of them?",
         ("One piece is 40 / 5 = 8 feet long.", "Two are 2 * 8 = 16 feet long."),
         16,
     ),
     (
-        "Omar works 6 hours for $9 an hour and spends $14 of it. How many dollars has he left?",
-        ("He earns 6 * 9 = 54 dollars.", "He has 54 - 14 = 40 dollars left."),
-        40,
+        "Omar works 6 hours for $9 an hour. He spends $14 and then gets back $5. How many dollars has he?",
+        (
+            "He earns 6 * 9 = 54 dollars.",
+            "After spending he has 54 - 14 = 40 dollars.",
+            "Now he has 40 + 5 = 45 dollars.",
+        ),
+        45,
     ),
-    ("There are 45 plums in a bowl, and 9 of them go bad. How many are good?", ("45 - 9 = 36 plums are good.",), 36),
+    (
+        "A bowl holds 45 plums. 9 of them go bad, and 4 friends share the rest. How many plums does each get?",
+        ("45 - 9 = 36 plums are good.", "Each friend gets 36 / 4 = 9 plums."),
+        9,
+    ),
     (
         "A class has 12 girls and twice as many boys. How many children are in it?",
         ("There are 2 * 12 = 24 boys.", "12 + 24 = 36 children are in the class."),
         36,
     ),
 )
-# What may follow a problem whose answer it uses: X muffins, X pieces of 2 feet.
+# Problems, and what may follow them and use their answer.
 FOLLOWING: tuple[tuple[Solved, Solved], ...] = (
     (
         SOLVED[0],
-        ("Kim puts X muffins into boxes of 4. How many boxes does she fill?", ("X is 24, so 24 / 4 = 6 boxes.",), 6),
+        (
+            "Kim puts X muffins into boxes of 3 and sells each box for $4. How many dollars does she get?",
+            ("X is 15, so there are 15 / 3 = 5 boxes.", "She gets 5 * 4 = 20 dollars."),
+            20,
+        ),
     ),
     (
         SOLVED[5],
         (
             "Sam has $X and his sister has $7 more. How many dollars do both have?",
-            ("X is 40, so she has 40 + 7 = 47 dollars.", "Both have 40 + 47 = 87 dollars."),
-            87,
+            ("X is 45, so she has 45 + 7 = 52 dollars.", "Both have 45 + 52 = 97 dollars."),
+            97,
         ),
     ),
 )

@@ -246,7 +246,7 @@ def _worked_turns(chained: bool, count: int) -> _WorkedComposed:
         parts = examples.FOLLOWING[place] if chained else examples.SOLVED[start : start + count]
         texts = [text for text, _, _ in parts]
         solved = [examples.worked_answer(*steps, number=number) for _, steps, number in parts]
-        marked = [f"({letter}) {' '.join(steps)}" for letter, (_, steps, _) in zip("ABCD", parts, strict=False)]
+        marked = ["\n".join((f"({letter}) {s[0]}", *s[1:])) for letter, (_, s, _) in zip("ABCD", parts, strict=False)]
         if chained:
             whole, known, number = composed.chained_text(texts[0], texts[1]), 1, parts[1][2]
             last = parts[1][1]

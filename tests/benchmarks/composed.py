@@ -25,6 +25,7 @@ from typing import Any
 from common import prompts
 from common.cli import run, say
 from common.errors import UserError
+from common.evaluation.fingerprint import digest, worker_prompts
 from common.grading import extract_prediction, parse_gold
 from common.pipeline import PipelineExecutor, PipelineItem
 from common.plans import Plan
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = f"{PREFIX}{options.source}?parts={options.parts}{steps}{kind}"
     questions = load_questions(source, limit=options.questions, split=options.split, seed=options.seed)
     settings = {"model": options.model, "max_tokens": options.max_tokens, "cpu_dtype": options.cpu_dtype}
+    settings["prompts"] = digest([worker_prompts(STYLE, context) for context in ("none", "question")])
     records = answered(options.out, questions, settings)
     missing = [arm for arm in arms if any((arm, item.question) not in records for item in questions)]
     if missing:
@@ -102,7 +104,7 @@ def answered(path: Path | None, questions: Sequence[Question], settings: Record)
     for record in read_jsonl(path):
         other = [name for name, value in settings.items() if record.get(name) != value]
         if other:
-            raise UserError(f"--out {path} was made with another --{other[0].replace('_', '-')}: name another file")
+            raise UserError(f"--out {path} was made with another {other[0].replace('_', '-')}: name another file")
         if record["question"] in asked and record["error"] is None:
             found[record["arm"], record["question"]] = record
     return found
