@@ -117,10 +117,11 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
         UserError: if some are also training questions, or the settings do not say where to take them from.
     """
     source = args.eval_dataset or args.dataset
-    made, path = is_generated(source), Path(composed.inner_source(source)).expanduser()
-    if args.eval_dataset is None and not made and is_local(str(path)) and not path.is_dir():
+    inner = composed.inner_source(source)
+    made, path = is_generated(inner), Path(inner).expanduser()
+    if args.eval_dataset is None and not made and is_local(inner) and not path.is_dir():
         raise UserError(
-            f"--eval-samples needs held-out questions, and {path} is one file: name another with --eval-dataset"
+            f"--eval-samples needs held-out questions, and {inner} is one file: name another with --eval-dataset"
         )
     known = [text for item in training for text in item.texts]
     split = args.dataset_split if args.eval_dataset and not made and path.is_file() else "test"
