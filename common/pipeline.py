@@ -11,7 +11,7 @@ from typing import Any
 
 from common import models, prompts
 from common.generation import Generation
-from common.grading import extract_prediction, parse_gold
+from common.grading import extract_prediction, numbers_in, parse_gold
 from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS, Plan, after_reasoning, parse_planner_output
 from common.settings.grpo import TrainingArgs
 from common.similarity import NEUTRAL_INDEPENDENCE, Embeddings, SentenceEncoder, independence_score, relevance
@@ -75,12 +75,26 @@ class PipelineResult:
     correct: bool = False
     independence: float = NEUTRAL_INDEPENDENCE
     relevance: float = 0.0
+    plan_shown: bool = False
     error: str | None = None
 
     @property
     def decomposed(self) -> bool:
         """Whether a valid plan splits the question."""
         return self.plan is not None and self.plan.should_decompose
+
+    @property
+    def contains_answer(self) -> bool:
+        """Whether the known answer stands in the plan, as a number that the question does not contain."""
+        if self.plan is None:
+            return False
+        written = "\n".join([*self.plan.subproblems, self.plan.plan])
+        return self.item.gold not in numbers_in(self.item.question) and self.item.gold in numbers_in(written)
+
+    @property
+    def earned(self) -> bool:
+        """Whether the answer is right and was the worker's to find: not told by a plan that it was shown."""
+        return self.correct and not (self.plan_shown and self.contains_answer)
 
     @property
     def worker_answers(self) -> list[Generation]:
@@ -120,6 +134,7 @@ class PipelineExecutor:
         embeddings: for independence and relevance; None leaves both unmeasured.
         max_subproblems: most subproblems of a valid plan.
         max_subproblem_chars: longest subproblem of a valid plan, in characters.
+        plan_to_worker: whether the plan's text is shown for direct solving and for combining.
         invalid_plan: "fail" for training: an invalid plan is not carried out and counts as wrong. "direct" for
             evaluation and serving: the worker then solves the question directly.
     """
@@ -131,12 +146,14 @@ class PipelineExecutor:
         *,
         max_subproblems: int = MAX_SUBPROBLEMS,
         max_subproblem_chars: int = MAX_SUBPROBLEM_CHARS,
+        plan_to_worker: bool = False,
         invalid_plan: str = "fail",
     ) -> None:
         self.worker = worker
         self.embeddings = embeddings
         self._max_subproblems = max_subproblems
         self._max_subproblem_chars = max_subproblem_chars
+        self._plan_to_worker = plan_to_worker
         self._direct_if_invalid = invalid_plan == "direct"
 
     @classmethod
@@ -283,15 +300,20 @@ class PipelineExecutor:
         """The work on one completion; it is the same for every worker and every order of work."""
         result = PipelineResult(item, self.parse_planner_output(item.planner_output, finished=item.finished))
         question, style, plan = item.question, self.worker.style, result.plan
+        advice = plan.plan if plan is not None and self._plan_to_worker else ""
+        result.plan_shown = bool(advice.strip())
         if plan is not None and plan.should_decompose:
-            result.solutions = yield [prompts.subproblem_messages(part, question, style) for part in plan.subproblems]
+            context = self.worker.context
+            result.solutions = yield [
+                prompts.subproblem_messages(part, question, style, context) for part in plan.subproblems
+            ]
             _note_failure(result, result.solutions)
             if result.error is None:
                 # The reasoning of a reasoning worker is not part of its solution.
                 solutions = [after_reasoning(solution.text).strip() for solution in result.solutions]
-                (result.final,) = yield [prompts.combine_messages(question, plan.subproblems, solutions, style)]
+                (result.final,) = yield [prompts.combine_messages(question, plan.subproblems, solutions, style, advice)]
         elif plan is not None or self._direct_if_invalid:
-            (result.final,) = yield [prompts.direct_messages(question, style)]
+            (result.final,) = yield [prompts.direct_messages(question, style, advice)]
         if result.final is not None:
             _note_failure(result, [result.final])
         return result
@@ -323,6 +345,7 @@ def run_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: Senten
             model,
             tokenizer,
             style=args.worker_style,
+            context=args.worker_context,
             max_tokens=args.worker_max_tokens,
             batch_tokens=args.worker_batch_tokens,
             cache_size=args.worker_cache_size,
@@ -333,6 +356,7 @@ def run_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: Senten
         Embeddings(encoder),
         max_subproblems=args.max_subproblems,
         max_subproblem_chars=args.max_subproblem_chars,
+        plan_to_worker=args.plan_to_worker,
     )
 
 

@@ -3,9 +3,12 @@
 The worker has three styles:
 
 - `instruct`: instructions, for a capable chat model;
-- `worked`: instructions and two solved word problems, which keep a smaller model's answers short;
+- `worked`: instructions and two solved word problems, which keep a smaller model's answers short. Before a question
+  made of several problems these are two such questions with as many;
 - `few-shot`: solved turns of the demo's kind of problem. A very small model needs them far more than instructions
   (measured in docs/results.md).
+
+The worker's context is what a subproblem's prompt shows besides the subproblem: the whole `question`, or `none` of it.
 
 No planner prompt contains an example of a subproblem. A small policy would copy it word for word and soon write
 nothing else (docs/architecture.md).
@@ -16,69 +19,97 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from datetime import date, datetime, time
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from common import examples
 from common.errors import UserError
-from common.problems.generated import Shares
+from common.problems import composed
 
 Message = dict[str, str]
 
 _PLANNER_SYSTEM = {
     "full": (
-        "You plan how to solve a math word problem. You do not solve it: a worker who sees the problem does the "
+        "You plan how to solve a math word problem. You do not solve it: a worker {who} does the "
         "computing. Decide whether the problem should be split into smaller problems. Reply with one JSON object "
         'and nothing else. Its keys are "should_decompose" (true or false), "subproblems" (a list of strings: '
-        "short questions about this problem that can each be answered on their own, so none may need the answer "
+        "{parts}, so none may need the answer "
         'of another; an empty list when should_decompose is false) and "plan" (a string: how the answers combine '
         "into the final one). Never write a computed result into the plan."
     ),
-    "short": 'Split the problem for a worker. Reply in JSON with "should_decompose", "subproblems" and "plan".',
+    "short": 'Split the problem for a worker{who}. Reply in JSON with "should_decompose", "subproblems" and "plan".',
+}
+# What these say about the worker, by its context.
+_WORKER_SEES = {
+    ("full", "question"): {
+        "who": "who sees the problem",
+        "parts": "short questions about this problem that can each be answered on their own",
+    },
+    ("full", "none"): {
+        "who": "who sees one part at a time, and nothing of this problem beside it,",
+        "parts": "complete problems that can be understood alone, each with all the facts and numbers that it needs",
+    },
+    ("short", "question"): {"who": ""},
+    ("short", "none"): {"who": ", who sees each part alone: write parts that can be understood without the rest"},
 }
 
 _SOLVE_SYSTEM = "You solve math word problems. Think step by step, keep it short and do exact arithmetic."
 _ANSWER_FORMAT = 'End with a line of JSON that holds just the number: {"final_answer": <number>}'
 
 
-def planner_messages(question: str, style: str = "full") -> list[Message]:
+def planner_messages(question: str, style: str = "full", context: str = "question") -> list[Message]:
     """The planner's prompt for one question.
 
     Args:
         question: the word problem.
         style: `full` or `short` instructions.
+        context: of the worker, see the module.
     """
-    return [{"role": "system", "content": _PLANNER_SYSTEM[style]}, {"role": "user", "content": question}]
+    system = _PLANNER_SYSTEM[style].format(**_WORKER_SEES[style, context])
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
-def direct_messages(question: str, style: str = "instruct") -> list[Message]:
+def direct_messages(
+    question: str, style: str = "instruct", plan: str = "", *, like_question: bool = True
+) -> list[Message]:
     """The worker's prompt for a whole question, which it solves step by step.
 
     Args:
         question: the word problem.
         style: `instruct`, `worked` or `few-shot`; see the module.
+        plan: a planner's advice to show, "" for none; `few-shot` has no place for it.
+        like_question: in `worked`, whether a question made of several problems is preceded by solved ones of its kind.
     """
     if style == "few-shot":
         return [*_DIRECT_TURNS, {"role": "user", "content": question}]
-    return [*_opening(_WORKED_DIRECT, style), {"role": "user", "content": _asked_directly(question)}]
+    worked = _worked_composed(question).direct if like_question and composed.count_parts(question) else _WORKED_DIRECT
+    return [*_opening(worked, style), {"role": "user", "content": _asked_directly(question, plan)}]
 
 
-def subproblem_messages(subproblem: str, question: str, style: str = "instruct") -> list[Message]:
+def subproblem_messages(
+    subproblem: str, question: str, style: str = "instruct", context: str = "question"
+) -> list[Message]:
     """The worker's prompt for one subproblem.
 
     Args:
         subproblem: the subproblem, as the planner wrote it.
-        question: the word problem it belongs to, as context.
+        question: the word problem it belongs to.
         style: `instruct`, `worked` or `few-shot`; see the module.
+        context: `question` or `none`; see the module.
     """
+    if context == "none" and style != "few-shot":
+        return direct_messages(subproblem, style)
     if style == "few-shot":
         # The question is left out because it does not help a small model: 91 % of sums are correct with it, 92 %
         # without. Then a subproblem that many questions share is answered only once.
         return [*_SUBPROBLEM_TURNS, {"role": "user", "content": subproblem}]
-    return [*_opening(_WORKED_PART, style), {"role": "user", "content": _asked_for_part(subproblem, question)}]
+    worked = _worked_composed(question).part if composed.count_parts(question) else _WORKED_PART
+    return [*_opening(worked, style), {"role": "user", "content": _asked_for_part(subproblem, question)}]
 
 
 def combine_messages(
-    question: str, subproblems: Sequence[str], solutions: Sequence[str], style: str = "instruct"
+    question: str, subproblems: Sequence[str], solutions: Sequence[str], style: str = "instruct", plan: str = ""
 ) -> list[Message]:
     """The worker's prompt that combines the solutions of the subproblems into the final answer.
 
@@ -87,26 +118,29 @@ def combine_messages(
         subproblems: k subproblems.
         solutions: the worker's answers to them (k).
         style: `instruct`, `worked` or `few-shot`; see the module.
+        plan: as in `direct_messages`.
     """
     if style == "few-shot":
         return [*_COMBINE_TURNS, {"role": "user", "content": _known(question, solutions)}]
-    asked = _asked_to_combine(question, subproblems, solutions)
-    return [*_opening(_WORKED_COMBINE, style), {"role": "user", "content": asked}]
+    asked = _asked_to_combine(question, subproblems, solutions, plan)
+    worked = _worked_composed(question).combine if composed.count_parts(question) else _WORKED_COMBINE
+    return [*_opening(worked, style), {"role": "user", "content": asked}]
 
 
-def sample_requests(planner_style: str, worker_style: str | None) -> list[list[Message]]:
+def sample_requests(planner_style: str, worker_style: str | None, context: str = "question") -> list[list[Message]]:
     """One prompt of each kind that a run uses, for checks such as `check_shown`.
 
     Args:
         planner_style: see `planner_messages`.
         worker_style: see the module; None leaves out the worker's prompts.
+        context: of the worker, see the module.
     """
     question, part = "A shelf holds 4 boxes of 6 pens each. Ada takes 5 pens. How many are left?", "What is 4 * 6?"
-    found = [planner_messages(question, planner_style)]
+    found = [planner_messages(question, planner_style, context)]
     if worker_style is not None:
         found += [
             direct_messages(question, worker_style),
-            subproblem_messages(part, question, worker_style),
+            subproblem_messages(part, question, worker_style, context),
             combine_messages(question, [part], ["4 * 6 = 24"], worker_style),
         ]
     return found
@@ -117,8 +151,12 @@ def _opening(worked: Sequence[Message], style: str) -> Sequence[Message]:
     return worked if style == "worked" else worked[:1]
 
 
-def _asked_directly(question: str) -> str:
-    return f"{question}\n\n{_ANSWER_FORMAT}"
+def _asked_directly(question: str, plan: str = "") -> str:
+    return f"{question}\n\n{_advice(plan)}{_ANSWER_FORMAT}"
+
+
+def _advice(plan: str) -> str:
+    return f"Advice on how to solve it: {plan.strip()}\n\n" if plan.strip() else ""
 
 
 def _asked_for_part(subproblem: str, question: str) -> str:
@@ -128,13 +166,13 @@ def _asked_for_part(subproblem: str, question: str) -> str:
     )
 
 
-def _asked_to_combine(question: str, subproblems: Sequence[str], solutions: Sequence[str]) -> str:
+def _asked_to_combine(question: str, subproblems: Sequence[str], solutions: Sequence[str], plan: str = "") -> str:
     known = "\n\n".join(
         f"Part {number}: {part}\nSolution: {found}"
         for number, (part, found) in enumerate(zip(subproblems, solutions, strict=True), start=1)
     )
     return (
-        f"{question}\n\nParts that were already solved:\n\n{known}\n\n"
+        f"{question}\n\nParts that were already solved:\n\n{known}\n\n{_advice(plan)}"
         f"Use them to answer the whole problem. {_ANSWER_FORMAT}"
     )
 
@@ -158,87 +196,84 @@ def _turns(system: str, *pairs: tuple[str, str]) -> list[Message]:
     ]
 
 
-def _steps(amounts: Sequence[int]) -> str:
-    """A sum, computed term by term in words."""
-    total = amounts[0]
-    lines: list[str] = []
-    for amount in amounts[1:]:
-        lines.append(f"{'Then' if lines else 'First'}, {total} + {amount} = {total + amount}.")
-        total += amount
-    return " ".join([*lines, f"The answer is {total}."])
-
-
-def _pair_sums(amounts: Sequence[int]) -> list[int]:
-    return [sum(amounts[start : start + 2]) for start in range(0, len(amounts), 2)]
-
-
-def _answer(*steps: str, number: int) -> str:
-    """One step per line, and then the line of JSON that the worker is asked for."""
-    return "\n".join([*steps, json.dumps({"final_answer": number})])
-
-
-# Two problems, the steps of their solutions, and subproblems that some of the steps answer.
-_BAKER = (
-    "A baker fills 6 trays with 12 rolls each. He sells 44 rolls in the morning and half of the rest in the afternoon. "
-    "How many rolls are left?"
-)
-_BAKER_STEPS = (
-    "He bakes 6 * 12 = 72 rolls.",
-    "After the morning 72 - 44 = 28 rolls are left.",
-    "In the afternoon he sells 28 / 2 = 14 rolls.",
-    "So 28 - 14 = 14 rolls are left.",
-)
-_BAKED = ("How many rolls does he bake?", _answer(*_BAKER_STEPS[:1], number=72))
-_MORNING = ("How many rolls are left after the morning?", _answer(*_BAKER_STEPS[:2], number=28))
-_BIKE = "Ida saves $15 a week for 8 weeks. A bike costs $200, and the shop takes 10% off. How much is she short of?"
-_BIKE_STEPS = (
-    "She saves 15 * 8 = 120 dollars.",
-    "The discount is 200 * 10 / 100 = 20 dollars.",
-    "The bike costs 200 - 20 = 180 dollars.",
-    "She is short of 180 - 120 = 60 dollars.",
-)
-_SAVED = ("How much does she save?", _answer(*_BIKE_STEPS[:1], number=120))
-_PRICE = ("What does the bike cost after the discount?", _answer(*_BIKE_STEPS[1:3], number=180))
 _WORKED_DIRECT = _turns(
     _SOLVE_SYSTEM,
-    (_asked_directly(_BAKER), _answer(*_BAKER_STEPS, number=14)),
-    (_asked_directly(_BIKE), _answer(*_BIKE_STEPS, number=60)),
+    (_asked_directly(examples.BAKER), examples.worked_answer(*examples.BAKER_STEPS, number=14)),
+    (_asked_directly(examples.BIKE), examples.worked_answer(*examples.BIKE_STEPS, number=60)),
 )
 _WORKED_PART = _turns(
     _SOLVE_SYSTEM,
-    (_asked_for_part(_MORNING[0], _BAKER), _MORNING[1]),
-    (_asked_for_part(_SAVED[0], _BIKE), _SAVED[1]),
+    (_asked_for_part(examples.MORNING[0], examples.BAKER), examples.MORNING[1]),
+    (_asked_for_part(examples.SAVED[0], examples.BIKE), examples.SAVED[1]),
 )
 _WORKED_COMBINE = _turns(
     _SOLVE_SYSTEM,
-    (_asked_to_combine(_BAKER, *zip(_BAKED, _MORNING, strict=True)), _answer(*_BAKER_STEPS[2:], number=14)),
-    (_asked_to_combine(_BIKE, *zip(_SAVED, _PRICE, strict=True)), _answer(*_BIKE_STEPS[3:], number=60)),
+    (
+        _asked_to_combine(
+            examples.BAKER, (examples.BAKED[0], examples.MORNING[0]), (examples.BAKED[1], examples.MORNING[1])
+        ),
+        examples.worked_answer(*examples.BAKER_STEPS[2:], number=14),
+    ),
+    (
+        _asked_to_combine(
+            examples.BIKE, (examples.SAVED[0], examples.PRICE[0]), (examples.SAVED[1], examples.PRICE[1])
+        ),
+        examples.worked_answer(*examples.BIKE_STEPS[3:], number=60),
+    ),
 )
 
-# The few-shot problems are like those of the demo, with other names and things. The number of turns and the wording of
-# the steps were chosen by measurement, above all for direct solving: a weak baseline would prove nothing.
-_SHOTS = (
-    Shares(("Rob", "Zoe", "Nia", "Max", "Tom", "Una"), (2, 2, 5, 1, 4, 3), "stickers"),
-    Shares(("Zoe", "Val", "Tom", "Una", "Pam", "Kim"), (1, 5, 4, 2, 3, 1), "keys"),
-    Shares(("Una", "Oli", "Val", "Nia", "Rob", "Pam"), (3, 4, 2, 5, 1, 2), "apples"),
-    Shares(("Max", "Kim", "Una", "Pam", "Oli", "Zoe"), (5, 3, 1, 4, 2, 4), "stickers"),
-)
+
+@dataclass(frozen=True, slots=True)
+class _WorkedComposed:
+    """Solved turns before a question made of several problems: whole, for a part of it, for combining the parts."""
+
+    direct: list[Message]
+    part: list[Message]
+    combine: list[Message]
+
+
+def _worked_composed(question: str) -> _WorkedComposed:
+    """Two solved questions of the same kind as a composed one, with as many problems (at most four)."""
+    chained = composed.is_chained(question)
+    return _worked_turns(chained, 2 if chained else min(composed.count_parts(question), len(examples.SOLVED) // 2))
+
+
+@cache
+def _worked_turns(chained: bool, count: int) -> _WorkedComposed:
+    turns: list[tuple[tuple[str, str], ...]] = []
+    for place, start in enumerate((0, len(examples.SOLVED) // 2)):
+        parts = examples.FOLLOWING[place] if chained else examples.SOLVED[start : start + count]
+        texts = [text for text, _, _ in parts]
+        solved = [examples.worked_answer(*steps, number=number) for _, steps, number in parts]
+        marked = ["\n".join((f"({letter}) {s[0]}", *s[1:])) for letter, (_, s, _) in zip("ABCD", parts, strict=False)]
+        if chained:
+            whole, known, number = composed.chained_text(texts[0], texts[1]), 1, parts[1][2]
+            last = parts[1][1]
+        else:
+            whole, known, number = composed.sum_text(texts), count, sum(n for _, _, n in parts)
+            last = (f"{' + '.join(str(n) for _, _, n in parts)} = {number}",)
+            marked += last
+        turns.append(
+            (
+                (_asked_directly(whole), examples.worked_answer(*marked, number=number)),
+                (_asked_for_part(composed.by_reference("A"), whole), solved[0]),
+                (_asked_to_combine(whole, texts[:known], solved[:known]), examples.worked_answer(*last, number=number)),
+            )
+        )
+    return _WorkedComposed(*(_turns(_SOLVE_SYSTEM, *pairs) for pairs in zip(*turns, strict=True)))
+
+
 _DIRECT_TURNS = _turns(
-    "Solve the math problem step by step.", *((shot.question, _steps(shot.amounts)) for shot in _SHOTS)
+    "Solve the math problem step by step.",
+    *((shot.question, examples.term_by_term(shot.amounts)) for shot in examples.SHOTS),
 )
-_SUBPROBLEM_TURNS = _turns(
-    "Solve the math problem.",
-    ("What is 2 + 2?", "2 + 2 = 4"),
-    ("What is 5 + 4?", "5 + 4 = 9"),
-    ("What is 2 + 1?", "2 + 1 = 3"),
-    ("What is 1 + 5?", "1 + 5 = 6"),
-)
+_SUBPROBLEM_TURNS = _turns("Solve the math problem.", *examples.SUMS)
 _COMBINE_TURNS = _turns(
     "Use the known results to solve the math problem.",
     *(
-        (_known(shot.question, [str(part) for part in parts]), _steps(parts))
-        for shot in _SHOTS[:3]
-        for parts in [_pair_sums(shot.amounts)]
+        (_known(shot.question, [str(part) for part in parts]), examples.term_by_term(parts))
+        for shot in examples.SHOTS[:3]
+        for parts in [examples.pair_sums(shot.amounts)]
     ),
 )
 
@@ -337,39 +372,3 @@ def check_shown(tokenizer: Any, requests: Sequence[Sequence[Message]]) -> None:
                     f"the chat template of {tokenizer.name_or_path} leaves the {message['role']}'s text out of the "
                     f"prompt ({message['content'][:60]!r}): name a chat model with --base-model"
                 )
-
-
-def fix_date(tokenizer: Any, day: date) -> bool:
-    """Write a fixed date into a chat template that asks for today's, so that prompts are the same on every day.
-
-    The template is saved with the adapter. So a merged model, or a server that is given the file, shows the date of
-    the training run too.
-
-    Args:
-        tokenizer: its chat template is changed.
-        day: the date to show.
-
-    Returns:
-        Whether the template has a date at all.
-
-    Raises:
-        UserError: if the template still shows today's date.
-    """
-    midnight = datetime.combine(day, time())
-
-    def written(template: str) -> str:
-        return _TODAY.sub(lambda call: json.dumps(midnight.strftime(call["format"])), template)
-
-    before = tokenizer.chat_template
-    templates = before if isinstance(before, dict) else {"": before}
-    fixed = {name: written(template) for name, template in templates.items()}
-    tokenizer.chat_template = fixed if isinstance(before, dict) else fixed[""]
-    if any(re.search(r"\bstrftime_now\s*\(", template) for template in fixed.values()):
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} shows today's date in a way that cannot be fixed for a "
-            "run: save the tokenizer with a chat template whose strftime_now has a plain format, and use that folder"
-        )
-    return fixed != templates
-
-
-_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")

@@ -14,7 +14,6 @@ from typing import Any
 
 from common.errors import UserError
 from common.generation import total_stats
-from common.grading import numbers_in
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import near_plan_credit
 from common.processes import ranks
@@ -69,7 +68,8 @@ def reward_of(result: PipelineResult, weights: RewardWeights) -> float | None:
 
     reward = correctness × correct + token × (1 − tokens / max_tokens) + independence × independence_score
 
-    Here `correct` is 0 or 1, and `tokens` counts the planner's completion and all worker answers.
+    Here `correct` is 0 or 1, and `tokens` counts the planner's completion and all worker answers. A right answer
+    counts as wrong where the worker was shown a plan that holds it.
 
     Returns:
         None if the worker failed or the number of tokens is unknown; TRL then masks the sample. 0 for an invalid plan,
@@ -83,11 +83,9 @@ def reward_of(result: PipelineResult, weights: RewardWeights) -> float | None:
     efficiency = token_efficiency(result.total_tokens, weights.max_tokens)
     if efficiency is None:
         return None
-    if weights.gate_on_correct and not result.correct:
+    if weights.gate_on_correct and not result.earned:
         return 0.0
-    return (
-        weights.correctness * result.correct + weights.token * efficiency + weights.independence * result.independence
-    )
+    return weights.correctness * result.earned + weights.token * efficiency + weights.independence * result.independence
 
 
 class PipelineRewardFunction:
@@ -221,6 +219,7 @@ def batch_metrics(results: Sequence[PipelineResult], weights: RewardWeights) -> 
         "subproblems_per_plan": _mean([len(result.plan.subproblems) for result in split if result.plan]),
         "correct_decomposed": _mean([result.correct for result in split]),
         "correct_direct": _mean([result.correct for result in direct]),
+        "plan_contains_answer": _mean([result.contains_answer for result in results if result.plan is not None]),
         **_gaming_metrics([result for result in results if result.decomposed]),
     }
     return {name: value for name, value in metrics.items() if value is not None}
@@ -240,7 +239,6 @@ def _gaming_metrics(
         "distinct_plans": _distinct_share(plans),
         "distinct_subproblems": _distinct_share(parts),
         "subproblem_repeats_question": _mean([_repeats_question(result) for result in split]),
-        "plan_contains_answer": _mean([_contains_answer(result) for result in split]),
         "subproblem_relevance": _mean([result.relevance for result in split]),
     }
 
@@ -265,14 +263,6 @@ def _repeats_question(result: PipelineResult) -> bool:
 
 def _letters(text: str) -> str:
     return "".join(char for char in text.casefold() if char.isalnum())
-
-
-def _contains_answer(result: PipelineResult) -> bool:
-    """Whether the plan contains the gold answer as a number, and the question does not."""
-    assert result.plan is not None
-    gold = result.item.gold
-    written = "\n".join([*result.plan.subproblems, result.plan.plan])
-    return gold not in numbers_in(result.item.question) and gold in numbers_in(written)
 
 
 def sample_record(step: int, result: PipelineResult, reward: float | None, weights: RewardWeights) -> dict[str, Any]:
@@ -302,6 +292,7 @@ def sample_record(step: int, result: PipelineResult, reward: float | None, weigh
         "answer": result.answer,
         "gold": f"{result.item.gold:f}",
         "correct": result.correct,
+        "plan_contains_answer": result.contains_answer,
         "token_efficiency": token_efficiency(result.total_tokens, weights.max_tokens),
         "independence": result.independence,
         "planner_tokens": result.item.planner_tokens,

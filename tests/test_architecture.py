@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "settings": "errors plans processes",
     "cli": "errors processes settings",
     "problems": "errors processes plans grading settings cli",
-    "prompts": "errors problems",
+    "examples": "problems",
+    "prompts": "errors examples problems",
     "models": "errors settings prompts",
     "runs": "errors processes settings cli models",
     "reports": "errors settings runs",
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "workers": "errors processes generation decoding settings cli prompts runs servers",
     "fit": "errors processes settings cli problems prompts models runs reports servers workers",
     "pipeline": "plans generation grading settings prompts models decoding similarity workers",
-    "rewards": "errors processes plans generation grading settings reports pipeline",
+    "rewards": "errors processes plans generation settings reports pipeline",
     "merging": "errors settings cli prompts models runs reports decoding workers",
     "evaluation": (
         "processes plans generation grading settings cli problems prompts models runs reports similarity workers "

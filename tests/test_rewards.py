@@ -29,7 +29,7 @@ EOS = 9
 class TableWorker:
     """Answers by the last user message; what it is not told to answer, it fails on. Records its batches."""
 
-    style = "few-shot"
+    style, context = "few-shot", "question"
 
     def __init__(self, table: dict[str, str], cut_off: tuple[str, ...] = ()) -> None:
         self.table = table
@@ -296,6 +296,36 @@ def test_plans_that_repeat_the_question_or_hold_the_answer_are_noticed():
     assert metrics("half")["subproblem_repeats_question"] == 0.0
     assert metrics("It is 3")["plan_contains_answer"] == 1.0
     assert metrics("half")["plan_contains_answer"] == 0.0
+
+
+@pytest.mark.parametrize("decompose", [True, False])
+def test_an_answer_that_a_shown_plan_tells_is_not_paid_as_correct(decompose):
+    class Parrot(TableWorker):
+        """Knows nothing but what stands last in its prompt."""
+
+        style, context = "instruct", "none"
+
+        def generate(self, requests):
+            self.batches.append([request[-1]["content"] for request in requests])
+            return [Generation("7" if "7" in batch else "8", 10, True) for batch in self.batches[-1]]
+
+    def reward(advice: str, shown: bool, gate: bool = False) -> tuple[float | None, bool]:
+        worker = Parrot({})
+        run = PipelineExecutor(worker, None, plan_to_worker=shown)
+        plan = Plan(decompose, ("how many",) if decompose else (), advice)
+        result = run.execute_pipeline(plan.to_json(), "How much?", "#### 7")
+        assert (advice in worker.batches[-1][0]) == shown and "How much?" not in str(worker.batches[:-1])
+        metrics = batch_metrics([result], RewardWeights())
+        assert metrics["plan_contains_answer"] == ("7" in advice)
+        weights = RewardWeights(gate_on_correct=gate)
+        assert sample_record(1, result, None, weights)["plan_contains_answer"] == ("7" in advice)
+        return reward_of(result, weights), result.correct
+
+    told, right = reward("It is 7", shown=True)
+    advised, wrong = reward("It is odd", shown=True)
+    assert right and not wrong and told == advised, "right, but told: paid like a wrong one"
+    assert reward("It is 7", shown=True, gate=True) == (0.0, True)
+    assert reward("It is 7", shown=False)[1] is False, "nobody reads it"
 
 
 def test_a_cut_off_answer_counts_only_if_it_is_explicit():

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import models, prompts
+from common import models
 from common.cli import say
 from common.evaluation.fingerprint import Fingerprint, RunFingerprints
 from common.evaluation.scoreboard import (
     DIRECT,
+    PARTS,
     RECORDS,
     SUPERVISED,
     TRAINED,
@@ -18,6 +19,7 @@ from common.evaluation.scoreboard import (
     VOTE,
     VOTE_TEMPERATURE,
     Row,
+    parts_of,
     run_direct,
     run_planner,
     run_vote,
@@ -27,6 +29,7 @@ from common.evaluation.scoreboard import (
     why_not_again,
 )
 from common.evaluation.table import scoreboard_table
+from common.models.chat_date import fix_date
 from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question
 from common.processes import ranks
@@ -57,7 +60,7 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = F
     record = read_run_record(Path(args.output_dir))
     day = stored_date(record)
     if day is not None:
-        prompts.fix_date(tokenizer, day)
+        fix_date(tokenizer, day)
     # The dtype of the run, which may not be this machine's default.
     dtype = getattr(torch, record["dtype"].removeprefix("torch.")) if "dtype" in record else None
     base = models.load_base(args.base_model, four_bit=models.use_4bit(args), dtype=dtype)
@@ -110,6 +113,9 @@ class Scoring:
         self._keep_or_make(
             DIRECT, fingerprints.direct, held_out, lambda part: run_direct(held_out[part], self._executor)
         )
+        if parts := parts_of(held_out):
+            alone = self._fingerprints(parts)
+            self._keep_or_make(PARTS, alone.direct, parts, lambda part: run_direct(parts[part], self._executor, PARTS))
         self._plan(UNTRAINED, lambda: fingerprints.planner(None), held_out, adapter=False)
         if args.adapter_path is not None:
             self._plan(SUPERVISED, lambda: fingerprints.planner(args.adapter_path), held_out, adapter=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from common import models, prompts
 from common.grading import GRADER_VERSION
+from common.problems.composed import chained_text, sum_text
 from common.problems.questions import Question, fingerprint
 from common.prompts import Message
 from common.runs.files import sha256
@@ -49,7 +50,7 @@ class RunFingerprints:
             None if weights is None else [weights, models.use_4bit(args), str(base.dtype), models.cpu_dtype(args)]
         )
         self._questions = questions
-        asked = worker_prompts(args.worker_style)
+        asked = worker_prompts(args.worker_style, args.worker_context, args.plan_to_worker)
         self._worker: Any = self._base
         self._worker_prompts: list[Any] = [self._rendered(messages) for messages in asked]
         if isinstance(worker, ServerWorker):  # the server renders the prompts, so messages are used, not texts
@@ -72,7 +73,7 @@ class RunFingerprints:
             "base": None if self._base is None else digest(self._base),
             "adapter": digest(None if adapter is None else adapter_content(Path(adapter))),
             **planner_parts(
-                self._rendered(prompts.planner_messages("{question}", args.planner_style)),
+                self._rendered(prompts.planner_messages("{question}", args.planner_style, args.worker_context)),
                 [args.max_completion_length, args.max_subproblems, args.max_subproblem_chars],
                 args.embedding_model,
             ),
@@ -120,12 +121,20 @@ def vote_parts(count: int, temperature: float, seed: int) -> Fingerprint:
     return {"votes": digest([count, temperature, seed, "a seed each"])}
 
 
-def worker_prompts(style: str) -> list[list[Message]]:
+def worker_prompts(style: str, context: str = "question", plan_to_worker: bool = False) -> list[list[Message]]:
     """One prompt of each kind that the worker receives."""
+    advice = "{plan}" if plan_to_worker else ""
+    asked = ["{question}"]
+    if style == "worked":  # other examples for questions made of several problems
+        asked += [sum_text(["{first}", "{second}"]), chained_text("{first}", "{second}")]
     return [
-        prompts.direct_messages("{question}", style),
-        prompts.subproblem_messages("{subproblem}", "{question}", style),
-        prompts.combine_messages("{question}", ["{first}", "{second}"], ["{one}", "{two}"], style),
+        request
+        for question in asked
+        for request in (
+            prompts.direct_messages(question, style, advice),
+            prompts.subproblem_messages("{subproblem}", question, style, context),
+            prompts.combine_messages(question, ["{first}", "{second}"], ["{one}", "{two}"], style, advice),
+        )
     ]
 
 

@@ -16,6 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from common.evaluation.composed import summarise_composed
 from common.evaluation.fingerprint import Fingerprint, difference
 from common.evaluation.statistics import mcnemar_exact, wilson_interval
 from common.generation import Generation
@@ -38,6 +39,7 @@ DIRECT, VOTE, UNTRAINED, SUPERVISED, TRAINED = (
     "trained planner",
 )
 ORDER = (DIRECT, VOTE, UNTRAINED, SUPERVISED, TRAINED)
+PARTS = "parts alone"  # no contestant: the problems of composed questions, solved one by one by the worker
 RECORDS = "evaluation.jsonl"
 VOTE_TEMPERATURE = 0.7  # of the samples in a majority vote, as in the self-consistency paper (arXiv:2203.11171)
 MIN_VOTES = 3
@@ -63,7 +65,7 @@ class Row:
 
     def mean(self, key: str) -> float:
         """Mean of a field over the questions that have it; nan if none has."""
-        values = [record[key] for record in self.records if record[key] is not None]
+        values = [record[key] for record in self.records if record.get(key) is not None]
         return sum(values) / len(values) if values else math.nan
 
     def part(self, questions: slice) -> Row:
@@ -71,10 +73,15 @@ class Row:
         return Row(self.name, self.records[questions], self.seconds, self.fingerprint)
 
 
-def run_direct(questions: Sequence[Question], executor: PipelineExecutor) -> Row:
-    """The row of direct solving: the worker alone, step by step, greedy."""
+def parts_of(questions: Sequence[Question]) -> list[Question]:
+    """The problems of composed questions, in order."""
+    return [part for item in questions for part in item.parts]
+
+
+def run_direct(questions: Sequence[Question], executor: PipelineExecutor, name: str = DIRECT) -> Row:
+    """The row of direct solving: the worker alone, step by step, greedy. Or, under another name, of other questions."""
     plan = Plan(False, ()).to_json()
-    return _run(DIRECT, questions, executor, [Generation(plan, 0, True) for _ in questions])
+    return _run(name, questions, executor, [Generation(plan, 0, True) for _ in questions])
 
 
 def run_planner(
@@ -90,7 +97,8 @@ def run_planner(
         style: of these prompts.
     """
     started = time.perf_counter()
-    plans = planner([planner_messages(item.question, style) for item in questions])
+    context = executor.worker.context
+    plans = planner([planner_messages(item.question, style, context) for item in questions])
     return _run(name, questions, executor, plans, started)
 
 
@@ -177,12 +185,15 @@ def _run(
         else _unplanned(name, PipelineResult(item, None, error=f"planner: {plan.error}"))
         for item, plan in zip(items, plans, strict=True)
     ]
+    for record, question in zip(records, questions, strict=True):
+        record["problems"] = max(1, len(question.parts))
     return Row(name, records, time.perf_counter() - started)
 
 
 def _unplanned(name: str, result: PipelineResult) -> dict[str, Any]:
     """The record of a question for which the planner failed."""
-    return {**_record(name, result), "planner_output": None, "decomposed": None, "invalid_plan": None}
+    unknown = dict.fromkeys(("planner_output", "decomposed", "invalid_plan", "plan_contains_answer"))
+    return {**_record(name, result), **unknown}
 
 
 def _record(name: str, result: PipelineResult) -> dict[str, Any]:
@@ -196,6 +207,7 @@ def _record(name: str, result: PipelineResult) -> dict[str, Any]:
         "planner_output": result.item.planner_output,
         "decomposed": result.decomposed,
         "invalid_plan": plan is None,
+        "plan_contains_answer": None if plan is None else result.contains_answer,
         "subproblems": list(plan.subproblems) if plan is not None else [],
         "subproblem_count": len(plan.subproblems) if plan is not None and plan.should_decompose else None,
         "solutions": [solution.text for solution in result.solutions],
@@ -219,8 +231,12 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """The content of `evaluation.json`: a summary per row, in the order of the table, and the paired tests."""
-    rows = in_order(rows)
+    """The content of `evaluation.json`: a summary per row, in the order of the table, and the paired tests.
+
+    Of questions made of several problems it has more, see `common.evaluation.composed`.
+    """
+    alone = next((row.records for row in rows if row.name == PARTS), None)
+    rows = in_order([row for row in rows if row.name != PARTS])
     summary: dict[str, Any] = {"questions": len(rows[0].records), "rows": {}, "paired": {}}
     for row in rows:
         correct = sum(record["correct"] for record in row.records)
@@ -235,6 +251,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
             "invalid_plan_rate": _finite(row.mean("invalid_plan")),
             "decomposition_rate": _finite(row.mean("decomposed")),
             "subproblems_per_plan": _finite(row.mean("subproblem_count")),
+            "plan_contains_answer_rate": _finite(row.mean("plan_contains_answer")),
             "distinct_plans": len(set(plans)) / len(plans) if plans else None,
             "planner_tokens": _finite(row.mean("planner_tokens")),
             "worker_tokens": _finite(row.mean("worker_tokens")),
@@ -259,7 +276,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
                 mine, theirs = ([record["correct"] for record in r.records] for r in (trained, row))
                 only_trained, only_other, p = mcnemar_exact(mine, theirs)
                 summary["paired"][row.name] = {"only_trained": only_trained, "only_other": only_other, "p": p}
-    return summary
+    planners = [row.name for row in rows if row.name not in (DIRECT, VOTE)]
+    apart = summarise_composed({row.name: row.records for row in rows}, alone, planners, TRAINED, DIRECT)
+    return summary if apart is None else {**summary, "composed": apart}
 
 
 def _finite(value: float) -> float | None:

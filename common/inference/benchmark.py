@@ -9,11 +9,13 @@ from common.cli import say
 from common.errors import UserError
 from common.evaluation.fingerprint import digest, direct_parts, planner_parts, vote_parts, worker_prompts
 from common.evaluation.scoreboard import (
+    PARTS,
     RECORDS,
     TRAINED,
     UNTRAINED,
     VOTE_TEMPERATURE,
     Row,
+    parts_of,
     run_direct,
     run_planner,
     run_vote,
@@ -106,7 +108,8 @@ def benchmark(session: Session, temperature: float, output: Path | None) -> int:
     if output is not None:
         with storage.explained(output, lambda: "the table above is all there is of this benchmark"):
             save_scoreboard([row for row, _ in rows], output)
-    return 1 if any(row["errors"] for row in summary["rows"].values()) else 0
+    alone = summary.get("composed", {}).get("parts_alone") or {"errors": 0}
+    return 1 if alone["errors"] or any(row["errors"] for row in summary["rows"].values()) else 0
 
 
 def _rows(
@@ -119,7 +122,8 @@ def _rows(
     """
     args, seed = session.args, 0
     worker = digest([session.worker.server.endpoint.url, session.worker.model])
-    always = direct_parts(questions, worker, worker_prompts(args.worker_style), args.worker_max_tokens)
+    asked = worker_prompts(args.worker_style, args.worker_context, args.plan_to_worker)
+    always = direct_parts(questions, worker, asked, args.worker_max_tokens)
     direct = run_direct(questions, executor)
     _check_direct(direct, session.worker)
     direct.fingerprint = always
@@ -132,7 +136,7 @@ def _rows(
             **always,
             "planner": digest([session.server.endpoint.url, model, temperature, seed, args.structured]),
             **planner_parts(
-                planner_messages("{question}", args.planner_style),
+                planner_messages("{question}", args.planner_style, args.worker_context),
                 [args.max_tokens, args.max_subproblems, args.max_subproblem_chars],
                 TrainingArgs.embedding_model,
             ),
@@ -143,7 +147,12 @@ def _rows(
     count = votes_for(budget, direct)
     vote = run_vote(questions, direct, sampler.generate, args.worker_style, count)
     vote.fingerprint = {**always, **vote_parts(count, VOTE_TEMPERATURE, seed)}
-    return [*rows, (vote, [])]
+    rows.append((vote, []))
+    if parts := parts_of(questions):
+        alone = run_direct(parts, executor, PARTS)
+        alone.fingerprint = direct_parts(parts, worker, asked, args.worker_max_tokens)
+        rows.append((alone, []))
+    return rows
 
 
 def _check_direct(direct: Row, worker: ServerModel) -> None:

@@ -119,7 +119,11 @@ class Session:
             worker_server, worker_name, worker_adapter = self._other_worker(args, served)
             say(f"worker {worker_name}, at {worker_server.endpoint.url}")
         self.worker = ServerWorker(
-            worker_server, worker_name, style=args.worker_style, max_tokens=args.worker_max_tokens
+            worker_server,
+            worker_name,
+            style=args.worker_style,
+            context=args.worker_context,
+            max_tokens=args.worker_max_tokens,
         )
         for server, name in {(self.server, self.base.name), (worker_server, worker_name)}:
             if self.run(fold_if_dropped(server, name)):
@@ -174,6 +178,7 @@ class Session:
             embeddings,
             max_subproblems=self.args.max_subproblems,
             max_subproblem_chars=self.args.max_subproblem_chars,
+            plan_to_worker=self.args.plan_to_worker,
             invalid_plan="direct",
         )
 
@@ -191,7 +196,9 @@ class Session:
             on_answer: called with each answer of the worker as it arrives.
         """
         started = time.perf_counter()
-        written = await self.planner.answer(planner_messages(question, self.args.planner_style))
+        written = await self.planner.answer(
+            planner_messages(question, self.args.planner_style, self.args.worker_context)
+        )
         took = time.perf_counter() - started
         item = PipelineItem(written.text, question, None, written.tokens, written.finished)
         if written.error is not None:

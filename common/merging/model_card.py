@@ -140,11 +140,11 @@ def metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     settings = record.get("settings", {})
-    source = str(settings.get("dataset", ""))
+    source = _problems_of(str(settings.get("dataset", "")))
     trained = (evaluation or {}).get("rows", {}).get("trained planner")
     results = None
     if trained is not None:
-        where = str(_public(settings.get("eval_dataset") or source or "unknown"))
+        where = str(_public(_problems_of(settings.get("eval_dataset") or source or "unknown")))
         kind = None if settings.get("eval_dataset") else record.get("data_source")
         if ":" not in where and not _is_hub_id(where, kind):
             where = Path(where).name
@@ -172,6 +172,11 @@ def metadata(
     )
 
 
+def _problems_of(source: str) -> str:
+    """Where the problems of `multi:SOURCE?…` come from; any other source as it is."""
+    return source.removeprefix("multi:").partition("?")[0] if source.startswith("multi:") else source
+
+
 def _is_hub_id(source: str, kind: str | None) -> bool:
     """Whether a data source is a data set on the Hub. The card may name only such sources.
 
@@ -195,8 +200,9 @@ def _introduction(repo_id: str, base: str) -> str:
 
 
 def _usage(repo_id: str, base: str, record: dict[str, Any]) -> str:
-    style = record.get("settings", {}).get("planner_style", "full")
-    system = planner_messages("", style)[0]["content"]
+    settings = record.get("settings", {})
+    style, context = settings.get("planner_style", "full"), settings.get("worker_context", "question")
+    system = planner_messages("", style, context)[0]["content"]
     return (
         "## How to use it\n\n"
         "With vLLM, the planner on one port and the worker, which is the base model, on another:\n\n"

@@ -1,7 +1,8 @@
 """Plans to imitate, for the supervised warm start of the planner.
 
-There are two sources: GSM8K's socratic variant, whose solution lines are `sub-question ** step`, and the generated
-problems. Both teach the format of a plan. Neither shows which kind of plan earns more.
+There are three sources: GSM8K's socratic variant, whose solution lines are `sub-question ** step`, the generated
+problems, and questions made of several problems. All teach the format of a plan. None shows which kind of plan earns
+more.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 
-from common.plans import Plan
-from common.problems import generated
+from common.plans import MAX_SUBPROBLEM_CHARS, Plan
+from common.problems import composed, generated
 from common.problems.questions import Question
 
 # Many sub-questions of GSM8K need the answer of another one. They stay, because the worker also sees the whole
 # question. Only lines that are not questions are dropped.
 _MARKER = " ** "
+
+# Plans for questions made of several problems, each kind as often as the others, the parts in any order.
+DIRECT, BY_REFERENCE, PARTIAL, SELF_CONTAINED = "direct", "by reference", "partial", "self-contained"
+COMPOSED_KINDS = (DIRECT, BY_REFERENCE, PARTIAL, SELF_CONTAINED)
+# Of the single problems among them: how many are left whole. The others get a part that needs the rest.
+SINGLE_DIRECT_SHARE = 0.8
 
 
 def socratic_plan(item: Question, draw: random.Random) -> Plan | None:
@@ -41,11 +48,46 @@ def socratic_plan(item: Question, draw: random.Random) -> Plan | None:
     return Plan(True, parts, "Combine the answers.")
 
 
+def composed_plan(item: Question, draw: random.Random) -> Plan:
+    """A plan for a question of `common.problems.composed`, of a kind that is drawn.
+
+    Direct; by reference ("What is the answer to (A)?"); partial, which leaves out at least one of the problems; or
+    self-contained, in the problems' own words. Of two problems that follow one from the other only the first is
+    complete in itself, and the second alone is partial. Single ones are mostly left whole. A problem that is too long
+    for a subproblem is referred to.
+    """
+    if not item.parts:
+        if draw.random() < SINGLE_DIRECT_SHARE:
+            return Plan(False, ())
+        return Plan(True, (_short(re.split(r"(?<=[.!?])\s+", item.question.strip())[-1], "What is asked for?"),))
+    kind = draw.choice(COMPOSED_KINDS)
+    if kind == DIRECT:
+        return Plan(False, ())
+    named = [composed.by_reference(letter) for letter in composed.LETTERS[: len(item.parts)]]
+    texts = list(map(_short, composed.part_texts(item.question), named))
+    if kind == BY_REFERENCE:
+        parts = named
+    elif item.kind == composed.CHAINED:
+        parts = texts[:1] if kind == SELF_CONTAINED else texts[1:]
+    else:
+        parts = texts if kind == SELF_CONTAINED else draw.sample(texts, draw.randint(1, len(texts) - 1))
+    draw.shuffle(parts)
+    chained = item.kind == composed.CHAINED
+    return Plan(True, tuple(parts), "The answer to (A) is X in (B)." if chained else "Add the answers.")
+
+
+def _short(text: str, otherwise: str) -> str:
+    return text if 0 < len(text) <= MAX_SUBPROBLEM_CHARS else otherwise
+
+
 def demonstrations(items: Iterable[Question], seed: int) -> Iterator[tuple[Question, Plan]]:
     """Yield (question, plan) for every question that gives a plan. The same seed gives the same plans."""
     draw = random.Random(seed)
     for item in items:
-        plan = socratic_plan(item, draw) if _MARKER in item.answer else generated.demonstrate(item.question, draw)
+        if item.kind:
+            plan: Plan | None = composed_plan(item, draw)
+        else:
+            plan = socratic_plan(item, draw) if _MARKER in item.answer else generated.demonstrate(item.question, draw)
         if plan is not None:
             yield item, plan
 

@@ -1,19 +1,68 @@
-"""Data files: JSON lines, JSON lists and parquet, alone or in a folder with a file, or numbered parts, per split."""
+"""Data files: JSON lines, JSON lists and parquet, alone or in a folder with a file, or numbered parts, per split.
+
+And what a record of one has to be: a `Question`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.grading import parse_gold
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 BYTE_ORDER_MARK = "\ufeff"
 # The name of a numbered part on the Hub, for example train-00000-of-00002.parquet.
 _PART = r"-(?P<number>\d+)-of-(?P<count>\d+)"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A word problem. `answer` is GSM8K's: worked steps, then `#### ` and the number.
+
+    `kind` says how a question of `common.problems.composed` is made ("single", "sum" or "chained"; "" for any other),
+    and `parts` are the problems it is made of, each complete in itself (none for a single one). A part whose text
+    was changed names in `source` the text it had.
+    """
+
+    question: str
+    answer: str
+    kind: str = ""
+    parts: tuple[Question, ...] = ()
+    source: str | None = None
+
+    @property
+    def steps(self) -> int:
+        """Lines of the solution, before the answer."""
+        return sum(bool(line.strip()) for line in self.answer.split("####")[0].splitlines())
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that somebody who has seen this question has read: its own, its parts' as their source has them."""
+        return (self.question, *(part.source or part.question for part in self.parts))
+
+
+def as_question(row: Any, where: str) -> Question:
+    """One record as a `Question`, or a `UserError` that says where and what is wrong with it."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: found {type(row).__name__}, expected an object with question and answer")
+    for name in ("question", "answer"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            found = ", ".join(map(str, row)) or "no column"
+            raise UserError(
+                f"{where}: no text in column {name!r} (columns found: {found}): GSM8K's schema is expected, "
+                "'question' and 'answer' as text"
+            )
+    try:
+        parse_gold(row["answer"])
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    return Question(row["question"], row["answer"])
 
 
 def is_data_file(path: Path) -> bool:

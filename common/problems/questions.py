@@ -1,4 +1,4 @@
-"""Questions with gold answers: from the Hub, from files in GSM8K's schema, or generated.
+"""Questions with gold answers: from the Hub, from files in GSM8K's schema, generated, or made of several of these.
 
 Files and generator names are checked line by line before anything heavy is imported or downloaded.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,14 @@ from urllib.parse import parse_qsl
 
 from common.cli import say
 from common.errors import UserError
-from common.grading import parse_gold
-from common.problems import generated
-from common.problems.files import SUFFIXES, data_files, read_records, split_files
+from common.problems import composed, generated
+from common.problems.files import SUFFIXES, as_question, data_files, read_records, split_files
+from common.problems.files import Question as Question
 from common.processes.ranks import world_size
 from common.settings.grpo import TrainingArgs
 from common.settings.secrets import hub_token
 
 GENERATOR_PREFIX = "reasoning-gym:"
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A word problem. `answer` is GSM8K's: worked steps, then `#### ` and the number."""
-
-    question: str
-    answer: str
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
@@ -54,6 +46,7 @@ def check_source(dataset: str, split: str = "train", flag: str = "--dataset") ->
     if not dataset.strip():
         raise UserError(f"{flag} is empty: name a file, a folder, a Hub id or a generator")
     try:
+        dataset = composed.inner_source(dataset)
         if dataset.startswith(GENERATOR_PREFIX):
             _task_and_options(dataset)
         elif dataset.startswith(generated.PREFIX):
@@ -78,20 +71,31 @@ def load_questions(
     """The first `limit` questions of a source, in its own order.
 
     Args:
-        dataset: Hub id, file, folder, or `reasoning-gym:TASK?option=value&…`.
+        dataset: Hub id, file, folder, `reasoning-gym:TASK?option=value&…`, or `multi:` and one of these.
         limit: at most this many.
         config, split: of a Hub data set (or of the folder's files, see `common.problems.files.split_files`).
-        seed: of a generator; files and the Hub ignore it.
-        exclude: question texts to leave out, such as those of another split.
+        seed: of a generator and of composed questions; files and the Hub ignore it.
+        exclude: texts of questions, and of problems in them, to leave out, such as those of another split.
 
     Raises:
         UserError: where the source cannot be read, with the ways out.
     """
-    if is_generated(dataset):
-        return _generate(dataset, limit, seed, set(exclude))
-    rows = _read_path(Path(dataset), split) if is_local(dataset) else _read_hub(dataset, config, split)
-    _tell_repeats(rows, dataset)
     left_out = set(exclude)
+    if composed.is_composed(dataset):
+        recipe = composed.parse_source(dataset)
+        made = is_generated(recipe.source)
+        problems = (
+            _generate(recipe.source, limit * recipe.most, seed, left_out)
+            if made
+            else [item for item in _read(recipe.source, config, split) if item.question not in left_out]
+        )
+        found = composed.compose(problems, recipe, limit, seed, shuffle=not made)
+        _tell_kinds(found, dataset, limit)
+        return found
+    if is_generated(dataset):
+        return _generate(dataset, limit, seed, left_out)
+    rows = _read(dataset, config, split)
+    _tell_repeats(rows, dataset)
     return [item for item in rows if item.question not in left_out][:limit]
 
 
@@ -110,15 +114,15 @@ def check_enough(args: TrainingArgs, questions: int) -> None:
 
 
 def is_generated(dataset: str) -> bool:
-    """Whether a source makes its questions rather than reads them."""
-    return dataset.startswith((GENERATOR_PREFIX, generated.PREFIX))
+    """Whether a source makes its questions, or the problems they are made of, rather than reads them."""
+    return composed.inner_source(dataset).startswith((GENERATOR_PREFIX, generated.PREFIX))
 
 
 def kind_of_source(dataset: str) -> str:
     """Where questions come from: "generated", "local" or "hub"; a model card names data sets of the Hub only."""
     if is_generated(dataset):
         return "generated"
-    return "local" if is_local(dataset) else "hub"
+    return "local" if is_local(composed.inner_source(dataset)) else "hub"
 
 
 def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question]:
@@ -128,13 +132,14 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
         UserError: if some are also training questions, or the settings do not say where to take them from.
     """
     source = args.eval_dataset or args.dataset
-    made = is_generated(source)
-    if args.eval_dataset is None and not made and is_local(source) and not Path(source).expanduser().is_dir():
+    inner = composed.inner_source(source)
+    made, path = is_generated(inner), Path(inner).expanduser()
+    if args.eval_dataset is None and not made and is_local(inner) and not path.is_dir():
         raise UserError(
-            f"--eval-samples needs held-out questions, and {source} is one file: name another with --eval-dataset"
+            f"--eval-samples needs held-out questions, and {inner} is one file: name another with --eval-dataset"
         )
-    known = [item.question for item in training]
-    split = args.dataset_split if args.eval_dataset and not made and Path(source).is_file() else "test"
+    known = [text for item in training for text in item.texts]
+    split = args.dataset_split if args.eval_dataset and not made and path.is_file() else "test"
     found = load_questions(
         source,
         limit=args.eval_samples,
@@ -143,7 +148,7 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
         seed=args.seed + 1_000_003,  # generated problems: another stream than training's
         exclude=known if made else (),
     )
-    check_disjoint(known, [item.question for item in found])
+    check_disjoint(known, [text for item in found for text in item.texts])
     say(f"{len(found)} held-out questions from {source}: none of the {len(training)} training questions is among them")
     return found
 
@@ -188,10 +193,24 @@ def _read_path(path: Path, split: str) -> list[Question]:
                 "name the file itself, or use --dataset-split"
             )
         return [item for child in chosen for item in _read_path(child, split)]
-    rows = [_checked(row, where) for where, row in read_records(path)]
+    rows = [as_question(row, where) for where, row in read_records(path)]
     if not rows:
         raise UserError(f"--dataset {path} holds no question: it is empty")
     return rows
+
+
+def _read(dataset: str, config: str | None, split: str) -> list[Question]:
+    return _read_path(Path(dataset), split) if is_local(dataset) else _read_hub(dataset, config, split)
+
+
+def _tell_kinds(questions: list[Question], dataset: str, limit: int) -> None:
+    """One line: how many questions are made of how many problems, and whether the source gave no more."""
+    if not questions:
+        raise UserError(f"--dataset {dataset} gives no question: its source has too few problems that fit the options")
+    counts = Counter(max(1, len(item.parts)) for item in questions)
+    shares = ", ".join(f"{counts[count]} of {count} problem{'s' * (count > 1)}" for count in sorted(counts))
+    less = f"; its source gives no more ({limit} were asked for)" if len(questions) < limit else ""
+    say(f"{dataset}: {len(questions)} questions, {shares}{less}")
 
 
 def _tell_repeats(rows: list[Question], dataset: str) -> None:
@@ -199,24 +218,6 @@ def _tell_repeats(rows: list[Question], dataset: str) -> None:
     repeated = len(rows) - len({item.question for item in rows})
     if repeated:
         say(f"{dataset}: {repeated} of {len(rows)} questions occurred before in it; they are kept")
-
-
-def _checked(row: Any, where: str) -> Question:
-    """One record as a `Question`, or a `UserError` that says where and what is wrong with it."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: found {type(row).__name__}, expected an object with question and answer")
-    for name in ("question", "answer"):
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            found = ", ".join(map(str, row)) or "no column"
-            raise UserError(
-                f"{where}: no text in column {name!r} (columns found: {found}): GSM8K's schema is expected, "
-                "'question' and 'answer' as text"
-            )
-    try:
-        parse_gold(row["answer"])
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-    return Question(row["question"], row["answer"])
 
 
 def _read_hub(dataset: str, config: str | None, split: str) -> list[Question]:
@@ -230,7 +231,7 @@ def _read_hub(dataset: str, config: str | None, split: str) -> list[Question]:
             "network (HF_TOKEN for a gated one), or pass a local file with --dataset FILE.jsonl",
             exit_code=1,
         ) from error
-    return [_checked(row, f"{dataset} row {number}") for number, row in enumerate(table, start=1)]
+    return [as_question(row, f"{dataset} row {number}") for number, row in enumerate(table, start=1)]
 
 
 def _task_and_options(dataset: str) -> tuple[str, dict[str, Any]]:
@@ -279,7 +280,7 @@ def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Qu
     found: dict[str, Question] = {}
     for number, (text, answer) in enumerate(stream, start=1):
         if text not in exclude and text not in found:
-            found[text] = _checked({"question": text, "answer": answer}, f"--dataset {dataset} item {number}")
+            found[text] = as_question({"question": text, "answer": answer}, f"--dataset {dataset} item {number}")
         if len(found) == limit:
             break
     return list(found.values())

@@ -68,6 +68,13 @@ def _type_problem(spec: Any, hint: Any, value: Any) -> str | None:
     return f"{flag_of(spec.name)} must be {' or '.join(names).replace('NoneType', 'null')}, found {value!r:.80}"
 
 
+def advice_problem(plan_to_worker: bool, worker_style: str) -> str | None:
+    """What is wrong with showing a plan's text to a worker of some style, or None."""
+    if plan_to_worker and worker_style == "few-shot":
+        return "--plan-to-worker: the turns of --worker-style few-shot have no place for a plan: use instruct or worked"
+    return None
+
+
 def _problem_with(spec: Any, value: Any) -> str | None:
     """What is wrong with one number, or None."""
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):

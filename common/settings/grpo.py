@@ -13,7 +13,7 @@ from typing import Any, Literal
 from common.errors import UserErrors
 from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS
 from common.processes import ranks
-from common.settings.fields import check_values, setting, url_problem
+from common.settings.fields import advice_problem, check_values, setting, url_problem
 from common.settings.secrets import api_key_problem
 
 PACKAGED_MODEL = "packaged/SmolLM2-135M-Instruct"
@@ -38,7 +38,7 @@ class TrainingArgs:
     lora_dropout: float = setting(0.0, "model", "LoRA dropout; rollouts run in train mode, so it is noise on the policy too", fraction=True)
     lora_layers: int | None = setting(None, "model", "adapt only the last N layers (default: all)", positive=True)
 
-    dataset: str = setting("openai/gsm8k", "data", "Hub id; or a .jsonl/.parquet file or folder with question and answer columns; or generated problems: generated:shares or reasoning-gym:TASK[?option=value&…]")
+    dataset: str = setting("openai/gsm8k", "data", "Hub id; or a .jsonl/.parquet file or folder with question and answer columns; or generated problems: generated:shares or reasoning-gym:TASK[?option=value&…]; or several of any of these in one question: multi:SOURCE[?parts=2-3&single=0.3&max_steps=3&kind=sum|chained]")
     dataset_config: str | None = setting("main", "data", "configuration of a Hub data set", metavar="NAME")
     dataset_split: str = setting("train", "data", "split to train on", metavar="NAME")
     max_samples: int = setting(1000, "data", "use at most this many questions", positive=True)
@@ -68,7 +68,9 @@ class TrainingArgs:
     planner_style: Literal["full", "short"] = setting("full", "planner", "wording of the planner's system message; 'short' suits small fine-tuned models")
 
     worker_max_tokens: int = setting(256, "worker", "longest answer of the frozen worker to one call", positive=True)
-    worker_style: Literal["instruct", "worked", "few-shot"] = setting("instruct", "worker", "instruct: zero-shot instructions; worked: these and two solved word problems, for shorter answers of a small model; few-shot: turns of the demo's kind of problem")
+    worker_style: Literal["instruct", "worked", "few-shot"] = setting("instruct", "worker", "instruct: zero-shot instructions; worked: these and two solved word problems (for a question made of several, two such questions), for shorter answers of a small model; few-shot: turns of the demo's kind of problem")
+    worker_context: Literal["question", "none"] = setting("question", "worker", "what a subproblem's prompt shows besides it: the whole question, or none of it; the planner is then told to write parts that can be understood alone (few-shot never shows it)")
+    plan_to_worker: bool = setting(False, "worker", "show the worker the plan's text when it solves directly or combines; an answer from a plan that holds the known answer is then not paid as correct")
     worker_batch_tokens: int = setting(32768, "worker", "padded tokens (prompt and answer) of one worker micro-batch; lower it if memory runs out", positive=True)
     worker_cache_size: int = setting(20000, "worker", "greedy answers remembered across steps; 0 remembers none", minimum=0)
 
@@ -131,6 +133,8 @@ class TrainingArgs:
                 problems.append(problem)
             if self.worker_model is not None and not asks_server:
                 problems.append("--worker-model names a model of a server: add its --worker-url")
+            if (problem := advice_problem(self.plan_to_worker, self.worker_style)) is not None:
+                problems.append(problem)
             problems += _vllm_problems(self)
         if problems:
             raise UserErrors(problems)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from common.errors import UserErrors
 from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS
-from common.settings.fields import check_values, setting, url_problem
+from common.settings.fields import advice_problem, check_values, setting, url_problem
 from common.settings.secrets import api_key_problem
 
 ADAPTER_NAME = "recursive_reasoner"
@@ -36,6 +36,8 @@ class ServingArgs:
     training_config: str | None = setting(None, "prompts", "take the settings below from this training_config.json (default: the one in the adapter's folder, where server and folder are on this machine)", metavar="FILE")
     planner_style: Literal["full", "short"] = setting("full", "prompts", "wording the planner was trained with")
     worker_style: Literal["instruct", "worked", "few-shot"] = setting("instruct", "prompts", "wording the worker had in training")
+    worker_context: Literal["question", "none"] = setting("question", "prompts", "what a subproblem's prompt shows besides it, as in training: the whole question, or none of it")
+    plan_to_worker: bool = setting(False, "prompts", "show the worker the plan's text, as in training")
     worker_max_tokens: int = setting(256, "prompts", "longest answer of the worker to one call", positive=True)
     max_subproblems: int = setting(MAX_SUBPROBLEMS, "prompts", "a plan with more is invalid", positive=True)
     max_subproblem_chars: int = setting(MAX_SUBPROBLEM_CHARS, "prompts", "a plan with a longer subproblem is invalid", positive=True)
@@ -55,6 +57,8 @@ class ServingArgs:
             problem = None if url is None else url_problem(url)
             if problem is not None:
                 problems.append(f"{flag} {problem}")
+        if (problem := advice_problem(self.plan_to_worker, self.worker_style)) is not None:
+            problems.append(problem)
         if (problem := api_key_problem(self.api_key)) is not None:
             problems.append(problem)
         if problems:

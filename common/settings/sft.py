@@ -28,12 +28,13 @@ class SupervisedArgs:
     adapter_path: str | None = setting(None, "model", "continue from this LoRA adapter", metavar="DIR")
 
     format: Literal["planning-data", "json-plan"] = setting("planning-data", "data", "columns SystemPrompt, UserPrompt, ExpectedOutput; or JSON plans in the GRPO planner's prompt")
-    dataset: str = setting(MISSING, "data", "Hub id, .jsonl/.parquet file or folder; for json-plan GSM8K's socratic variant or generated:shares")
+    dataset: str = setting(MISSING, "data", "Hub id, .jsonl/.parquet file or folder; for json-plan GSM8K's socratic variant, generated:shares, or several problems in one question: multi:SOURCE[?parts=2-3&single=0.3&max_steps=3&kind=sum|chained]")
     dataset_config: str | None = setting(None, "data", "configuration of a Hub data set ('socratic' for openai/gsm8k)", metavar="NAME")
     max_samples: int | None = setting(None, "data", "use at most this many rows (default: all)", positive=True)
     max_seq_len: int = setting(MISSING, "data", "longer rows are cut", positive=True)
     planner_style: Literal["full", "short"] = setting("full", "data", "wording of the planner's system message (json-plan)")
 
+    worker_context: Literal["question", "none"] = setting("question", "data", "what the worker will see of a question when it solves a part (json-plan): the planner is told of it, as by grpo_training.py")
     lr: float = setting(MISSING, "training", "peak learning rate (AdamW, linear decay)", positive=True)
     batch_size: int = setting(MISSING, "training", "rows per device and forward/backward pass", positive=True)
     grad_accum: int = setting(MISSING, "training", "passes per optimiser step", positive=True)

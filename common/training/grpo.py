@@ -15,6 +15,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from common import models, prompts
 from common.errors import UserError
 from common.evaluation.during_training import Scoring
+from common.models.chat_date import fix_date
 from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question, check_enough, fingerprint, kind_of_source
 from common.processes.ranks import PATIENCE_SECONDS
@@ -63,10 +64,13 @@ def train(
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
     prompts.check_shown(
-        tokenizer, prompts.sample_requests(args.planner_style, None if args.worker_url else args.worker_style)
+        tokenizer,
+        prompts.sample_requests(
+            args.planner_style, None if args.worker_url else args.worker_style, args.worker_context
+        ),
     )
     day = records.prompt_date(args, checkpoint)
-    dated = prompts.fix_date(tokenizer, day)
+    dated = fix_date(tokenizer, day)
     samples = SampleLog(output_dir / "samples.jsonl")
     trainer, executor = build_trainer(args, questions, tokenizer, samples)
     facts = {
@@ -182,7 +186,7 @@ def build_trainer(
         model=base,
         reward_funcs=[reward],
         args=grpo_config(args),
-        train_dataset=Dataset.from_list([planner_row(item, args.planner_style, fold) for item in questions]),
+        train_dataset=Dataset.from_list([planner_row(item, args, fold) for item in questions]),
         processing_class=tokenizer,
         peft_config=models.lora_config(args, base),
         callbacks=[
@@ -218,9 +222,9 @@ def build_trainer(
     return trainer, executor
 
 
-def planner_row(item: Question, style: str, fold_system: bool) -> dict[str, Any]:
+def planner_row(item: Question, args: TrainingArgs, fold_system: bool) -> dict[str, Any]:
     """A row of the data set. Question and gold answer are columns of their own, so no prompt has to be parsed."""
-    messages = prompts.planner_messages(item.question, style)
+    messages = prompts.planner_messages(item.question, args.planner_style, args.worker_context)
     prompt = prompts.fold_system(messages) if fold_system else messages
     return {"prompt": prompt, "question": item.question, "answer": item.answer}
 

@@ -16,9 +16,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 from common import models, prompts
 from common.cli import say
 from common.errors import UserError
+from common.models.chat_date import fix_date
 from common.problems.demonstrations import demonstrations
 from common.problems.planning import load_planning_data
-from common.problems.questions import Question, fingerprint, kind_of_source, load_questions
+from common.problems.questions import Question, fingerprint, is_generated, kind_of_source, load_questions
 from common.reports.jsonl import read_jsonl
 from common.reports.plots import plot_loss_curves
 from common.reports.tables import format_table
@@ -55,7 +56,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     training_rows, validation_rows = load_rows(args)
     prompts.check_shown(tokenizer, [training_rows[0].prompt])
     day = prompt_date(args, checkpoint)
-    dated = prompts.fix_date(tokenizer, day)
+    dated = fix_date(tokenizer, day)
     found = fingerprint_rows(training_rows)
     if checkpoint is not None:
         check_same_data(output_dir, found)
@@ -196,20 +197,20 @@ def load_rows(args: SupervisedArgs) -> tuple[list[Demonstration], list[Demonstra
     if args.format == "json-plan":
         questions = load_questions(
             args.dataset,
-            limit=args.max_samples or 1_000_000
-            if not args.dataset.startswith("generated:")
-            else args.max_samples or 1000,
+            limit=args.max_samples or 1_000_000 if not is_generated(args.dataset) else args.max_samples or 1000,
             config=args.dataset_config,
             seed=args.seed,
         )
         rows = [
-            Demonstration(prompts.planner_messages(item.question, args.planner_style), plan.to_json())
+            Demonstration(
+                prompts.planner_messages(item.question, args.planner_style, args.worker_context), plan.to_json()
+            )
             for item, plan in demonstrations(questions, args.seed)
         ]
         if not rows:
             raise UserError(
                 f"--dataset {args.dataset} has nothing to imitate: json-plan needs GSM8K's socratic variant "
-                "(solution lines 'sub-question ** step') or generated:shares"
+                "(solution lines 'sub-question ** step'), generated:shares or multi:SOURCE"
             )
         return _cut(rows, args.seed)
     training, held_out = (

@@ -16,6 +16,7 @@ class Worker(Protocol):
     """A worker, local or on a server: `style` of its prompts, answers, and counters."""
 
     style: str
+    context: str
 
     def generate(self, requests: Sequence[Sequence[Message]]) -> list[Generation]:
         """Answer prompts, in their order. A prompt that cannot be answered gives a `Generation` with an `error`."""
@@ -39,11 +40,12 @@ class WorkerCalls:
     """The three documented calls as a mix-in; each calls the worker's `generate` with one prompt."""
 
     style: str
+    context: str
     generate: Callable[[Sequence[Sequence[Message]]], list[Generation]]
 
     def solve_subproblem(self, subproblem: str, question: str) -> Generation:
-        """Answer one subproblem of a question."""
-        return self.generate([prompts.subproblem_messages(subproblem, question, self.style)])[0]
+        """Answer one subproblem of a question; what is shown of the question is the worker's `context`."""
+        return self.generate([prompts.subproblem_messages(subproblem, question, self.style, self.context)])[0]
 
     def combine_solutions(self, question: str, subproblems: Sequence[str], solutions: Sequence[str]) -> Generation:
         """Answer a question with the solutions of its subproblems."""

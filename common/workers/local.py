@@ -245,7 +245,7 @@ class FrozenWorker(LocalModel, WorkerCalls):
     """The worker on a local model: adapter off, greedy, so a prompt always has the same answer.
 
     Args:
-        style: of the prompts, see `common.prompts`.
+        style, context: of the prompts, see `common.prompts`.
         (the others): as in `LocalModel`.
     """
 
@@ -255,6 +255,7 @@ class FrozenWorker(LocalModel, WorkerCalls):
         tokenizer: Any,
         *,
         style: str = "instruct",
+        context: str = "question",
         max_tokens: int = 256,
         batch_tokens: int = 32768,
         cache_size: int = 20000,
@@ -269,7 +270,7 @@ class FrozenWorker(LocalModel, WorkerCalls):
             cache_size=cache_size,
             cpu_dtype=cpu_dtype,
         )
-        self.style = style
+        self.style, self.context = style, context
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -133,7 +133,7 @@ class ServerWorker(ServerModel, WorkerCalls):
     """The worker on a server: its base model, greedy, so a prompt always has the same answer.
 
     Args:
-        style: of the prompts, see `common.prompts`.
+        style, context: of the prompts, see `common.prompts`.
         (the others): as in `ServerModel`.
     """
 
@@ -143,12 +143,13 @@ class ServerWorker(ServerModel, WorkerCalls):
         model: str,
         *,
         style: str = "instruct",
+        context: str = "question",
         max_tokens: int = 256,
         cache_size: int = 20000,
         others: Sequence[Server] = (),
     ) -> None:
         super().__init__(server, model, max_tokens=max_tokens, cache_size=cache_size, others=others)
-        self.style = style
+        self.style, self.context = style, context
 
     @classmethod
     def from_settings(cls, args: TrainingArgs, tokenizer: Any = None) -> ServerWorker:
@@ -175,6 +176,7 @@ class ServerWorker(ServerModel, WorkerCalls):
             servers[0],
             names[0],
             style=args.worker_style,
+            context=args.worker_context,
             max_tokens=args.worker_max_tokens,
             cache_size=args.worker_cache_size,
             others=servers[1:],

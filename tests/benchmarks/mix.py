@@ -84,7 +84,7 @@ class GenerateWorker:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, style: str, max_tokens: int, at_once: bool) -> None:
-        self.style = style
+        self.style, self.context = style, "question"
         self._model, self._tokenizer, self._max_tokens, self._at_once = model, tokenizer, max_tokens, at_once
         self._stats = WorkerStats()
 
@@ -153,7 +153,7 @@ class VllmWorker:
     """
 
     def __init__(self, url: str, tokenizer: Any, *, style: str, max_tokens: int) -> None:
-        self.style = style
+        self.style, self.context = style, "question"
         self._url, self._tokenizer, self._max_tokens = url.rstrip("/"), tokenizer, max_tokens
         with urlopen(f"{self._url}/v1/models") as response:
             self._model = json.load(response)["data"][0]["id"]

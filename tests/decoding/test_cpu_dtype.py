@@ -16,6 +16,7 @@ from common.decoding.decode import decode
 from common.decoding.log_probs import TOKENS_AT_ONCE, token_log_probs
 from common.decoding.packing import packed_linears
 from common.errors import UserError
+from common.models import precision
 from common.problems.questions import load_questions
 from common.reports.jsonl import read_jsonl
 from common.settings.grpo import TrainingArgs
@@ -46,7 +47,7 @@ def bf16():
 def test_auto_is_bf16_only_where_it_pays_and_what_cannot_be_had_is_refused(
     monkeypatch, asked, four_bit, native, expected
 ):
-    monkeypatch.setattr(models, "multiplies_bf16", lambda: native)
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda: native)
     args = TrainingArgs(cpu_dtype=asked, use_4bit=four_bit)
     if expected in ("float32", "bfloat16"):
         assert models.cpu_dtype(args) == expected

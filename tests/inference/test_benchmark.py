@@ -67,3 +67,16 @@ def test_what_lies_here_is_looked_at_before_the_server_is_asked(server, tmp_path
         code, line = failure(server, "--benchmark", "--training-config", str(config))
         assert code == 2 and told in line
     assert heard == []
+
+
+def test_composed_questions_are_counted_apart_with_their_problems_alone(server, tmp_path, capsys):
+    board = tmp_path / "board"
+    source = ["--dataset", "multi:generated:shares?people=2&parts=2&single=0.4", "--worker-context", "none"]
+    assert ask(server, *FLAGS, "--samples", "8", *source, "--output", str(board)) == 0
+    apart = json.loads((board / "evaluation.json").read_text())["composed"]
+    assert apart["composed"] + apart["single"] == 8 and 0 < apart["single"] < 8
+    records = [record for record in read_jsonl(board / "evaluation.jsonl") if record["row"] == "parts alone"]
+    assert len(records) == 2 * apart["composed"] and not any("(A)" in record["question"] for record in records)
+    assert "composed: reasoning gap" in capsys.readouterr().out
+    split = [sent for sent in server.requests if "Answer just this part" in json.dumps(sent)]
+    assert split == [], "without context nothing is asked as a part of something"

@@ -138,6 +138,8 @@ def test_a_warm_start_with_added_tokens_is_told_to_merge_first(tiny_planner, tmp
         ({"dataset": "openai/gsm8k", "data_source": "hub"}, ["openai/gsm8k"]),
         ({"dataset": "generated:shares", "data_source": "generated"}, None),
         ({"dataset": "reasoning-gym:chain_sum"}, None),
+        ({"dataset": "multi:openai/gsm8k?parts=2", "data_source": "hub"}, ["openai/gsm8k"]),
+        ({"dataset": "multi:../data/gsm8k?parts=2", "data_source": "local"}, None),
     ],
 )
 def test_a_card_names_data_sets_of_the_hub_only(settings, named):

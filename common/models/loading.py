@@ -1,0 +1,187 @@
+"""Load models, tokenizers and encoders by name: packaged, Hub id or folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.models.packaged import packaged_encoder, resolve_model
+from common.models.precision import has_native_bf16
+from common.prompts import PLAIN_CHAT_TEMPLATE
+from common.settings.grpo import PACKAGED_MODEL
+from common.settings.secrets import hub_token, redact
+
+
+def quiet_transformers() -> None:
+    """Turn off progress bars and warnings of transformers on the terminal."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
+    """The tokenizer of a model, padding on the left, with a pad token and a chat template.
+
+    Raises:
+        UserError: where it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(name),
+            revision=revision,
+            padding_side="left",
+            truncation_side="left",
+            **({} if gguf_file is None else {"gguf_file": gguf_file}),
+            trust_remote_code=False,  # left open, transformers asks on the terminal, and runs it at a "y"
+        )
+        _check_savable(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    return tokenizer
+
+
+def _check_savable(tokenizer: Any) -> None:
+    """Stop for a tokenizer that can be loaded but not saved, which would end a run at its first checkpoint.
+
+    Raises:
+        ValueError: for a chat template whose name would be a path, and for texts that UTF-8 cannot hold.
+    """
+    templates = tokenizer.chat_template
+    for name in templates if isinstance(templates, dict) else ():
+        if not re.fullmatch(r"[\w-]+", str(name)):
+            raise ValueError(f"a chat template is named {name!r:.60}, which is no file name")
+    json.dumps([templates, tokenizer.special_tokens_map], ensure_ascii=False, default=str).encode()
+
+
+def load_base(
+    name: str, *, four_bit: bool, dtype: Any = None, revision: str | None = None, gpu: bool | None = None
+) -> Any:
+    """Load the base model: 4-bit NF4 with double quantisation, or else bf16 or fp16 on a GPU and fp32 on a CPU.
+
+    NF4 is the 4-bit number format of QLoRA (arXiv:2305.14314). On a CPU the weights stay fp32 even if products are
+    computed in bf16 (`cpu_dtype`): only the copies made for generation are bf16.
+
+    Args:
+        name: Hub id, folder, or the packaged model.
+        four_bit: whether to quantise.
+        dtype: of the weights that are not quantised, instead of the default above.
+        revision: of a Hub model (default: its main branch).
+        gpu: whether to use a GPU (default: if there is one).
+
+    Raises:
+        UserError: if it cannot be loaded; the message names ways out.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    half = torch.bfloat16 if has_native_bf16() else torch.float16
+    dtype = dtype or (half if gpu else torch.float32)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": False}
+    if four_bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if gpu:
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    with explained(name):
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a layer permanently at its first forward in eval mode, for a
+        # kernel without a gradient. After one worker call, training would silently go on with wrong gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return model
+
+
+def load_sentence_encoder(name: str) -> Any:
+    """Load a sentence-transformers model on the CPU; the installed package with the same weights is preferred.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    packaged = packaged_encoder(name)
+    if packaged is not None:
+        return SentenceTransformer(str(packaged), device="cpu")
+    with explained(name):
+        return SentenceTransformer(name, device="cpu")
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Context manager: turn errors while loading model `name` into one line that says what to do.
+
+    Raises:
+        UserError: for missing memory, files, packages or network, and for a Hub token that is not valid.
+    """
+    import torch
+
+    _check_hub_token(name)
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"no memory for model {name!r} ({first_line(error)}): use 4-bit weights (leave out --no-4bit), a "
+            "smaller --base-model, or a device with more memory",
+            exit_code=1,
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # a config may hold anything, and libraries raise anything then
+        reason = first_line(error)
+        hint = "check the name, the network, and access to a gated model (HF_TOKEN or `hf auth login`)"
+        if Path(name).exists():
+            hint = "the folder must hold a Hugging Face model with its tokenizer"
+        raise UserError(
+            f"model {name!r} could not be loaded ({reason}): {hint}; without network use a local folder, or "
+            f"--base-model {PACKAGED_MODEL}",
+            exit_code=1,
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type and the first 160 characters of its message, without secrets."""
+    lines = redact(str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+def check_base_model(base_model: str) -> None:
+    """Check the value of --base-model without network: an existing folder, a Hub id, or the packaged model.
+
+    Raises:
+        UserError: if it can be none of these; the message says what was found.
+    """
+    folder = Path(base_model).expanduser()
+    if not base_model.strip():
+        raise UserError("--base-model is empty: name a Hub id or a folder")
+    if base_model.startswith("packaged/") and base_model != PACKAGED_MODEL:
+        raise UserError(f"--base-model {base_model} is not packaged: {PACKAGED_MODEL} is")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"--base-model {base_model} holds no config.json: name the folder of a Hugging Face model")
+    if not folder.exists() and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
+        raise UserError(f"--base-model {base_model} does not exist: name a folder or a Hub id (owner/name)")
+    _check_hub_token(base_model)
+
+
+def _check_hub_token(name: str) -> None:
+    """Check the Hub token's form before a library sends it. Only a model on the Hub needs a token."""
+    if name != PACKAGED_MODEL and not Path(name).expanduser().exists():
+        hub_token()

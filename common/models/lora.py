@@ -1,0 +1,85 @@
+"""LoRA adapters on a base model: which layers, where they start, the reference of the KL penalty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.errors import UserError
+from common.models.loading import explained, first_line
+from common.models.precision import LoraSettings
+
+
+def lora_config(args: LoraSettings, model: Any) -> Any:
+    """The `peft.LoraConfig`: that of `adapter_path`, or else all attention and MLP projections of the adapted layers.
+
+    LoRA (arXiv:2106.09685) adds (lora_alpha / lora_r) · B A to each weight.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    if args.adapter_path is not None:
+        with explained(args.adapter_path):
+            config = PeftConfig.from_pretrained(args.adapter_path)
+        config.inference_mode = False
+        return config
+    leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    targets = [name for name in LORA_TARGET_MODULES if name in leaves]
+    layers = None
+    if args.lora_layers is not None:
+        count = model.config.get_text_config().num_hidden_layers
+        layers = list(range(max(0, count - args.lora_layers), count))
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        # Models with fused or differently named projections (Phi, GPT-NeoX): let PEFT find the linear layers.
+        target_modules=targets or "all-linear",
+        layers_to_transform=layers,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_adapter_weights(model: Any, adapter_path: str) -> None:
+    """Load the weights of an adapter folder into a `PeftModel` with the same LoRA settings.
+
+    Raises:
+        UserError: if they do not fit the model.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        result: Any = set_peft_model_state_dict(model, load_peft_weights(adapter_path, device="cpu"))
+    except (RuntimeError, ValueError, OSError) as error:
+        remedy = (
+            "the adapter has embeddings of its own, as for added tokens: merge it with merge_and_push.py --no-push, "
+            "and name the merged model with --base-model"
+            if "embed_tokens" in str(error)
+            else "name the base model that the adapter was trained on"
+        )
+        raise UserError(
+            f"--adapter-path {adapter_path} does not fit --base-model: {first_line(error)}: {remedy}"
+        ) from error
+    if result.unexpected_keys:
+        raise UserError(
+            f"--adapter-path {adapter_path} has weights that the base model lacks, such as "
+            f"{result.unexpected_keys[0]}: name the base model that the adapter was trained on"
+        )
+
+
+def add_reference_adapter(model: Any) -> None:
+    """Keep a frozen copy of the adapter's present weights, named "ref": the reference policy of TRL's KL penalty.
+
+    Without it, TRL uses the base model as reference, and the penalty would pull a warm-started policy back to the
+    base model.
+    """
+    import torch
+
+    model.add_adapter("ref", model.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ref." in name:
+                parameter.copy_(model.get_parameter(name.replace(".ref.", ".default.")))
+    model.set_adapter("default")
+
+
+LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,0 +1,245 @@
+"""A number of a problem replaced by X, where the new answer can be computed with certainty.
+
+GSM8K's solutions carry their arithmetic as annotations, `<<48/2=24>>`. With a number of the question replaced, they
+can be computed anew, but only where it is certain what depends on that number. A problem is left alone unless all
+of this holds:
+
+- every annotation is plain arithmetic that is exactly right, every line shows no more equations than it annotates, and
+  the last value is the answer;
+- the replaced number is whole, at least 2, stands once in the question, in digits, as an amount (no percentage, time,
+  ordinal, fraction or decimal), and is used exactly once in the annotations; no step gives it as its result, no word
+  of the question ("twice", "dozen", "week", "percent", …) stands for it, and the answer depends on it;
+- every other number in the annotations is the result of an earlier step, or stands in the question in digits or as
+  such a word. A number that was worked out in the head (the six people that "he and five friends" are) might depend
+  on the replaced one;
+- no number has two possible origins of which only one depends on the replaced number;
+- no word of the question tells of a threshold or a comparison ("over", "at least", "the first", "cheapest"), for
+  another number might fall on its other side.
+
+And with the new number every result must be above 0, and whole where it was whole.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+
+from common.grading import parse_gold
+
+VARIABLE = "X"
+
+_ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
+_DIGITS = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
+_AMOUNT = re.compile(r"(?<![\w.,:/^*+-])(\d{1,3}(?:,\d{3})+|\d+)(?![\w%:/^*+]|[.,]\d|-\d| ?(?:%|percent))")
+_PLAIN = re.compile(r"[\d.+\-*/() ]+")
+_DECIDES = re.compile(
+    r"\b(most|least|largest|biggest|smallest|maximum|minimum|cheape\w+|highest|lowest|fewest|longest|shortest|best|"
+    r"round\w*|nearest|whole|whichever|exceed\w*|limit|until|unless|remainder|over|under|above|below|within|beyond|"
+    r"up to|(?:more|less|fewer|greater) than (?:or|\$?\d)|the first|the next|(?:each|every) additional|free|either)\b",
+    re.IGNORECASE,
+)
+# Words of a question that put a number into its solution.
+_WORDS: dict[int, str] = {
+    2: r"two|twice|doubl\w+|half|halves|couple|pair\w*|both|second|biweekly",
+    3: r"three|thrice|tripl\w+|thirds?",
+    4: r"four|fourths?|quarters?|quadrupl\w+",
+    5: r"five|fifths?|weekdays?|nickels?",
+    6: r"six|sixths?",
+    7: r"seven|sevenths?|weeks?|weekly|daily",
+    8: r"eight|eighths?",
+    9: r"nine|ninths?",
+    10: r"ten|tenths?|dimes?|decades?",
+    11: r"eleven",
+    12: r"twelve|dozens?|years?|yearly|annual\w*|months?|foot|feet|inch\w*",
+    20: r"twenty|score",
+    24: r"days?|hours?",
+    25: r"quarters?",
+    30: r"thirty|months?",
+    50: r"fifty|half",
+    52: r"years?|yearly|weeks?",
+    60: r"sixty|hours?|minutes?|seconds?",
+    100: r"hundreds?|percent\w*|cents?|dollars?|meters?|centur\w+",
+    365: r"years?|days?|daily",
+    1000: r"thousands?|kilo\w*|grams?|meters?",
+}
+_OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """An annotation: its numbers in order, what is done with them (`n0/n1`), and the result."""
+
+    numbers: tuple[Fraction, ...]
+    formula: str
+    value: Fraction
+
+    def result(self, numbers: tuple[Fraction, ...]) -> Fraction | None:
+        """What it gives with other numbers; None where that cannot be computed."""
+        try:
+            return _evaluated(ast.parse(self.formula, mode="eval").body, numbers)
+        except (ValueError, SyntaxError, ZeroDivisionError, RecursionError):
+            return None
+
+    def written(self, numbers: tuple[Fraction, ...], value: Fraction) -> str:
+        """The line of a solution."""
+        parts = iter(map(_shown, numbers))
+        formula = re.sub(r"n\d+", lambda _: next(parts), self.formula)
+        return f"{formula} = <<{formula}={_shown(value)}>>{_shown(value)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A number of a problem that can be replaced: where it stands, and what the solution does with it."""
+
+    question: str
+    start: int
+    end: int
+    number: int
+    steps: tuple[_Step, ...]
+
+    def text(self, shown: str) -> str:
+        """The question with something else in the number's place."""
+        return self.question[: self.start] + shown + self.question[self.end :]
+
+    def answer(self, number: int) -> str | None:
+        """The solution with another number, ending in `#### N`; None where it would make no sense."""
+        values: list[Fraction] = []
+        lines = []
+        for step in self.steps:
+            numbers = tuple(self._new(old, number, values) for old in step.numbers)
+            if any(new is None for new in numbers):
+                return None
+            known = tuple(new for new in numbers if new is not None)
+            value = step.result(known)
+            if value is None or value <= 0 or not _finite(value):
+                return None
+            if step.value.denominator == 1 and value.denominator != 1:
+                return None
+            values.append(value)
+            lines.append(step.written(known, value))
+        return "\n".join([*lines, f"#### {_shown(values[-1])}"])
+
+    def _new(self, old: Fraction, number: int, values: list[Fraction]) -> Fraction | None:
+        """What stands in a number's place now; None where its origin is not certain."""
+        if old == self.number:
+            return Fraction(number)
+        found = {new for step, new in zip(self.steps, values, strict=False) if step.value == old}
+        if old in _in_digits(self.question) or _said(self.question, old):
+            found.add(old)
+        return found.pop() if len(found) == 1 else None
+
+
+def slots(question: str, answer: str) -> list[Slot]:
+    """The numbers of a problem that can be replaced, in their order; see the module's docstring for the rule."""
+    steps = _steps(answer)
+    if steps is None or _DECIDES.search(question) or re.search(rf"\b{VARIABLE}\b", question):
+        return []
+    digits = _in_digits(question)
+    results: set[Fraction] = set()
+    for step in steps:
+        if any(n not in digits and n not in results and not _said(question, n) for n in step.numbers):
+            return []
+        results.add(step.value)
+    used = [number for step in steps for number in step.numbers]
+    found = []
+    for match in _AMOUNT.finditer(question):
+        number = int(match[1].replace(",", ""))
+        once = digits.count(Fraction(number)) == 1 and used.count(Fraction(number)) == 1
+        if number < 2 or not once or number in results or _said(question, Fraction(number)):
+            continue
+        slot = Slot(question, match.start(1), match.end(1), number, steps)
+        if _depends(slot):
+            found.append(slot)
+    return found
+
+
+def _depends(slot: Slot) -> bool:
+    """Whether the last step needs the number, directly or through earlier ones."""
+    touched: set[Fraction] = {Fraction(slot.number)}
+    for step in slot.steps:
+        if touched & set(step.numbers):
+            touched.add(step.value)
+    return slot.steps[-1].value in touched
+
+
+def _steps(answer: str) -> tuple[_Step, ...] | None:
+    """The annotations of a solution; None unless they are complete, exact, and end in the answer."""
+    solution, _, _ = answer.partition("####")
+    found = []
+    for line in solution.splitlines():
+        annotations = _ANNOTATION.findall(line)
+        if "<<" in _ANNOTATION.sub("", line) or _ANNOTATION.sub("", line).count("=") > len(annotations):
+            return None
+        for formula, value in annotations:
+            step = _step(formula, value)
+            if step is None:
+                return None
+            found.append(step)
+    gold = Fraction(parse_gold(answer))
+    return tuple(found) if found and found[-1].value == gold and gold.denominator == 1 else None
+
+
+def _step(formula: str, value: str) -> _Step | None:
+    if not _PLAIN.fullmatch(formula) or not re.fullmatch(r"\d+(\.\d+)?|\.\d+", value.strip()):
+        return None
+    numbers = tuple(Fraction(Decimal(number)) for number in re.findall(r"\d+\.?\d*|\.\d+", formula))
+    count = iter(range(len(numbers)))
+    named = re.sub(r"\d+\.?\d*|\.\d+", lambda _: f"n{next(count)}", formula).replace(" ", "")
+    step = _Step(numbers, named, Fraction(Decimal(value.strip())))
+    return step if len(numbers) > 1 and step.result(numbers) == step.value else None
+
+
+def _evaluated(node: ast.expr, numbers: tuple[Fraction, ...]) -> Fraction:
+    if isinstance(node, ast.Name):
+        return numbers[int(node.id[1:])]
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left, right = _evaluated(node.left, numbers), _evaluated(node.right, numbers)
+        return _OPERATORS[type(node.op)](left, right)
+    raise ValueError(f"{type(node).__name__} is no plain arithmetic")
+
+
+def _in_digits(question: str) -> list[Fraction]:
+    """The numbers of a question that stand there in digits; of a percentage its hundredth too."""
+    return [number for match in _DIGITS.finditer(question) for number in _read(question, match)]
+
+
+def _read(question: str, match: re.Match[str]) -> Iterator[Fraction]:
+    number = Fraction(Decimal(match[0].replace(",", "")))
+    yield number
+    if re.match(r" ?(%|percent)", question[match.end() :]):
+        yield number / 100
+
+
+def _said(question: str, number: Fraction) -> bool:
+    """Whether a word of the question may stand for a number; 1 needs none."""
+    if number == 1:
+        return True
+    words = _WORDS.get(int(number)) if number.denominator == 1 else None
+    shares = {Fraction(1, 2): "half|halves", Fraction(1, 4): "quarters?|fourths?"}
+    words = words or shares.get(number)
+    if number == 100 and "%" in question:
+        return True
+    return words is not None and re.search(rf"\b({words})\b", question, re.IGNORECASE) is not None
+
+
+def _finite(number: Fraction) -> bool:
+    """Whether a number is a finite decimal."""
+    rest = number.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return rest == 1
+
+
+def _shown(number: Fraction) -> str:
+    return f"{(Decimal(number.numerator) / Decimal(number.denominator)).normalize():f}"

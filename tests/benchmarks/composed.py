@@ -1,0 +1,224 @@
+"""The ground under training on composed questions: how often the frozen worker solves them, whole and split by hand.
+
+    python -m tests.benchmarks.composed --model DIR --source FILE.jsonl --parts 2 --max-steps 2 --questions 100 \\
+      --arms direct-single,direct-composed,by-hand,by-reference --out ground.jsonl
+
+The arms, all with the `worked` prompts, greedy:
+
+    direct-single     the whole question, after two solved single problems
+    direct-composed   the whole question, after two solved composed ones: the fair baseline
+    by-hand           split into the problems' own texts, each solved without the question, then combined
+    by-reference      split into "What is the answer to (A)?", …, each with the question, then combined
+
+Where by-hand is not well above direct-composed, no planner can learn to split. With --out each answer is a line as
+soon as its batch is done, and the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import prompts
+from common.cli import run, say
+from common.errors import UserError
+from common.evaluation.fingerprint import digest, worker_prompts
+from common.grading import extract_prediction, parse_gold
+from common.pipeline import PipelineExecutor, PipelineItem
+from common.plans import Plan
+from common.problems.composed import CHAINED, LETTERS, PREFIX, by_reference
+from common.problems.questions import Question, fingerprint, load_questions
+from common.reports.jsonl import append_jsonl, read_jsonl
+from common.reports.tables import format_table
+from common.settings.grpo import PACKAGED_MODEL
+
+STYLE = "worked"
+SINGLE, COMPOSED, BY_HAND, BY_REFERENCE = "direct-single", "direct-composed", "by-hand", "by-reference"
+ARMS = (SINGLE, COMPOSED, BY_HAND, BY_REFERENCE)
+Record = dict[str, Any]
+Arm = Callable[[Sequence[Question]], list[Record]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer what is not answered yet, print the table."""
+    options = build_parser().parse_args(argv)
+    arms = options.arms.split(",")
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise UserError(f"--arms: there is no arm {unknown[0]!r}: use {', '.join(ARMS)}")
+    steps = f"&max_steps={options.max_steps}" if options.max_steps else ""
+    kind = f"&kind={options.kind}"
+    source = f"{PREFIX}{options.source}?parts={options.parts}{steps}{kind}"
+    questions = load_questions(source, limit=options.questions, split=options.split, seed=options.seed)
+    settings = {"model": options.model, "max_tokens": options.max_tokens, "cpu_dtype": options.cpu_dtype}
+    settings["prompts"] = digest([worker_prompts(STYLE, context) for context in ("none", "question")])
+    records = answered(options.out, questions, settings)
+    missing = [arm for arm in arms if any((arm, item.question) not in records for item in questions)]
+    if missing:
+        solve = load_arms(options)
+        for arm in missing:
+            left = [item for item in questions if (arm, item.question) not in records]
+            for start in range(0, len(left), options.batch):
+                for record in solve[arm](left[start : start + options.batch]):
+                    records[arm, record["question"]] = record
+                    if options.out is not None:
+                        append_jsonl(options.out, {"arm": arm, **record, **settings})
+                done = len(questions) - len(left) + min(start + options.batch, len(left))
+                say(f"{arm}: {done} of {len(questions)}")
+    print(f"{source}, {len(questions)} questions ({fingerprint(questions)}), {options.model}, {options.cpu_dtype}")
+    print(table({arm: [records[arm, item.question] for item in questions] for arm in arms}))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=PACKAGED_MODEL, help="folder, Hub id or packaged model")
+    parser.add_argument("--source", required=True, help="problems in GSM8K's schema: file, folder, Hub id, generated:")
+    parser.add_argument("--split", default="train", help="of a folder or Hub id (default: train)")
+    parser.add_argument("--parts", default="2", help="problems in a question, such as 2 or 2-3")
+    parser.add_argument("--kind", default="sum", help="sum or chained")
+    parser.add_argument("--max-steps", type=int, help="of a problem's solution, at most")
+    parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--max-tokens", type=int, default=320, help="of one answer")
+    parser.add_argument("--batch", type=int, default=20, help="questions answered together")
+    parser.add_argument("--cpu-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--out", type=Path, help="JSONL file of the answers, to go on from")
+    return parser
+
+
+def answered(path: Path | None, questions: Sequence[Question], settings: Record) -> dict[tuple[str, str], Record]:
+    """The answers of earlier runs to these questions, by arm and question.
+
+    Raises:
+        UserError: for a file of other settings.
+    """
+    if path is None or not path.exists():
+        return {}
+    asked = {item.question for item in questions}
+    found = {}
+    for record in read_jsonl(path):
+        other = [name for name, value in settings.items() if record.get(name) != value]
+        if other:
+            raise UserError(f"--out {path} was made with another {other[0].replace('_', '-')}: name another file")
+        if record["question"] in asked and record["error"] is None:
+            found[record["arm"], record["question"]] = record
+    return found
+
+
+def load_arms(options: argparse.Namespace) -> dict[str, Arm]:
+    """What each arm does with a batch of questions, on one worker that shows parts alone and one that does not."""
+    import torch
+
+    from common import models
+    from common.settings.grpo import TrainingArgs
+    from common.training.device import quiet_libraries, tune_for_cpu
+    from common.workers.local import FrozenWorker
+
+    quiet_libraries(debug=False)
+    tune_for_cpu()
+    torch.set_grad_enabled(False)
+    tokenizer = models.load_tokenizer(options.model)
+    model = models.load_base(options.model, four_bit=False).eval()
+    dtype = models.cpu_dtype(TrainingArgs(cpu_dtype=options.cpu_dtype, use_4bit=False))
+
+    def worker(context: str) -> FrozenWorker:
+        return FrozenWorker(
+            model, tokenizer, style=STYLE, context=context, max_tokens=options.max_tokens, cpu_dtype=dtype
+        )
+
+    # A plan written by hand is no less a plan for a long problem in it.
+    alone, shown = (
+        PipelineExecutor(worker(context), None, max_subproblem_chars=10_000) for context in ("none", "question")
+    )
+
+    def single(batch: Sequence[Question]) -> list[Record]:
+        asked = [prompts.direct_messages(item.question, STYLE, like_question=False) for item in batch]
+        found = []
+        for item, answer in zip(batch, alone.worker.generate(asked), strict=True):
+            number = extract_prediction(answer.text, finished=answer.finished)
+            right = answer.error is None and number == parse_gold(item.answer)
+            found.append(_record(item, right, answer.tokens, answer.text, [], [], answer.error))
+        return found
+
+    def planned(executor: PipelineExecutor, plan: Callable[[Question], Plan]) -> Arm:
+        def solve(batch: Sequence[Question]) -> list[Record]:
+            items = [PipelineItem(plan(item).to_json(), item.question, item.answer) for item in batch]
+            found = []
+            for item, result in zip(batch, executor.execute_batch(items), strict=True):
+                solutions = [solution.text for solution in result.solutions]
+                parts = [
+                    extract_prediction(solution.text, finished=solution.finished) == parse_gold(part.answer)
+                    for part, solution in zip(item.parts, result.solutions, strict=False)
+                ]
+                final = None if result.final is None else result.final.text
+                found.append(_record(item, result.correct, result.worker_tokens, final, solutions, parts, result.error))
+            return found
+
+        return solve
+
+    return {
+        SINGLE: single,
+        COMPOSED: planned(alone, lambda item: Plan(False, ())),
+        BY_HAND: planned(alone, by_hand),
+        BY_REFERENCE: planned(shown, lambda item: Plan(True, tuple(map(by_reference, LETTERS[: len(item.parts)])))),
+    }
+
+
+def by_hand(item: Question) -> Plan:
+    """The plan that a good planner could write: the problems that can be solved without another's answer, in full."""
+    parts = item.parts[:1] if item.kind == CHAINED else item.parts
+    return Plan(True, tuple(part.question for part in parts))
+
+
+def _record(
+    item: Question, correct: bool, tokens: int | None, final: str | None, solutions: list[str], parts: list[bool],
+    error: str | None,
+) -> Record:  # fmt: skip
+    return {
+        "question": item.question,
+        "gold": f"{parse_gold(item.answer):f}",
+        "correct": correct,
+        "tokens": tokens,
+        "parts_right": parts,
+        "solutions": solutions,
+        "final": final,
+        "error": error,
+    }
+
+
+def table(records: dict[str, list[Record]]) -> str:
+    """Accuracy with its interval, tokens, parts solved, and each arm against the baseline on the same questions."""
+    from common.evaluation.statistics import mcnemar_exact, wilson_interval
+
+    baseline = COMPOSED if COMPOSED in records else next(iter(records))
+    rows = []
+    for arm, found in records.items():
+        right = [record["correct"] for record in found]
+        low, high = wilson_interval(sum(right), len(right))
+        parts = [part for record in found for part in record["parts_right"]]
+        tokens = [record["tokens"] for record in found if record["error"] is None]
+        mine, theirs, p = mcnemar_exact(right, [record["correct"] for record in records[baseline]])
+        rows.append(
+            {
+                "arm": arm,
+                "right": f"{sum(right)} of {len(right)}",
+                "accuracy": f"{100 * sum(right) / len(right):.0f}%",
+                "95%": f"{100 * low:.0f}-{100 * high:.0f}",
+                "tokens": f"{sum(tokens) / max(1, len(tokens)):.0f}",
+                "parts right": f"{100 * sum(parts) / len(parts):.0f}%" if parts else "-",
+                f"against {baseline}": "-" if arm == baseline else f"{mine} : {theirs}, p = {p:.2g}",
+                "failed": str(len(found) - len(tokens)),
+            }
+        )
+    return format_table(rows)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    run(main)
