@@ -69,7 +69,7 @@ def campaign(stage: Stage, inputs: int | None = None, only: str = "") -> None:
     place.mkdir(parents=True)
     told: set[str] = set()
     slowest: dict[str, float] = {}
-    with written_outside(stage.folder) as outside, targets.all_targets(stage, place) as chosen:
+    with targets.all_targets(stage, place) as chosen, written_outside(stage.folder) as outside:
         chosen = [target for target in chosen if re.search(only, target.name)]
         weights = [target.weight for target in chosen]
         while stage.time_left() and (inputs is None or stage.counts["inputs"] < inputs):
