@@ -1,4 +1,4 @@
-"""Models, tokenizers, encoders and adapters: what the rest of the project uses of this folder."""
+"""Models, tokenizers, encoders and adapters. This module holds the names that the rest of the project uses."""
 
 from common.models.loading import check_base_model as check_base_model
 from common.models.loading import explained as explained

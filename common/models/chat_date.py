@@ -13,17 +13,17 @@ _TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote
 
 
 def fix_date(tokenizer: Any, day: date) -> bool:
-    """Write a fixed date into a chat template that asks for today's, so that prompts are the same on every day.
+    """Replace today's date in a chat template by a fixed one, so that prompts are the same on every day.
 
-    The template is saved with the adapter. So a merged model, or a server that is given the file, shows the date of
-    the training run too.
+    The template is saved with the adapter. So a merged model, or a server that is given the file, also shows the date
+    of the training run.
 
     Args:
         tokenizer: its chat template is changed.
         day: the date to show.
 
     Returns:
-        Whether the template has a date at all.
+        Whether the template contains a date.
 
     Raises:
         UserError: if the template still shows today's date.

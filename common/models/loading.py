@@ -29,10 +29,15 @@ def quiet_transformers() -> None:
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
-    """The tokenizer of a model, padding on the left, with a pad token and a chat template.
+    """Load the tokenizer of a model. It pads on the left, and always has a pad token and a chat template.
+
+    Args:
+        name: Hub id, folder, or the packaged model.
+        revision: of a Hub model (default: its main branch).
+        gguf_file: name of the GGUF file that contains the tokenizer, if there is one.
 
     Raises:
-        UserError: where it cannot be loaded.
+        UserError: if it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -43,7 +48,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | N
             padding_side="left",
             truncation_side="left",
             **({} if gguf_file is None else {"gguf_file": gguf_file}),
-            trust_remote_code=False,  # left open, transformers asks on the terminal, and runs it at a "y"
+            trust_remote_code=False,  # if unset, transformers asks the user, and runs the model's code after a "y"
         )
         _check_savable(tokenizer)
     if tokenizer.pad_token is None:
@@ -54,10 +59,10 @@ def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | N
 
 
 def _check_savable(tokenizer: Any) -> None:
-    """Stop for a tokenizer that can be loaded but not saved, which would end a run at its first checkpoint.
+    """Refuse a tokenizer that can be loaded but not saved: the run would fail at its first checkpoint.
 
     Raises:
-        ValueError: for a chat template whose name would be a path, and for texts that UTF-8 cannot hold.
+        ValueError: if the name of a chat template is a path, or a text cannot be encoded as UTF-8.
     """
     templates = tokenizer.chat_template
     for name in templates if isinstance(templates, dict) else ():
@@ -69,7 +74,7 @@ def _check_savable(tokenizer: Any) -> None:
 def load_base(
     name: str, *, four_bit: bool, dtype: Any = None, revision: str | None = None, gpu: bool | None = None
 ) -> Any:
-    """Load the base model: 4-bit NF4 with double quantisation, or else bf16 or fp16 on a GPU and fp32 on a CPU.
+    """Load the base model: in 4-bit NF4 with double quantisation, in bf16 or fp16 on a GPU, or in fp32 on a CPU.
 
     NF4 is the 4-bit number format of QLoRA (arXiv:2305.14314). On a CPU the weights stay fp32 even if products are
     computed in bf16 (`cpu_dtype`): only the copies made for generation are bf16.
@@ -82,7 +87,7 @@ def load_base(
         gpu: whether to use a GPU (default: if there is one).
 
     Raises:
-        UserError: if it cannot be loaded; the message names ways out.
+        UserError: if it cannot be loaded; the message says what to try.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -104,14 +109,14 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer permanently at its first forward in eval mode, for a
-        # kernel without a gradient. After one worker call, training would silently go on with wrong gradients.
+        # kernel without a gradient. After one worker call, training would continue with wrong gradients and no error.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model
 
 
 def load_sentence_encoder(name: str) -> Any:
-    """Load a sentence-transformers model on the CPU; the installed package with the same weights is preferred.
+    """Load a sentence-transformers model on the CPU. If a package with the same weights is installed, that is used.
 
     Raises:
         UserError: if it cannot be loaded.
@@ -130,7 +135,7 @@ def explained(name: str) -> Iterator[None]:
     """Context manager: turn errors while loading model `name` into one line that says what to do.
 
     Raises:
-        UserError: for missing memory, files, packages or network, and for a Hub token that is not valid.
+        UserError: if memory, a file, a package or the network is missing, or if the Hub token is not valid.
     """
     import torch
 
@@ -145,7 +150,7 @@ def explained(name: str) -> Iterator[None]:
         ) from error
     except UserError:
         raise
-    except Exception as error:  # a config may hold anything, and libraries raise anything then
+    except Exception as error:  # after reading a damaged config, libraries raise errors of any type
         reason = first_line(error)
         hint = "check the name, the network, and access to a gated model (HF_TOKEN or `hf auth login`)"
         if Path(name).exists():
@@ -167,7 +172,7 @@ def check_base_model(base_model: str) -> None:
     """Check the value of --base-model without network: an existing folder, a Hub id, or the packaged model.
 
     Raises:
-        UserError: if it can be none of these; the message says what was found.
+        UserError: if it is none of these; the message says what was found.
     """
     folder = Path(base_model).expanduser()
     if not base_model.strip():

@@ -1,4 +1,4 @@
-"""LoRA adapters on a base model: which layers, where they start, the reference of the KL penalty."""
+"""LoRA adapters on a base model: the adapted layers, the initial weights, and the reference of the KL penalty."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from common.models.precision import LoraSettings
 
 
 def lora_config(args: LoraSettings, model: Any) -> Any:
-    """The `peft.LoraConfig`: that of `adapter_path`, or else all attention and MLP projections of the adapted layers.
+    """The `peft.LoraConfig`: the one of `adapter_path`, or a new one for all attention and MLP projections.
 
     LoRA (arXiv:2106.09685) adds (lora_alpha / lora_r) · B A to each weight.
     """
@@ -43,7 +43,7 @@ def load_adapter_weights(model: Any, adapter_path: str) -> None:
     """Load the weights of an adapter folder into a `PeftModel` with the same LoRA settings.
 
     Raises:
-        UserError: if they do not fit the model.
+        UserError: if the weights do not fit the model.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 

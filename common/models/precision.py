@@ -1,4 +1,4 @@
-"""How numbers are kept and multiplied: 4-bit weights, bf16 or fp32, on this device."""
+"""Number formats for weights and for matrix products on this device: 4 bits, bf16, fp16 or fp32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from common.errors import UserError
 
 
 class LoraSettings(Protocol):
-    """Settings of model and adapter that every training script has; `common.settings` documents each."""
+    """Settings of model and adapter that every training script has. `common.settings` documents each of them."""
 
     adapter_path: str | None
     use_4bit: bool | None
@@ -31,8 +31,8 @@ def multiplies_bf16() -> bool:
     import torch
 
     has = torch.cpu.get_capabilities()
-    # Without such instructions oneDNN converts every number, which is slower than fp32. `is_available` tells what
-    # torch was built with; the last check tells whether this processor and system may use it.
+    # Without such instructions oneDNN converts every number, which is slower than fp32. `is_available` says whether
+    # torch was built with oneDNN. The last check says whether this processor and system can use it.
     return (
         bool(has.get("avx512_bf16") or has.get("amx_bf16"))
         and torch.backends.mkldnn.is_available()
@@ -41,10 +41,10 @@ def multiplies_bf16() -> bool:
 
 
 def cpu_dtype(args: LoraSettings) -> Literal["auto", "float32", "bfloat16"]:
-    """The dtype of matrix products on this CPU. With a GPU it is the setting unchanged, because nothing reads it.
+    """The dtype of matrix products on this CPU. With a GPU the setting is returned unchanged, because it is not used.
 
     Raises:
-        UserError: if bfloat16 is asked for but this machine or these weights do not support it.
+        UserError: if bfloat16 is set, but this machine or these weights do not support it.
     """
     import torch
 

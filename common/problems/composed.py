@@ -1,12 +1,14 @@
-"""Questions made of several problems of another source: `multi:SOURCE?parts=2-3&single=0.3&max_steps=3&kind=sum`.
+"""Composed questions, made of several problems of another source.
+
+The source is named `multi:SOURCE?parts=2-3&single=0.3&max_steps=3&kind=sum`. A composed question looks like this:
 
     (A) Ann has 3 pens and buys 2. How many has she?
     (B) Bob reads 4 pages a day. How many does he read in 5 days?
     What is the sum of the answers to (A) and (B)?
 
 A small model solves such a question far less often than its problems one by one (REST, arXiv:2507.10541; Compositional
-GSM, arXiv:2410.01748), so here a planner has something to win. With `kind=chained` the second problem uses the first
-one's answer; `common.problems.chained` says where that is possible.
+GSM, arXiv:2410.01748). So a planner can improve the result here. With `kind=chained` the second problem uses the
+answer to the first. `common.problems.chained` explains which problems allow that.
 """
 
 from __future__ import annotations
@@ -36,10 +38,14 @@ _PART = re.compile(r"^\(([A-H])\) ", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How questions are made: from `source`, of `fewest` to `most` problems.
+    """How to compose questions.
 
-    `single` is the share of problems left as they are; a problem whose solution has more than `max_steps` lines is left
-    out.
+    Attributes:
+        source: name of the source of the problems.
+        fewest, most: number of problems in a composed question, at least and at most.
+        single: share in [0, 1] of problems that are not composed.
+        max_steps: problems whose solution has more lines than this are left out.
+        kind: "sum" or "chained".
     """
 
     source: str
@@ -51,26 +57,26 @@ class Recipe:
 
 
 def is_composed(dataset: str) -> bool:
-    """Whether a source makes its questions of several problems."""
+    """Whether a source composes its questions of several problems."""
     return dataset.startswith(PREFIX)
 
 
 def inner_source(dataset: str) -> str:
-    """Where the problems come from: the source itself, unless it is `multi:SOURCE?…`."""
+    """The source of the problems: SOURCE for `multi:SOURCE?…`, and the name itself for any other source."""
     return parse_source(dataset).source if is_composed(dataset) else dataset
 
 
 def parse_source(dataset: str) -> Recipe:
-    """The recipe that `multi:SOURCE?parts=2-3&…` names. Options that are not its own go to SOURCE.
+    """Read the recipe in a name `multi:SOURCE?parts=2-3&…`. Options that a recipe does not have belong to SOURCE.
 
     Raises:
-        UserError: without a source, and for a value that cannot be.
+        UserError: if SOURCE is missing, or an option has an invalid value.
     """
     source, _, query = dataset.removeprefix(PREFIX).partition("?")
     given = parse_qsl(query, keep_blank_values=True)
     values = {name: value for name, value in given if name in _OPTIONS}
     others = "&".join(f"{name}={value}" for name, value in given if name not in _OPTIONS)
-    if others and ":" not in source:  # only a generator has options
+    if others and ":" not in source:  # only a generator takes options
         raise _refused(dataset, f"found {others}, the options are {', '.join(_OPTIONS)}")
     if not source or is_composed(source):
         raise _refused(dataset, "a source of problems has to be named, and no composed one")
@@ -95,14 +101,14 @@ def parse_source(dataset: str) -> Recipe:
 
 
 def compose(problems: Sequence[Question], recipe: Recipe, limit: int, seed: int, *, shuffle: bool) -> list[Question]:
-    """At most `limit` questions, the same for the same seed; no problem is in two of them.
+    """Compose at most `limit` questions. The same seed gives the same questions, and no problem is used twice.
 
     Args:
-        problems: of the source; one whose text occurred before, or is too long, is left out.
-        recipe: how they are put together.
-        limit: at most this many questions.
-        seed: of the choice and the order.
-        shuffle: whether problems are taken in another order than they come in.
+        problems: of the source. Repeated texts and too long ones are left out.
+        recipe: how to compose.
+        limit: largest number of questions.
+        seed: of the random choices and the order.
+        shuffle: whether to shuffle the problems first.
     """
     draw = random.Random(seed)
     usable = {item.question: item for item in problems if _usable(item, recipe)}
@@ -129,7 +135,7 @@ def _sum(left: list[Question], recipe: Recipe, draw: random.Random) -> Iterator[
 
 
 def _chain(left: list[Question], recipe: Recipe, draw: random.Random) -> Iterator[Question]:
-    """Each problem with the next one that can use its answer; one that finds none is skipped."""
+    """Pair each problem with the next one that can use its answer. A problem without such a partner is skipped."""
     second = {item.question: chained.slots(item.question, item.answer) for item in left}
     waiting = left
     while waiting:
@@ -146,12 +152,12 @@ def _chain(left: list[Question], recipe: Recipe, draw: random.Random) -> Iterato
 
 
 def as_single(item: Question) -> Question:
-    """A problem that is left as it is, among composed ones."""
+    """A problem that is not composed, for a data set that also contains composed questions."""
     return Question(item.question, item.answer, SINGLE)
 
 
 def summed(parts: Sequence[Question]) -> Question:
-    """One question that asks for the sum of the answers to several problems."""
+    """Compose one question that asks for the sum of the answers to several problems."""
     golds = [parse_gold(part.answer) for part in parts]
     added = " + ".join(map(_shown, golds))
     total = _shown(sum(golds, Decimal(0)))
@@ -160,7 +166,7 @@ def summed(parts: Sequence[Question]) -> Question:
 
 
 def chain(first: Question, second: Question) -> Question | None:
-    """One question whose second problem uses the answer to the first; None where that is not certain to work out."""
+    """Compose one question whose second problem uses the answer to the first; None if its answer is not certain."""
     return _chained(first, second, chained.slots(second.question, second.answer))
 
 
@@ -179,36 +185,36 @@ def _chained(first: Question, second: Question, slots: Sequence[chained.Slot]) -
 
 
 def sum_text(problems: Sequence[str]) -> str:
-    """The question that asks for the sum of the answers to several problems."""
+    """Text of the question that asks for the sum of the answers to several problems."""
     named = [f"({letter})" for letter in LETTERS[: len(problems)]]
     asked = f"What is the sum of the answers to {', '.join(named[:-1])} and {named[-1]}?"
     return "\n".join([*_marked(problems), asked])
 
 
 def chained_text(first: str, second: str) -> str:
-    """The question whose second problem uses the first one's answer, which it calls X."""
+    """Text of the question whose second problem uses the answer to the first, under the name X."""
     return "\n".join([*_marked([first, second]), _CHAINED_END])
 
 
 def count_parts(question: str) -> int:
-    """How many problems a question is made of, by its text alone: 0 for one that is not composed."""
+    """Number of problems in a composed question, found from its text alone; 0 for any other question."""
     letters = "".join(_PART.findall(question))
     return len(letters) if len(letters) > 1 and LETTERS.startswith(letters) and question.startswith("(A) ") else 0
 
 
 def is_chained(question: str) -> bool:
-    """Whether a composed question's second problem uses the first one's answer, by its text alone."""
+    """Whether the second problem of a composed question uses the answer to the first, found from its text alone."""
     return question.endswith(_CHAINED_END)
 
 
 def part_texts(question: str) -> list[str]:
-    """The problems of a composed question as its text has them."""
+    """The problems of a composed question, as they stand in its text."""
     body = question.rpartition("\n")[0]
     return [part.strip() for part in _PART.split(body)[2::2]]
 
 
 def by_reference(letter: str) -> str:
-    """A subproblem that names a part instead of telling it."""
+    """A subproblem that refers to a part by its letter and does not repeat its text."""
     return f"What is the answer to ({letter})?"
 
 

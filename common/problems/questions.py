@@ -1,4 +1,4 @@
-"""Questions with gold answers: from the Hub, from files in GSM8K's schema, generated, or made of several of these.
+"""Questions with gold answers: from the Hub, from files in GSM8K's schema, generated, or composed of several problems.
 
 Files and generator names are checked line by line before anything heavy is imported or downloaded.
 """
@@ -28,7 +28,7 @@ GENERATOR_PREFIX = "reasoning-gym:"
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
-    """16 hexadecimal digits (SHA-256) that change with any text and with the order."""
+    """Hash of the questions: 16 hexadecimal digits (SHA-256). It changes with any text and with the order."""
     digest = hashlib.sha256()
     for item in questions:
         digest.update(json.dumps([item.question, item.answer]).encode())
@@ -38,10 +38,15 @@ def fingerprint(questions: Iterable[Question]) -> str:
 def check_source(dataset: str, split: str = "train", flag: str = "--dataset") -> None:
     """Check a source of questions without network, model or heavy import.
 
-    Files are read and checked completely; for generated problems the name of the task is checked.
+    Files are read and checked completely. For generated problems only the name of the task is checked.
+
+    Args:
+        dataset: see `load_questions`.
+        split: of a Hub data set or of a folder.
+        flag: the flag that sets `dataset`, for error messages.
 
     Raises:
-        UserError: if the source cannot work.
+        UserError: if the source cannot be used.
     """
     if not dataset.strip():
         raise UserError(f"{flag} is empty: name a file, a folder, a Hub id or a generator")
@@ -54,7 +59,7 @@ def check_source(dataset: str, split: str = "train", flag: str = "--dataset") ->
         elif is_local(dataset):
             _read_path(Path(dataset), split if Path(dataset).is_dir() else "train")
         else:
-            hub_token()  # an invalid token is reported here, not later by a library
+            hub_token()  # an invalid token is reported now, not later by a library
     except UserError as error:
         raise UserError(str(error).replace("--dataset ", f"{flag} ")) from error
 
@@ -68,17 +73,19 @@ def load_questions(
     seed: int = 42,
     exclude: Iterable[str] = (),
 ) -> list[Question]:
-    """The first `limit` questions of a source, in its own order.
+    """The first `limit` questions of a source, in the order of the source.
 
     Args:
-        dataset: Hub id, file, folder, `reasoning-gym:TASK?option=value&…`, or `multi:` and one of these.
-        limit: at most this many.
-        config, split: of a Hub data set (or of the folder's files, see `common.problems.files.split_files`).
-        seed: of a generator and of composed questions; files and the Hub ignore it.
-        exclude: texts of questions, and of problems in them, to leave out, such as those of another split.
+        dataset: Hub id, file, folder, `reasoning-gym:TASK?option=value&…`, or `multi:` followed by one of these.
+        limit: the largest number of questions to return.
+        config: of a Hub data set.
+        split: of a Hub data set, or of a folder (see `common.problems.files.split_files`).
+        seed: of a generator and of composed questions. Files and the Hub do not use it.
+        exclude: texts to leave out, for example those of another split. Both questions and the problems that a
+            composed question contains are compared with them.
 
     Raises:
-        UserError: where the source cannot be read, with the ways out.
+        UserError: if the source cannot be read; the message says what to try.
     """
     left_out = set(exclude)
     if composed.is_composed(dataset):
@@ -100,10 +107,10 @@ def load_questions(
 
 
 def check_enough(args: TrainingArgs, questions: int) -> None:
-    """Stop for fewer questions than one step takes: TRL's sampler would yield nothing and training end at once.
+    """Refuse fewer questions than one step takes. TRL's sampler would yield nothing, and training would end at once.
 
     Raises:
-        UserError: with how many are needed.
+        UserError: with the number of questions that a step needs.
     """
     needed = args.batch_size * world_size() * args.grad_accum // args.num_generations
     if questions < needed:
@@ -114,12 +121,12 @@ def check_enough(args: TrainingArgs, questions: int) -> None:
 
 
 def is_generated(dataset: str) -> bool:
-    """Whether a source makes its questions, or the problems they are made of, rather than reads them."""
+    """Whether a source generates its questions, or the problems they are composed of, and does not read them."""
     return composed.inner_source(dataset).startswith((GENERATOR_PREFIX, generated.PREFIX))
 
 
 def kind_of_source(dataset: str) -> str:
-    """Where questions come from: "generated", "local" or "hub"; a model card names data sets of the Hub only."""
+    """Origin of the questions: "generated", "local" or "hub". A model card names only data sets of the Hub."""
     if is_generated(dataset):
         return "generated"
     return "local" if is_local(composed.inner_source(dataset)) else "hub"
@@ -129,7 +136,7 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
     """Questions for the scoreboard that training does not use.
 
     Raises:
-        UserError: if some are also training questions, or the settings do not say where to take them from.
+        UserError: if some of them are also training questions, or if the settings do not name a source for them.
     """
     source = args.eval_dataset or args.dataset
     inner = composed.inner_source(source)
@@ -145,7 +152,7 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
         limit=args.eval_samples,
         config=args.dataset_config,
         split=split,
-        seed=args.seed + 1_000_003,  # generated problems: another stream than training's
+        seed=args.seed + 1_000_003,  # so that generated problems differ from those of training
         exclude=known if made else (),
     )
     check_disjoint(known, [text for item in found for text in item.texts])
@@ -154,10 +161,10 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
 
 
 def check_disjoint(training: Iterable[str], held_out: Iterable[str]) -> None:
-    """Check that no question is in both sets. Case, spaces and punctuation are ignored.
+    """Check that no question is in both sets. The comparison ignores case, spaces and punctuation.
 
     Raises:
-        UserError: with the number of shared questions and one of them.
+        UserError: with the number of shared questions, and one example.
     """
 
     def letters(text: str) -> str:
@@ -204,7 +211,7 @@ def _read(dataset: str, config: str | None, split: str) -> list[Question]:
 
 
 def _tell_kinds(questions: list[Question], dataset: str, limit: int) -> None:
-    """One line: how many questions are made of how many problems, and whether the source gave no more."""
+    """Print one line with the number of composed questions, and a note if the source gave fewer than `limit`."""
     if not questions:
         raise UserError(f"--dataset {dataset} gives no question: its source has too few problems that fit the options")
     counts = Counter(max(1, len(item.parts)) for item in questions)
@@ -214,7 +221,7 @@ def _tell_kinds(questions: list[Question], dataset: str, limit: int) -> None:
 
 
 def _tell_repeats(rows: list[Question], dataset: str) -> None:
-    """Print one line if a source contains questions more than once. They are kept, but a user may not expect them."""
+    """Print one line if a source contains a question more than once. All copies are kept; the user should know."""
     repeated = len(rows) - len({item.question for item in rows})
     if repeated:
         say(f"{dataset}: {repeated} of {len(rows)} questions occurred before in it; they are kept")
@@ -270,7 +277,7 @@ def _known_tasks() -> list[str]:
 
 
 def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Question]:
-    draws = 20 * limit + 1000  # small families repeat questions, so stop after this many draws
+    draws = 20 * limit + 1000  # stop after this many draws: a task with few different questions repeats them
     if dataset.startswith(generated.PREFIX):
         stream: Iterator[tuple[str, str]] = (
             (item.question, item.answer) for item in islice(generated.shares(dataset, seed), draws)
