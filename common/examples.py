@@ -1,4 +1,4 @@
-"""Solved problems that the worker is shown before its own: texts, the steps that solve them, results. Own texts."""
+"""Solved problems that the worker is shown before its own: texts, solution steps, results. Written for this project."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from common.problems.generated import Shares
 
 
 def worked_answer(*steps: str, number: int) -> str:
-    """One step per line, and then the line of JSON that the worker is asked for."""
+    """A solution: one step per line, then the JSON line that the worker's instructions ask for."""
     return "\n".join([*steps, json.dumps({"final_answer": number})])
 
 
@@ -32,14 +32,14 @@ BIKE_STEPS = (
     "She is short of 180 - 120 = 60 dollars.",
 )
 
-# Parts of them, and their solutions.
+# Parts of these two problems, and their solutions.
 BAKED = ("How many rolls does he bake?", worked_answer(*BAKER_STEPS[:1], number=72))
 MORNING = ("How many rolls are left after the morning?", worked_answer(*BAKER_STEPS[:2], number=28))
 SAVED = ("How much does she save?", worked_answer(*BIKE_STEPS[:1], number=120))
 PRICE = ("What does the bike cost after the discount?", worked_answer(*BIKE_STEPS[1:3], number=180))
 
-# What questions made of several problems are made of: text, steps, result. Two or three steps each: after examples with
-# one step a small model leaves out steps of its own.
+# Problems for composed questions: text, steps, result. Each has two or three steps. After examples with only one step,
+# a small model leaves out steps of its own solutions.
 Solved = tuple[str, tuple[str, ...], int]
 SOLVED: tuple[Solved, ...] = (
     (
@@ -91,7 +91,7 @@ SOLVED: tuple[Solved, ...] = (
         36,
     ),
 )
-# Problems, and what may follow them and use their answer.
+# Problems, each with a second problem that uses its answer.
 FOLLOWING: tuple[tuple[Solved, Solved], ...] = (
     (
         SOLVED[0],
@@ -112,7 +112,7 @@ FOLLOWING: tuple[tuple[Solved, Solved], ...] = (
 )
 
 # The few-shot problems are like those of the demo, with other names and things. The number of turns and the wording of
-# the steps were chosen by measurement, above all for direct solving: a weak baseline would prove nothing.
+# the steps were chosen by measurement, mainly for direct solving: beating a weak baseline would prove nothing.
 SHOTS = (
     Shares(("Rob", "Zoe", "Nia", "Max", "Tom", "Una"), (2, 2, 5, 1, 4, 3), "stickers"),
     Shares(("Zoe", "Val", "Tom", "Una", "Pam", "Kim"), (1, 5, 4, 2, 3, 1), "keys"),
@@ -129,7 +129,7 @@ SUMS = (
 
 
 def term_by_term(amounts: Sequence[int]) -> str:
-    """A sum, computed term by term in words."""
+    """A sum in words, computed term by term."""
     total = amounts[0]
     lines: list[str] = []
     for amount in amounts[1:]:
@@ -139,5 +139,5 @@ def term_by_term(amounts: Sequence[int]) -> str:
 
 
 def pair_sums(amounts: Sequence[int]) -> list[int]:
-    """Sums of the first two, the next two and so on."""
+    """Sums of the first two amounts, of the next two, and so on."""
     return [sum(amounts[start : start + 2]) for start in range(0, len(amounts), 2)]

@@ -27,7 +27,7 @@ FAILED_BATCHES_BEFORE_STOP = 3
 
 @dataclass(frozen=True, slots=True)
 class RewardWeights:
-    """Weights of the documented reward formula, and of its two extras, which are off by default.
+    """Weights of the documented reward formula, and of its two optional additions, which are off by default.
 
     Attributes:
         correctness: of a correct answer.
@@ -69,7 +69,7 @@ def reward_of(result: PipelineResult, weights: RewardWeights) -> float | None:
     reward = correctness × correct + token × (1 − tokens / max_tokens) + independence × independence_score
 
     Here `correct` is 0 or 1, and `tokens` counts the planner's completion and all worker answers. A right answer
-    counts as wrong where the worker was shown a plan that holds it.
+    counts as wrong if the worker was shown a plan that contains the answer.
 
     Returns:
         None if the worker failed or the number of tokens is unknown; TRL then masks the sample. 0 for an invalid plan,
@@ -92,17 +92,17 @@ class PipelineRewardFunction:
     """The reward function of a GRPO run: one call scores a whole generation batch.
 
     Args:
-        executor: carries out the plans.
+        executor: executes the plans.
         weights: of the formula.
-        eos_ids: tokens that end a completion; one that ends with none of them was cut off.
-        sink: receives the sample records of all processes' batches, in the first process (for `samples.jsonl` and W&B).
-        clock: is told how long worker and embeddings took.
+        eos_ids: end-of-sequence tokens. A completion that does not end with one of them was cut off.
+        sink: receives the sample records of all processes, in the first process only (for `samples.jsonl` and W&B).
+        clock: measures the time of worker and embeddings.
 
     Raises (when called):
-        UserError: after several batches in a row in which every worker call failed.
+        UserError: if every worker call failed in several consecutive batches.
     """
 
-    __name__ = "pipeline_reward"  # TRL names its reward metrics after it
+    __name__ = "pipeline_reward"  # TRL uses this name for its reward metrics
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class PipelineRewardFunction:
         self._eos_ids = eos_ids
         self._sink = sink
         self._failed_batches = 0
-        # Returns for each completion of the batch why a server gave none, or None. Set by the code that asks servers.
+        # Returns for each completion of the batch an error message, or None. The code that asks servers replaces it.
         self.rollout_errors: Callable[[], Sequence[str | None]] = tuple
 
     def __call__(
@@ -135,17 +135,20 @@ class PipelineRewardFunction:
         trainer_state: Any = None,
         **_: Any,
     ) -> list[float | None]:
-        """Rewards of B completions, None for one to be masked; every process must call it.
+        """Rewards of B completions; None for a sample to be masked. Every process must call it.
 
-        What is logged is of the samples of all processes: the mean of their means would weigh a sample by how many
-        others of its kind its process happened to have.
+        The logged averages are over the samples of all processes together. A mean of the processes' means would give
+        samples unequal weights, because the processes have unequal numbers of samples of each kind.
 
         Args:
             prompts: unused; questions and answers travel as data set columns.
             completions: B texts, or B one-message conversations.
             completion_ids: B token lists.
             question, answer: B data set values.
-            log_metric, log_extra, trainer_state: TRL's.
+            log_metric, log_extra, trainer_state: passed by TRL.
+
+        Raises:
+            UserError: if every worker call failed in several consecutive batches.
         """
         items = [
             PipelineItem(_text(completion), text, gold, len(ids), bool(ids) and ids[-1] in self._eos_ids)
@@ -163,7 +166,7 @@ class PipelineRewardFunction:
         everyones = [result for result, _ in every]
         self._stop_if_nothing_works(everyones)
         if log_metric is not None:
-            # TRL averages what the processes log, which is the same in all of them.
+            # TRL averages the values that the processes log. Here all processes log the same values.
             for name, value in batch_metrics(everyones, self._weights).items():
                 log_metric(name, value)
             log_metric("cache_hit_rate", total_stats(ranks.gathered([stats])).cache_hit_rate)
@@ -177,7 +180,7 @@ class PipelineRewardFunction:
         return rewards
 
     def _stop_if_nothing_works(self, results: Sequence[PipelineResult]) -> None:
-        # Invalid plans do not reach the worker, and completions that a server did not give have no plan.
+        # Invalid plans do not reach the worker. If a server failed to give a completion, there is no plan either.
         failed = [result for result in results if result.error is not None and result.plan is not None]
         if failed and ranks.is_first():
             logger.warning("%d of %d samples masked, the worker failed: %s", len(failed), len(results), failed[0].error)
@@ -194,11 +197,12 @@ class PipelineRewardFunction:
 
 
 def batch_metrics(results: Sequence[PipelineResult], weights: RewardWeights) -> dict[str, float]:
-    """Averages over one batch; those that have no sample in this batch are left out.
+    """Averages over one batch. An average without any sample in this batch is left out.
 
-    A sample without a score (its `reward` is None) counts in none of them but as a failure, or as a plan if it has one.
+    A sample without a score (its `reward` is None) counts only as a worker failure, or in the figures on plans if it
+    has a plan.
     """
-    # A completion that its server failed to give is no plan, valid or not.
+    # If the server failed to give the completion, the sample has neither a valid nor an invalid plan.
     planned = [result for result in results if result.error is None or result.plan is not None]
     scored = [result for result in planned if result.error is None]
     valid = [result for result in scored if result.plan is not None]
@@ -228,7 +232,7 @@ def batch_metrics(results: Sequence[PipelineResult], weights: RewardWeights) -> 
 def _gaming_metrics(
     split: Sequence[PipelineResult],
 ) -> dict[str, float | None]:
-    """Signs of plans that earn reward without planning (docs/training.md); each a share in [0, 1] or a mean."""
+    """Signs of plans that earn reward without planning (docs/training.md). Each is a share in [0, 1] or a mean."""
     plans: dict[str, set[Any]] = {}
     parts: dict[str, set[Any]] = {}
     for result in split:
@@ -269,9 +273,9 @@ def sample_record(step: int, result: PipelineResult, reward: float | None, weigh
     """One line of `samples.jsonl`: everything that explains one reward.
 
     Args:
-        step: the optimiser step that the completion trains.
+        step: the optimiser step that uses the completion.
         result: of the pipeline.
-        reward: of `reward_of`.
+        reward: as `reward_of` returned it.
         weights: of the formula.
     """
     plan = result.plan
@@ -303,7 +307,7 @@ def sample_record(step: int, result: PipelineResult, reward: float | None, weigh
 
 
 def _text(completion: Any) -> str:
-    """The text of a completion, which is a string or a conversation whose last message counts."""
+    """The text of a completion: the string itself, or the last message of a conversation."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 

@@ -1,22 +1,33 @@
-"""A number of a problem replaced by X, where the new answer can be computed with certainty.
+"""Replace a number of a problem by X, if the new answer can be computed with certainty.
 
-GSM8K's solutions carry their arithmetic as annotations, `<<48/2=24>>`. With a number of the question replaced, they
-can be computed anew, but only where it is certain what depends on that number. A problem is left alone unless all
-of this holds:
+GSM8K's solutions contain their arithmetic as annotations, for example `<<48/2=24>>`. After a number of the question has
+been replaced, the annotations can be computed again. That is correct only if it is certain which other numbers depend
+on the replaced one. A number is replaced only if all of these conditions hold.
 
-- every annotation is plain arithmetic that is exactly right, every line shows no more equations than it annotates, and
-  the last value is the answer;
-- the replaced number is whole, at least 2, stands once in the question, in digits, as an amount (no percentage, time,
-  ordinal, fraction or decimal), and is used exactly once in the annotations; no step gives it as its result, no word
-  of the question ("twice", "dozen", "week", "percent", …) stands for it, and the answer depends on it;
-- every other number in the annotations is the result of an earlier step, or stands in the question in digits or as
-  such a word. A number that was worked out in the head (the six people that "he and five friends" are) might depend
-  on the replaced one;
-- no number has two possible origins of which only one depends on the replaced number;
-- no word of the question tells of a threshold or a comparison ("over", "at least", "the first", "cheapest"), for
-  another number might fall on its other side.
+The annotations:
 
-And with the new number every result must be above 0, and whole where it was whole.
+- Every annotation is plain arithmetic and exactly right.
+- No line shows more equations than it has annotations.
+- The last value is the answer.
+
+The number to replace:
+
+- It is a whole number of at least 2.
+- It occurs once in the question, in digits and as an amount: not as a percentage, time, ordinal, fraction or decimal.
+- It is used exactly once in the annotations, and no step has it as its result.
+- No word of the question may mean this number ("twice", "dozen", "week", "percent", …).
+- The answer depends on it.
+
+The other numbers:
+
+- Each number in the annotations is the result of an earlier step, or the question contains it in digits or as a word
+  like those above. Any other number might depend on the replaced one. Example: "he and five friends" makes six people.
+- No number has two possible origins of which only one depends on the replaced number.
+
+The question contains no word for a threshold or a comparison ("over", "at least", "the first", "cheapest"), because a
+new number might be on the other side of the threshold.
+
+With the new number, every result must be above 0, and a result that was a whole number must stay one.
 """
 
 from __future__ import annotations
@@ -43,7 +54,7 @@ _DECIDES = re.compile(
     r"up to|(?:more|less|fewer|greater) than (?:or|\$?\d)|the first|the next|(?:each|every) additional|free|either)\b",
     re.IGNORECASE,
 )
-# Words of a question that put a number into its solution.
+# Words of a question that may mean a number of its solution.
 _WORDS: dict[int, str] = {
     2: r"two|twice|doubl\w+|half|halves|couple|pair\w*|both|second|biweekly",
     3: r"three|thrice|tripl\w+|thirds?",
@@ -77,21 +88,21 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """An annotation: its numbers in order, what is done with them (`n0/n1`), and the result."""
+    """An annotation: its numbers in order, the formula with placeholders (`n0/n1`), and the result."""
 
     numbers: tuple[Fraction, ...]
     formula: str
     value: Fraction
 
     def result(self, numbers: tuple[Fraction, ...]) -> Fraction | None:
-        """What it gives with other numbers; None where that cannot be computed."""
+        """The result with other numbers; None if it cannot be computed."""
         try:
             return _evaluated(ast.parse(self.formula, mode="eval").body, numbers)
         except (ValueError, SyntaxError, ZeroDivisionError, RecursionError):
             return None
 
     def written(self, numbers: tuple[Fraction, ...], value: Fraction) -> str:
-        """The line of a solution."""
+        """The step as a line of a solution."""
         parts = iter(map(_shown, numbers))
         formula = re.sub(r"n\d+", lambda _: next(parts), self.formula)
         return f"{formula} = <<{formula}={_shown(value)}>>{_shown(value)}"
@@ -99,7 +110,7 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A number of a problem that can be replaced: where it stands, and what the solution does with it."""
+    """A number of a problem that can be replaced: its position in the question, and the steps of the solution."""
 
     question: str
     start: int
@@ -108,11 +119,11 @@ class Slot:
     steps: tuple[_Step, ...]
 
     def text(self, shown: str) -> str:
-        """The question with something else in the number's place."""
+        """The question with `shown` in place of the number."""
         return self.question[: self.start] + shown + self.question[self.end :]
 
     def answer(self, number: int) -> str | None:
-        """The solution with another number, ending in `#### N`; None where it would make no sense."""
+        """The solution with another number, ending in `#### N`; None if a result is not plausible (see the module)."""
         values: list[Fraction] = []
         lines = []
         for step in self.steps:
@@ -130,7 +141,7 @@ class Slot:
         return "\n".join([*lines, f"#### {_shown(values[-1])}"])
 
     def _new(self, old: Fraction, number: int, values: list[Fraction]) -> Fraction | None:
-        """What stands in a number's place now; None where its origin is not certain."""
+        """The new value of the number `old` in a step; None if its origin is not certain."""
         if old == self.number:
             return Fraction(number)
         found = {new for step, new in zip(self.steps, values, strict=False) if step.value == old}
@@ -140,7 +151,7 @@ class Slot:
 
 
 def slots(question: str, answer: str) -> list[Slot]:
-    """The numbers of a problem that can be replaced, in their order; see the module's docstring for the rule."""
+    """The numbers of a problem that can be replaced, in their order. The module's docstring gives the conditions."""
     steps = _steps(answer)
     if steps is None or _DECIDES.search(question) or re.search(rf"\b{VARIABLE}\b", question):
         return []
@@ -164,7 +175,7 @@ def slots(question: str, answer: str) -> list[Slot]:
 
 
 def _depends(slot: Slot) -> bool:
-    """Whether the last step needs the number, directly or through earlier ones."""
+    """Whether the last step uses the number, directly or through earlier steps."""
     touched: set[Fraction] = {Fraction(slot.number)}
     for step in slot.steps:
         if touched & set(step.numbers):
@@ -173,7 +184,7 @@ def _depends(slot: Slot) -> bool:
 
 
 def _steps(answer: str) -> tuple[_Step, ...] | None:
-    """The annotations of a solution; None unless they are complete, exact, and end in the answer."""
+    """The annotations of a solution; None if they are incomplete or inexact, or do not end in the answer."""
     solution, _, _ = answer.partition("####")
     found = []
     for line in solution.splitlines():
@@ -209,7 +220,7 @@ def _evaluated(node: ast.expr, numbers: tuple[Fraction, ...]) -> Fraction:
 
 
 def _in_digits(question: str) -> list[Fraction]:
-    """The numbers of a question that stand there in digits; of a percentage its hundredth too."""
+    """The numbers that a question contains in digits. A percentage counts twice: as 20 and as 0.2, for example."""
     return [number for match in _DIGITS.finditer(question) for number in _read(question, match)]
 
 
@@ -221,7 +232,7 @@ def _read(question: str, match: re.Match[str]) -> Iterator[Fraction]:
 
 
 def _said(question: str, number: Fraction) -> bool:
-    """Whether a word of the question may stand for a number; 1 needs none."""
+    """Whether a word of the question may mean this number. For 1 no word is needed."""
     if number == 1:
         return True
     words = _WORDS.get(int(number)) if number.denominator == 1 else None

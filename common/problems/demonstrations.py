@@ -1,8 +1,8 @@
 """Plans to imitate, for the supervised warm start of the planner.
 
-There are three sources: GSM8K's socratic variant, whose solution lines are `sub-question ** step`, the generated
-problems, and questions made of several problems. All teach the format of a plan. None shows which kind of plan earns
-more.
+They are made from three sources: GSM8K's socratic variant, whose solution lines are `sub-question ** step`; generated
+problems; and composed questions. All of them teach the format of a plan. None of them shows which kind of plan earns
+more reward.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from common.problems.questions import Question
 # question. Only lines that are not questions are dropped.
 _MARKER = " ** "
 
-# Plans for questions made of several problems, each kind as often as the others, the parts in any order.
+# Plans for composed questions. All kinds are equally frequent, and the parts are in random order.
 DIRECT, BY_REFERENCE, PARTIAL, SELF_CONTAINED = "direct", "by reference", "partial", "self-contained"
 COMPOSED_KINDS = (DIRECT, BY_REFERENCE, PARTIAL, SELF_CONTAINED)
-# Of the single problems among them: how many are left whole. The others get a part that needs the rest.
+# Share of the single problems among them that are not split. The others get one part, which needs the whole question.
 SINGLE_DIRECT_SHARE = 0.8
 
 
@@ -49,12 +49,20 @@ def socratic_plan(item: Question, draw: random.Random) -> Plan | None:
 
 
 def composed_plan(item: Question, draw: random.Random) -> Plan:
-    """A plan for a question of `common.problems.composed`, of a kind that is drawn.
+    """A plan of a random kind for a question of `common.problems.composed`.
 
-    Direct; by reference ("What is the answer to (A)?"); partial, which leaves out at least one of the problems; or
-    self-contained, in the problems' own words. Of two problems that follow one from the other only the first is
-    complete in itself, and the second alone is partial. Single ones are mostly left whole. A problem that is too long
-    for a subproblem is referred to.
+    - Direct: the question is not split.
+    - By reference: the parts are named, as in "What is the answer to (A)?".
+    - Partial: at least one of the problems is left out.
+    - Self-contained: the parts repeat the text of the problems.
+
+    In a chained question only the first problem is understandable by itself, so it alone is the self-contained plan.
+    The second problem alone is the partial one. Single problems are mostly not split. A problem that is too long for a
+    subproblem is named by its letter.
+
+    Args:
+        item: the question, composed or single.
+        draw: random generator.
     """
     if not item.parts:
         if draw.random() < SINGLE_DIRECT_SHARE:

@@ -1,6 +1,6 @@
-"""Data files: JSON lines, JSON lists and parquet, alone or in a folder with a file, or numbered parts, per split.
+"""Data files: JSON Lines, JSON lists and parquet, as a single file or in a folder.
 
-And what a record of one has to be: a `Question`.
+In a folder, each split is one file or several numbered parts. Every record must be readable as a `Question`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ _PART = r"-(?P<number>\d+)-of-(?P<count>\d+)"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A word problem. `answer` is GSM8K's: worked steps, then `#### ` and the number.
+    """A word problem with its answer.
 
-    `kind` says how a question of `common.problems.composed` is made ("single", "sum" or "chained"; "" for any other),
-    and `parts` are the problems it is made of, each complete in itself (none for a single one). A part whose text
-    was changed names in `source` the text it had.
+    Attributes:
+        question: text of the problem.
+        answer: in GSM8K's form: the solution steps, then `#### ` and the number.
+        kind: how `common.problems.composed` made the question: "single", "sum" or "chained"; "" for any other question.
+        parts: the problems that a composed question consists of, each understandable by itself; () for a single one.
+        source: original text of a part whose text was changed; None if it was not changed.
     """
 
     question: str
@@ -38,17 +41,25 @@ class Question:
 
     @property
     def steps(self) -> int:
-        """Lines of the solution, before the answer."""
+        """Number of lines of the solution before the answer."""
         return sum(bool(line.strip()) for line in self.answer.split("####")[0].splitlines())
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts that somebody who has seen this question has read: its own, its parts' as their source has them."""
+        """All texts that are known to a reader of this question: its own, and the original texts of its parts."""
         return (self.question, *(part.source or part.question for part in self.parts))
 
 
 def as_question(row: Any, where: str) -> Question:
-    """One record as a `Question`, or a `UserError` that says where and what is wrong with it."""
+    """Convert one record to a `Question`.
+
+    Args:
+        row: the record, of any type.
+        where: its place in the file, for the error message.
+
+    Raises:
+        UserError: if the record is not a question; the message says where and why.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where}: found {type(row).__name__}, expected an object with question and answer")
     for name in ("question", "answer"):
@@ -66,12 +77,12 @@ def as_question(row: Any, where: str) -> Question:
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a path has the ending of a data file."""
+    """Whether a path ends like a data file."""
     return path.suffix.casefold() in SUFFIXES
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Files in a folder that may hold data, sorted by name."""
+    """Files in a folder that may contain data, sorted by name."""
     return sorted(child for child in folder.iterdir() if child.is_file() and is_data_file(child))
 
 
@@ -113,7 +124,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, record) for every record of a data file: JSON Lines, a list in a .json file, or parquet.
 
     Raises:
-        UserError: for another kind of file, a file that cannot be read, or a line that is not JSON.
+        UserError: for a file of another kind, a file that cannot be read, or a line that is not JSON.
     """
     if not path.is_file():
         raise UserError(f"--dataset {path} does not exist: name a .jsonl or .parquet file, a folder or a Hub id")
@@ -128,9 +139,9 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 text, without the byte-order marks that some editors write at the beginning of a file.
+    """Lines of a UTF-8 text, without byte-order marks. Some editors write such a mark at the beginning of a file.
 
-    Files that were joined have such marks in the middle too.
+    When files are joined, such marks are also found in the middle.
 
     Raises:
         OSError: if the file cannot be read.
