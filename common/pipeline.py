@@ -1,4 +1,4 @@
-"""From a planner's completion to a graded answer: the one pipeline that training, evaluation and serving share."""
+"""From a planner's completion to a graded answer. Training, evaluation and serving use the same pipeline."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from common.workers.base import ConcurrentWorker, Worker
 from common.workers.local import FrozenWorker
 from common.workers.remote import ServerWorker
 
-# The work on one completion: yields prompts that may be answered together, receives the answers, returns the result.
+# The work on one completion. It yields prompts that may be answered together, receives their answers, and finally
+# returns the result.
 Steps = Generator[list[list[prompts.Message]], list[Generation], "PipelineResult"]
-# Called with the wave (0: subproblems or direct solving, 1: combining), the index in the wave, and the answer.
+# Called with the wave (0: subproblems or direct solving, 1: combining), the index within it, and the answer.
 OnAnswer = Callable[[int, int, Generation], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineItem:
-    """One planner completion to carry out.
+    """One planner completion to execute.
 
     Attributes:
         planner_output: text of the completion.
         question: the word problem.
-        ground_truth: the known answer in GSM8K's form (`… #### 7`); None if unknown, then nothing is graded.
+        ground_truth: the known answer in GSM8K's form (`… #### 7`); None if unknown. Then nothing is graded.
         planner_tokens: tokens of the completion, end-of-sequence token included; None if unknown.
         finished: False if the completion was cut off.
     """
@@ -48,14 +49,14 @@ class PipelineItem:
         """The known answer as a number.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if the answer is unknown.
         """
         return parse_gold(self.ground_truth or "")
 
 
 @dataclass(slots=True)
 class PipelineResult:
-    """The result of one planner completion. Each sample is charged all its tokens, also those of shared answers.
+    """The result of one planner completion. Every sample counts all its tokens, also those of shared answers.
 
     Attributes:
         item: the completion.
@@ -80,12 +81,12 @@ class PipelineResult:
 
     @property
     def decomposed(self) -> bool:
-        """Whether a valid plan splits the question."""
+        """Whether there is a valid plan that splits the question."""
         return self.plan is not None and self.plan.should_decompose
 
     @property
     def contains_answer(self) -> bool:
-        """Whether the known answer stands in the plan, as a number that the question does not contain."""
+        """Whether the plan contains the known answer, as a number that the question does not contain."""
         if self.plan is None:
             return False
         written = "\n".join([*self.plan.subproblems, self.plan.plan])
@@ -93,30 +94,30 @@ class PipelineResult:
 
     @property
     def earned(self) -> bool:
-        """Whether the answer is right and was the worker's to find: not told by a plan that it was shown."""
+        """Whether the worker found the right answer itself: it was not shown a plan that contains the answer."""
         return self.correct and not (self.plan_shown and self.contains_answer)
 
     @property
     def worker_answers(self) -> list[Generation]:
-        """All answers of the worker to this sample, failed ones included."""
+        """All answers of the worker to this sample, including failed ones."""
         return [*self.solutions, *([] if self.final is None else [self.final])]
 
     @property
     def worker_tokens(self) -> int | None:
-        """Tokens of all the worker's answers to this sample; None if one of them was not counted."""
+        """Tokens of all the worker's answers to this sample; None if the count of one of them is unknown."""
         counts = [answer.tokens for answer in self.worker_answers]
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
 
     @property
     def total_tokens(self) -> int | None:
-        """Tokens of the planner's completion and all worker answers; None if one of them was not counted."""
+        """Tokens of the planner's completion and of all worker answers; None if one of the counts is unknown."""
         planner, worker = self.item.planner_tokens, self.worker_tokens
         return None if planner is None or worker is None else planner + worker
 
     @property
     def number(self) -> Decimal | None:
-        """The number in the final answer; if that was cut off, only an explicit one (see `common.grading`)."""
+        """The number in the final answer. If that was cut off, only an explicit one counts (see `common.grading`)."""
         return None if self.final is None else extract_prediction(self.final.text, finished=self.final.finished)
 
     @property
@@ -127,15 +128,15 @@ class PipelineResult:
 
 
 class PipelineExecutor:
-    """Carries out plans with a worker: in two waves over a whole batch, or each question independently.
+    """Executes plans with a worker: in two waves over a whole batch, or each question independently.
 
     Args:
         worker: solves subproblems, combines their solutions, and solves directly.
-        embeddings: for independence and relevance; None leaves both unmeasured.
-        max_subproblems: most subproblems of a valid plan.
-        max_subproblem_chars: longest subproblem of a valid plan, in characters.
-        plan_to_worker: whether the plan's text is shown for direct solving and for combining.
-        invalid_plan: "fail" for training: an invalid plan is not carried out and counts as wrong. "direct" for
+        embeddings: for independence and relevance; with None, both are not computed.
+        max_subproblems: largest number of subproblems in a valid plan.
+        max_subproblem_chars: length limit of a subproblem in a valid plan, in characters.
+        plan_to_worker: whether the plan's text is shown to the worker for direct solving and for combining.
+        invalid_plan: "fail" for training: an invalid plan is not executed and counts as wrong. "direct" for
             evaluation and serving: the worker then solves the question directly.
     """
 
@@ -177,13 +178,13 @@ class PipelineExecutor:
         return other
 
     def parse_planner_output(self, text: str, *, finished: bool = True) -> Plan | None:
-        """The valid plan in a planner's completion under this executor's limits, or None.
+        """Parse a planner's completion under this executor's limits. Returns None if it contains no valid plan.
 
-        Never raises, for any string; takes time linear in its length.
+        It never raises, for any string. Its time is linear in the length of the text.
 
         Args:
             text: the completion.
-            finished: False if the completion was cut off by its token limit; it then holds no valid plan.
+            finished: False if the completion was cut off by its token limit. It then contains no valid plan.
         """
         return parse_planner_output(
             text,
@@ -209,7 +210,7 @@ class PipelineExecutor:
     def execute_pipeline(
         self, planner_output: str, question: str, ground_truth: str, *, planner_tokens: int = 0
     ) -> PipelineResult:
-        """Carry out one planner completion. For several of them `execute_batch` is much faster.
+        """Execute one planner completion. For several completions `execute_batch` is much faster.
 
         Args:
             planner_output: text of the completion.
@@ -223,13 +224,13 @@ class PipelineExecutor:
         return self.execute_batch([PipelineItem(planner_output, question, ground_truth, planner_tokens)])[0]
 
     def execute_batch(self, items: Sequence[PipelineItem]) -> list[PipelineResult]:
-        """Carry out many planner completions; results are in their order.
+        """Execute many planner completions. The results are in the order of the items.
 
         With a local model there are two waves: first every subproblem and every direct solution of all items, then
-        every combination. With a concurrent worker each item continues as soon as its own answers are there.
+        every combination. With a concurrent worker each item continues as soon as its own answers have arrived.
 
         Raises:
-            ValueError: if a ground truth has no number. Failures of the worker are reported in the results.
+            ValueError: if a ground truth has no number. Worker failures do not raise; the results report them.
         """
         golds = [item.gold for item in items]
         if isinstance(self.worker, ConcurrentWorker):
@@ -237,7 +238,7 @@ class PipelineExecutor:
         else:
             from common.decoding.packing import packing_kept
 
-            with packing_kept():  # otherwise the second wave would pack the weights again
+            with packing_kept():  # without this, the second wave would pack the weights again
                 results = self._in_waves(items)
         for result, gold in zip(results, golds, strict=True):
             result.correct = result.error is None and result.number == gold
@@ -246,14 +247,14 @@ class PipelineExecutor:
         return results
 
     async def answer(self, item: PipelineItem, on_answer: OnAnswer | None = None) -> PipelineResult:
-        """Carry out one completion with a concurrent worker, without grading.
+        """Execute one completion with a concurrent worker, without grading.
 
         Args:
             item: the completion.
             on_answer: called with each answer as it arrives.
 
         Raises:
-            TypeError: if the worker answers only in batches.
+            TypeError: if the worker can answer only in batches.
         """
         if not isinstance(self.worker, ConcurrentWorker):
             raise TypeError(f"{type(self.worker).__name__} answers in batches only: use execute_batch")
@@ -297,7 +298,7 @@ class PipelineExecutor:
         return [results[index] for index in range(len(items))]
 
     def _steps(self, item: PipelineItem) -> Steps:
-        """The work on one completion; it is the same for every worker and every order of work."""
+        """The work on one completion. It is the same for every worker, and for every order of the work."""
         result = PipelineResult(item, self.parse_planner_output(item.planner_output, finished=item.finished))
         question, style, plan = item.question, self.worker.style, result.plan
         advice = plan.plan if plan is not None and self._plan_to_worker else ""
@@ -319,7 +320,7 @@ class PipelineExecutor:
         return result
 
     def _embed(self, results: Sequence[PipelineResult], embeddings: Embeddings) -> None:
-        """Compute independence and relevance of all plans that split; each distinct text is encoded once."""
+        """Compute independence and relevance of all plans that split. Each distinct text is encoded once."""
         split = [(result, result.plan) for result in results if result.plan and result.plan.should_decompose]
         texts = [text for result, plan in split for text in (*plan.subproblems, result.item.question)]
         vectors = embeddings.vectors(texts) if texts else {}  # one batch; the calls below use the cached vectors
@@ -329,7 +330,7 @@ class PipelineExecutor:
 
 
 def run_executor(args: TrainingArgs, model: Any, tokenizer: Any, encoder: SentenceEncoder) -> PipelineExecutor:
-    """The pipeline of a run.
+    """The pipeline for the settings of a run.
 
     Args:
         args: settings; if they name a server, the worker is the server's model.

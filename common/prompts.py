@@ -1,14 +1,14 @@
-"""All prompts of planner and worker. Training, evaluation and serving take them only from here.
+"""All prompts of planner and worker, for training, evaluation and serving.
 
 The worker has three styles:
 
 - `instruct`: instructions, for a capable chat model;
-- `worked`: instructions and two solved word problems, which keep a smaller model's answers short. Before a question
-  made of several problems these are two such questions with as many;
-- `few-shot`: solved turns of the demo's kind of problem. A very small model needs them far more than instructions
-  (measured in docs/results.md).
+- `worked`: instructions and two solved word problems, which keep a smaller model's answers short. If the question is
+  composed of several problems, the two examples are composed too, of the same number of problems;
+- `few-shot`: solved turns with problems like those of the demo. A very small model needs these turns far more than
+  instructions (measured in docs/results.md).
 
-The worker's context is what a subproblem's prompt shows besides the subproblem: the whole `question`, or `none` of it.
+The worker's context says what a subproblem's prompt shows besides it: the whole `question`, or `none` of it.
 
 No planner prompt contains an example of a subproblem. A small policy would copy it word for word and soon write
 nothing else (docs/architecture.md).
@@ -40,7 +40,7 @@ _PLANNER_SYSTEM = {
     ),
     "short": 'Split the problem for a worker{who}. Reply in JSON with "should_decompose", "subproblems" and "plan".',
 }
-# What these say about the worker, by its context.
+# Sentences of the planner's prompt about the worker, by planner style and worker context.
 _WORKER_SEES = {
     ("full", "question"): {
         "who": "who sees the problem",
@@ -64,7 +64,7 @@ def planner_messages(question: str, style: str = "full", context: str = "questio
     Args:
         question: the word problem.
         style: `full` or `short` instructions.
-        context: of the worker, see the module.
+        context: of the worker, see the module's docstring.
     """
     system = _PLANNER_SYSTEM[style].format(**_WORKER_SEES[style, context])
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
@@ -77,9 +77,9 @@ def direct_messages(
 
     Args:
         question: the word problem.
-        style: `instruct`, `worked` or `few-shot`; see the module.
-        plan: a planner's advice to show, "" for none; `few-shot` has no place for it.
-        like_question: in `worked`, whether a question made of several problems is preceded by solved ones of its kind.
+        style: `instruct`, `worked` or `few-shot`; see the module's docstring.
+        plan: a planner's advice to show; "" for none. In style `few-shot` it is not shown.
+        like_question: in style `worked`, whether the examples before a composed question are composed too.
     """
     if style == "few-shot":
         return [*_DIRECT_TURNS, {"role": "user", "content": question}]
@@ -95,14 +95,14 @@ def subproblem_messages(
     Args:
         subproblem: the subproblem, as the planner wrote it.
         question: the word problem it belongs to.
-        style: `instruct`, `worked` or `few-shot`; see the module.
-        context: `question` or `none`; see the module.
+        style: `instruct`, `worked` or `few-shot`; see the module's docstring.
+        context: `question` or `none`; see the module's docstring.
     """
     if context == "none" and style != "few-shot":
         return direct_messages(subproblem, style)
     if style == "few-shot":
         # The question is left out because it does not help a small model: 91 % of sums are correct with it, 92 %
-        # without. Then a subproblem that many questions share is answered only once.
+        # without it. Without it, a subproblem that many questions share is also answered only once.
         return [*_SUBPROBLEM_TURNS, {"role": "user", "content": subproblem}]
     worked = _worked_composed(question).part if composed.count_parts(question) else _WORKED_PART
     return [*_opening(worked, style), {"role": "user", "content": _asked_for_part(subproblem, question)}]
@@ -117,7 +117,7 @@ def combine_messages(
         question: the word problem.
         subproblems: k subproblems.
         solutions: the worker's answers to them (k).
-        style: `instruct`, `worked` or `few-shot`; see the module.
+        style: `instruct`, `worked` or `few-shot`; see the module's docstring.
         plan: as in `direct_messages`.
     """
     if style == "few-shot":
@@ -132,8 +132,8 @@ def sample_requests(planner_style: str, worker_style: str | None, context: str =
 
     Args:
         planner_style: see `planner_messages`.
-        worker_style: see the module; None leaves out the worker's prompts.
-        context: of the worker, see the module.
+        worker_style: see the module's docstring; with None there are no prompts of the worker.
+        context: of the worker, see the module's docstring.
     """
     question, part = "A shelf holds 4 boxes of 6 pens each. Ada takes 5 pens. How many are left?", "What is 4 * 6?"
     found = [planner_messages(question, planner_style, context)]
@@ -147,7 +147,7 @@ def sample_requests(planner_style: str, worker_style: str | None, context: str =
 
 
 def _opening(worked: Sequence[Message], style: str) -> Sequence[Message]:
-    """The messages before the request: the system message, and for `worked` also solved turns."""
+    """The messages before the request: the system message, and in style `worked` also solved turns."""
     return worked if style == "worked" else worked[:1]
 
 
@@ -180,8 +180,8 @@ def _asked_to_combine(question: str, subproblems: Sequence[str], solutions: Sequ
 def _known(question: str, solutions: Sequence[str]) -> str:
     """The request to combine in the few-shot style: only the results, and the question's last sentence.
 
-    The working and the numbers of the whole question distract a small model. Test: 64 problems of six people, split
-    into pairs. With the question before the results it combined 31 % correctly, without it 73 %.
+    The solution steps and the other numbers of the question distract a small model. This was tested on 64 problems of
+    six people, split into pairs. With the question before the results it combined 31 % correctly, without it 73 %.
     """
     results = [solution.split("\n", 1)[0].rpartition("=")[2].strip() for solution in solutions]
     return f"Known results: {' and '.join(results)}. {question.rpartition('. ')[2]}"
@@ -225,7 +225,7 @@ _WORKED_COMBINE = _turns(
 
 @dataclass(frozen=True, slots=True)
 class _WorkedComposed:
-    """Solved turns before a question made of several problems: whole, for a part of it, for combining the parts."""
+    """Solved turns before a composed question: for the whole question, for a part of it, for combining the parts."""
 
     direct: list[Message]
     part: list[Message]
@@ -233,7 +233,7 @@ class _WorkedComposed:
 
 
 def _worked_composed(question: str) -> _WorkedComposed:
-    """Two solved questions of the same kind as a composed one, with as many problems (at most four)."""
+    """Two solved questions like a composed one, with as many problems as it has (at most four)."""
     chained = composed.is_chained(question)
     return _worked_turns(chained, 2 if chained else min(composed.count_parts(question), len(examples.SOLVED) // 2))
 
@@ -277,7 +277,7 @@ _COMBINE_TURNS = _turns(
     ),
 )
 
-# For base models whose tokenizer has no chat template: the roles become headings.
+# For base models whose tokenizer has no chat template. Each role becomes a heading.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}\n"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
@@ -286,9 +286,9 @@ PLAIN_CHAT_TEMPLATE = (
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
-    """The same prompt, with the system message put into the first user message, for chat templates without that role.
+    """Move the system message of a prompt into its first user message.
 
-    Such templates refuse a system message (Gemma) or leave it out.
+    Some chat templates refuse a system message (Gemma) or leave it out.
     """
     if not messages or messages[0]["role"] != "system":
         return list(messages)
@@ -309,15 +309,15 @@ def accepts_system(tokenizer: Any) -> bool:
 
 
 def sendable(text: str) -> str:
-    """A text that UTF-8 can encode. Bytes of the command line that Python could not decode are decoded as UTF-8."""
+    """A text that UTF-8 can encode. Bytes of the command line that Python could not decode are read as UTF-8 again."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    except UnicodeEncodeError:  # half of a surrogate pair: models write them, and their text goes into prompts
+    except UnicodeEncodeError:  # half of a surrogate pair; models can write one, and it then enters prompts
         return text.encode("utf-8", "replace").decode()
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """The text of a prompt as the model reads it, up to the point where the completion begins.
+    """The text of a prompt as the model reads it, up to the beginning of the completion.
 
     Raises:
         jinja2.TemplateError, ValueError: if the chat template fails.
@@ -326,7 +326,7 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> str:
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, re.error) as error:
-        # A template is a program: what goes wrong in it is the template's, not ours.
+        # A template is a program, so it can raise any error.
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if not isinstance(text, str):
         raise TypeError(f"the chat template gave {type(text).__name__}, not text: {json.dumps(messages)[:80]}")
@@ -336,7 +336,7 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> str:
 def render_all(tokenizer: Any, requests: Sequence[Sequence[Message]]) -> list[str]:
     """The texts of prompts, in their order.
 
-    The system message is folded into the next one (`fold_system`) if the chat template does not show it.
+    If the chat template does not show system messages, they are moved into the next message (`fold_system`).
     """
     fold = not accepts_system(tokenizer)
     return [render(tokenizer, fold_system(messages) if fold else messages) for messages in requests]
@@ -345,15 +345,15 @@ def render_all(tokenizer: Any, requests: Sequence[Sequence[Message]]) -> list[st
 def check_shown(tokenizer: Any, requests: Sequence[Sequence[Message]]) -> None:
     """Check that the chat template shows every message of these prompts to the model.
 
-    A template that knows other roles may leave messages out without an error, and the model would answer an
-    incomplete prompt. The check looks for single words, because templates may trim or escape texts.
+    A template that knows only other roles may leave messages out without an error. The model would then answer an
+    incomplete prompt. The check searches for single words, because templates may trim or escape texts.
 
     Args:
         tokenizer: with its chat template.
         requests: prompts, each a list of messages.
 
     Raises:
-        UserError: if the template refuses a prompt or leaves text out; the message shows that text.
+        UserError: if the template refuses a prompt or leaves a text out; the message shows that text.
     """
     from jinja2 import TemplateError
 

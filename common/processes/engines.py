@@ -1,6 +1,7 @@
-"""Engines that spread the weights over the processes: which one accelerate was told to use, and whether a run can.
+"""Check the engine that accelerate was told to use. Engines that split the weights between processes are refused.
 
-Read from the variables that `accelerate launch` sets from its flags and its configuration file, before torch is loaded.
+The engine is read from environment variables, before torch is loaded. `accelerate launch` sets them from its flags and
+its configuration file.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ _WHOLE = "worker, adapter files and --vllm-url's versions are made from whole we
 
 
 def check_engine() -> None:
-    """Stop for an engine under which no process has the whole weights.
+    """Refuse an engine under which no process holds all weights.
 
     Raises:
-        UserError: with what to use instead.
+        UserError: if such an engine is set, or its ZeRO stage cannot be read; the message says what to use instead.
     """
     found = _sharding_engine()
     if found is not None:
@@ -39,9 +40,9 @@ def _sharding_engine() -> str | None:
 
 
 def _zero_stage() -> int:
-    """As accelerate finds it: DeepSpeed's own configuration file goes before accelerate's; without either it is 2."""
+    """The ZeRO stage, found as accelerate finds it: in DeepSpeed's configuration file, in accelerate's, or else 2."""
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file.casefold() != "none":  # accelerate writes None, too
+    if file.casefold() != "none":  # accelerate also writes "None"
         try:
             stage = json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""What started the processes of a run: the command that does so again, and its patience when they must stop."""
+"""The launcher of a run (torchrun, accelerate): the command that starts the run again, and its time limit."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 
 from common.processes.ranks import world_size
 
-# Programs and modules that start several processes of a script.
+# Programs and modules that start a script in several processes.
 _LAUNCHERS = {"torchrun", "torch.distributed.run", "accelerate", "accelerate-launch", "accelerate.commands.launch"}
 _PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 def is_elastic() -> bool:
-    """Whether torchrun, or accelerate through it, watches over this process.
+    """Whether torchrun supervises this process, directly or through accelerate.
 
-    It passes signals on, so that Ctrl-C comes twice (from the terminal too); when one process ends with an error it
-    ends the others with SIGTERM; and it kills what has not ended in time.
+    torchrun passes signals on, so Ctrl-C arrives twice: from the terminal and from torchrun. If one process ends with
+    an error, torchrun sends SIGTERM to the others. After a time limit it kills those that are still running.
     """
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @functools.cache
 def launcher() -> tuple[str, ...]:
-    """The words that started the launcher, up to the script; () for plain Python."""
-    parent = Path(f"/proc/{os.getppid()}/cmdline")  # Linux alone tells
+    """The launcher's command line up to the script, as words; () if plain Python started the script."""
+    parent = Path(f"/proc/{os.getppid()}/cmdline")  # this file exists only on Linux
     words = parent.read_bytes().decode(errors="replace").split("\0")[:-1] if parent.is_file() else []
     script = Path(sys.argv[0]).name
     before = next((words[:place] for place, word in enumerate(words) if Path(word).name == script), [])
@@ -41,18 +41,18 @@ def launcher() -> tuple[str, ...]:
 
 
 def start_command(script: str) -> str:
-    """How this run's script was started, without its flags: as Python runs it, or with the launcher's own words."""
+    """The command that started this run's script, without the script's flags but with the launcher's."""
     given = sys.argv[0] if Path(sys.argv[0]).name == script else script
     words = launcher()
     if not words:
         return shlex.join([sys.executable, given])
-    # accelerate sets the variable itself, from its own flags.
+    # accelerate sets this variable from its own flags, so it is repeated only for other launchers.
     told = os.environ.get("ACCELERATE_USE_CPU") if not any("accelerate" in Path(w).name for w in words) else None
     return (f"ACCELERATE_USE_CPU={shlex.quote(told)} " if told else "") + shlex.join([*words, given])
 
 
 def patience_hint() -> str | None:
-    """How to give a step the time to end when the run is told to stop; None where nobody kills it or that was done."""
+    """A hint how to raise the launcher's time limit; None if there is no limit or the user has already set it."""
     if not is_elastic() or _PATIENCE in os.environ or any("shutdown" in word for word in launcher()):
         return None
     return (

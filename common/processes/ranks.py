@@ -1,7 +1,7 @@
-"""The processes of one run: which of them this is, its share of the work, and how they tell each other what they have.
+"""The processes of one run: the number of this one, its share of the work, and how they exchange values.
 
-A launcher (torchrun, accelerate) numbers the processes in environment variables, which are read here alone. torch is
-imported only where processes talk.
+A launcher (torchrun, accelerate) numbers the processes in environment variables. Only this module reads them. torch is
+imported only where the processes exchange values.
 """
 
 from __future__ import annotations
@@ -12,32 +12,33 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# A process whose worker has long answers to write holds the others where they meet; two hours, not ten minutes.
+# Processes wait for each other where they exchange values. One whose worker writes long answers makes the others wait,
+# so the limit is two hours and not torch's ten minutes.
 PATIENCE_SECONDS = 7200
 
 
 def rank() -> int:
-    """The number of this process; the first one, 0, writes and speaks for all."""
+    """The number of this process, from 0. Process 0 writes the files and the messages for all."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks for all; the only one is."""
+    """Whether this is process 0, which writes for all. It is True if there is only one process."""
     return rank() == 0
 
 
 def world_size() -> int:
-    """How many processes train together, as their launcher says."""
+    """The number of processes that train together, as the launcher gives it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def share(count: int) -> slice:
-    """This process's part of `count` items: consecutive ones, so that gathered parts are in the items' order."""
+    """This process's part of `count` items. The items are consecutive, so gathering the parts keeps their order."""
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
 def gathered(items: list[T]) -> list[T]:
-    """The items of all processes, in the order of their ranks; every process must call it, and waits for the others."""
+    """The items of all processes, in the order of their ranks. Every process must call it; it waits for the others."""
     if world_size() == 1:
         return items
     _join()
@@ -49,17 +50,17 @@ def gathered(items: list[T]) -> list[T]:
 
 
 def from_first(value: T) -> T:
-    """The first process's value, in all of them; every process must call it. What the others pass is not read."""
+    """The value of process 0, returned in every process. All must call it; the others' own values are not used."""
     return gathered([value] if is_first() else [])[0]
 
 
 def wait_for_all() -> None:
-    """Return once every process is here."""
+    """Return as soon as every process has called this function."""
     gathered([None])
 
 
 def _join() -> None:
-    """Connect the processes, unless a trainer has done it."""
+    """Connect the processes, unless a trainer has already done so."""
     import torch
     from accelerate import PartialState
 
