@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 class ReportCallback(TrainerCallback):
     """Writes `metrics.jsonl`, one line per logged step, and redraws `training_curves.png`.
 
-    When training resumes, lines after the checkpoint's step are removed first. A new run appends to an existing file,
-    because the script has decided before whether an older run is overwritten.
+    When training resumes, lines after the checkpoint's step are removed first. A new run appends to an existing file:
+    the script has already decided what happens to an older run.
 
     Args:
         output_dir: of the run.
@@ -103,15 +103,16 @@ class ReportCallback(TrainerCallback):
 
 
 class DropReplacedRun(TrainerCallback):
-    """Removes the run that `--overwrite` replaces, once the new one has its first checkpoint."""
+    """Removes the run that `--overwrite` replaces, as soon as the new run has its first checkpoint."""
 
     def __init__(self, output_dir: Path) -> None:
         self._output_dir = output_dir
         self._saved = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remove the replaced run after the first checkpoint, when all processes have written their parts of it."""
         if not self._saved:
-            wait_for_all()  # each process writes a part of the checkpoint
+            wait_for_all()  # until each process has written its part of the checkpoint
             if state.is_world_process_zero:
                 drop_replaced(self._output_dir)
         self._saved = True
@@ -120,8 +121,8 @@ class DropReplacedRun(TrainerCallback):
 class CollapseWarning(TrainerCallback):
     """Warns when the reward rises while nearly all plans are the same text.
 
-    This is the known way to earn this reward without planning (docs/training.md): one template for every question has
-    high efficiency and independence, but no correct answers.
+    This is the known way to earn this reward without planning (docs/training.md). One template for every question has
+    high efficiency and independence, but gives no correct answers.
 
     Args:
         window: steps; the last `window` logged steps are compared with the `window` steps before them.
@@ -144,7 +145,7 @@ class CollapseWarning(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take in the numbers of a step, and warn if plans have become the same."""
+        """Record the numbers of a step, and warn if plans have become the same."""
         metrics = step_metrics(logs) if state.is_world_process_zero else None
         if metrics is None or metrics.get("distinct_plans") is None or metrics.get("reward") is None:
             return
@@ -176,10 +177,13 @@ class StopOnSignal(TrainerCallback):
             trainer.train()
         if stop.received: ...   # signal.SIGINT or signal.SIGTERM
 
-    A second signal raises KeyboardInterrupt at once. With several processes all stop at the same
-    step, even if only one of them got the signal, and `received` is that signal in all: one that left alone
-    would hang the others. A launcher passes on what the processes have got themselves, and ends the rest once
-    the first has gone: neither counts as a second signal.
+    A second signal raises KeyboardInterrupt at once.
+
+    With several processes, all stop at the same step, even if only one of them received the signal. If one stopped
+    alone, the others would wait for it forever. Afterwards `received` is the signal in all of them.
+
+    A launcher repeats a signal that the processes have already received themselves. It also sends SIGTERM to the
+    remaining processes after the first one has ended. Neither counts as a second signal.
     """
 
     REPEATED_SECONDS = 2.0
@@ -190,15 +194,15 @@ class StopOnSignal(TrainerCallback):
         self._previous: dict[signal.Signals, Any] = {}
         self._pid = 0
         self._launched = is_elastic()
-        self._since = 0.0  # when the signal came
-        self._decided = False  # all processes save and leave
+        self._since = 0.0  # time of the signal, in seconds of the monotonic clock
+        self._decided = False  # all processes save a checkpoint and stop
 
     def __enter__(self) -> StopOnSignal:
         self._pid = os.getpid()
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._previous[number] = signal.signal(number, self._handle)
-            except ValueError:  # Python allows this only in the main thread; a notebook may use another
+            except ValueError:  # allowed only in the main thread; a notebook may use another one
                 logger.warning("not in the main thread: %s will end the run without a checkpoint", number.name)
         return self
 
@@ -207,14 +211,14 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         for number, previous in self._previous.items():
             if self._decided and self._launched and number == signal.SIGTERM:
-                previous = signal.SIG_IGN  # the launcher's, for who has not left yet
-            # None: a handler that was not set from Python and cannot be set again from it.
+                previous = signal.SIG_IGN  # the launcher sends it to processes that have not ended yet
+            # None: the old handler was not set from Python, so it cannot be set again from Python.
             signal.signal(number, signal.SIG_DFL if previous is None else previous)
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # Runs between any two instructions of the main thread, which may hold the lock of a stream or
-        # of logging at that moment: so nothing here but os.write and assignments.
+        # This runs between any two instructions of the main thread, which may hold the lock of a stream or of logging
+        # at that moment. So it does nothing but os.write and assignments.
         if os.getpid() != self._pid:  # a forked child (a data loader's worker) inherits the handler
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
@@ -232,23 +236,25 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Print how to raise the launcher's time limit, if it may be too short for a step."""
         if hint := patience_hint():
             say(hint)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        """Save and stop if this or another process has received a signal."""
         number = self._any_process_got(args)
         if number:
             if self.received is None:
-                self._since = time.monotonic()  # another process was the first to get it
+                self._since = time.monotonic()  # only another process has received it so far
             self._decided, self.received = True, signal.Signals(number)
             control.should_save = True
             control.should_training_stop = True
         return control
 
     def _any_process_got(self, args: TrainingArguments) -> int:
-        """The signal that this or another process has got, 0 for none."""
+        """The signal that this or another process has received; 0 if there was none."""
         import torch
         import torch.distributed as dist
 
@@ -261,7 +267,17 @@ class StopOnSignal(TrainerCallback):
 
 
 def stopped_early(script: str, received: int, state: TrainerState, output_dir: Path) -> int:
-    """Say how to go on after a signal; returns the exit code. All processes leave together."""
+    """Print the command that continues a stopped run. All processes must call it.
+
+    Args:
+        script: name of the script.
+        received: number of the signal.
+        state: of the trainer.
+        output_dir: of the run.
+
+    Returns:
+        The exit code, 128 + `received`. No process returns before all have come here.
+    """
     say(
         f"stopped after step {state.global_step} of {state.max_steps}; continue with\n"
         f"  {resume_command(script, output_dir)}"

@@ -1,4 +1,4 @@
-"""A GRPO run (arXiv:2402.03300): build model, reward and TRL's trainer; train; save when it ends or is stopped."""
+"""A GRPO run (arXiv:2402.03300): build the model, the reward and TRL's trainer; train; save the result."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def train(
         UserError: if a model cannot be loaded, memory runs out, or the worker always fails.
     """
     if args.vllm_url is not None and args.cpu_dtype == "auto":
-        args = replace(args, cpu_dtype="float32")  # the policy check compares with the servers' log-probabilities
+        args = replace(args, cpu_dtype="float32")  # because log-probabilities are compared with those of the servers
     args = replace(args, cpu_dtype=models.cpu_dtype(args))  # store the dtype that is used, so a resumed run keeps it
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
@@ -98,7 +98,7 @@ def _run(
 ) -> int:
     """The scoreboard before training, training, saving, and the scoreboard after training; see `train`.
 
-    `facts` are further entries of `training_config.json`.
+    `facts` are additional entries of `training_config.json`.
     """
     output_dir = Path(args.output_dir)
     main_process = trainer.accelerator.is_main_process
@@ -223,7 +223,7 @@ def build_trainer(
 
 
 def planner_row(item: Question, args: TrainingArgs, fold_system: bool) -> dict[str, Any]:
-    """A row of the data set. Question and gold answer are columns of their own, so no prompt has to be parsed."""
+    """A row of the data set. Question and gold answer have their own columns, so no prompt has to be parsed."""
     messages = prompts.planner_messages(item.question, args.planner_style, args.worker_context)
     prompt = prompts.fold_system(messages) if fold_system else messages
     return {"prompt": prompt, "question": item.question, "answer": item.answer}
@@ -263,14 +263,14 @@ def grpo_config(args: TrainingArgs) -> GRPOConfig:
 
 
 def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir: Path, *, dated: bool) -> None:
-    """Save the adapter, draw the curves, and say what the result is and what to do next.
+    """Save the adapter, draw the curves, and print what the result is and what to do next.
 
     Args:
         args: settings of the run.
         trainer: after its training.
         tokenizer: of the model.
         output_dir: of the run.
-        dated: whether the chat template contains the run's date; a server would replace it by today's.
+        dated: whether the chat template contains the run's date. A server would show today's date instead.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     save_adapter(model, tokenizer, output_dir)
@@ -285,7 +285,7 @@ def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir:
         models.resolve_model(args.base_model),
         output_dir,
         cpu=not torch.cuda.is_available(),
-        # vLLM cannot know our chat template for a base model without one, nor the date of the run.
+        # vLLM does not know the project's chat template for a base model without one, nor the date of the run.
         chat_template=str(output_dir / "chat_template.jinja")
         if dated or tokenizer.chat_template == prompts.PLAIN_CHAT_TEMPLATE
         else None,

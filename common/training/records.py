@@ -1,4 +1,4 @@
-"""Files that a run writes while it trains, besides its metrics: settings, samples, and Weights & Biases."""
+"""Files that a run writes while it trains, besides its metrics: settings and samples; also the W&B log."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from common.settings.sft import SupervisedArgs
 
 
 class SampleLog:
-    """Appends every batch's sample records to `samples.jsonl`; the first process alone does."""
+    """Appends the sample records of every batch to `samples.jsonl`. Only the first process calls it.
+
+    Attributes:
+        listeners: functions that also receive each batch's records, for example for W&B.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.listeners: list[Any] = []
 
     def __call__(self, records: list[dict[str, Any]]) -> None:
-        """Write one batch, of all processes."""
+        """Write one batch: the records of all processes."""
         for record in records:
             append_jsonl(self._path, record)
         for listener in self.listeners:
@@ -33,7 +37,15 @@ class SampleLog:
 
 
 def prompt_date(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None) -> date:
-    """The date that prompts show: that of the resumed run, or of the warm start, or else today's."""
+    """The date that prompts show: that of the resumed run, that of the warm start, or today.
+
+    Args:
+        args: settings of the run.
+        checkpoint: to resume from, or None.
+
+    Raises:
+        UserError: if the stored date is not a date.
+    """
     folder = args.output_dir if checkpoint is not None else args.adapter_path
     path = None if folder is None else Path(folder) / TRAINING_CONFIG
     record = {} if path is None else read_json(path) or {}
@@ -50,15 +62,15 @@ def add_to_record(output_dir: Path, **facts: Any) -> None:
 
 
 def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, *, script: str, **facts: Any) -> None:
-    """Set an older run aside, or cut its files back to a checkpoint, and store the settings.
+    """Move an older run aside, or cut its files back to a checkpoint; then store the settings.
 
     Call it only after everything is loaded, so that an older run stays unchanged if loading fails.
 
     Args:
         args: settings of the run.
-        checkpoint: to resume from; lines of later steps are removed, because these steps run again. None: a new run.
+        checkpoint: to resume from, or None for a new run. Lines of later steps are removed, as these steps run again.
         script: name of the script.
-        facts: further entries of `training_config.json`, such as the data's fingerprint.
+        facts: additional entries of `training_config.json`, for example the data's fingerprint.
     """
     output_dir = Path(args.output_dir)
     if checkpoint is None:

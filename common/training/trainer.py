@@ -1,7 +1,7 @@
 """TRL's GRPO trainer with this project's order of data, decoding on a CPU, and step clock.
 
 This is the only module that uses private names of TRL, because TRL has no public ones for these parts of a step. They
-are listed in `PRIVATE_NAMES`. A test reports which of them another version of TRL has moved.
+are listed in `PRIVATE_NAMES`. A test reports the names that another version of TRL has moved.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def compact_fused_head() -> None:
 
 
 class EpochSampler(RepeatSampler):
-    """TRL's sampler, but its order depends only on the seed and the epoch.
+    """TRL's sampler, but with an order that depends only on the seed and the epoch.
 
-    TRL's sampler continues its random generator from the epoch before. A run resumed in its second epoch would then
-    see the order of the first epoch again.
+    TRL's sampler continues the random generator of the epoch before. A run resumed in its second epoch would then
+    repeat the order of the first epoch.
     """
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,8 +70,10 @@ class EpochSampler(RepeatSampler):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins. On several processes, and in a resumed run, accelerate does not, and the
-    order of the first epoch would repeat (docs/architecture.md)."""
+    """Tells the sampler which epoch begins. Otherwise the order of the first epoch could repeat.
+
+    With several processes, and in a resumed run, accelerate does not tell it (docs/architecture.md).
+    """
 
     def __init__(self, sampler: EpochSampler) -> None:
         self._sampler = sampler
@@ -104,7 +106,7 @@ class PlannerTrainer(GRPOTrainer):
         self._served_base = ""
         self._gap: dict[str, float] = {}
         self._cpu_dtype = cpu_dtype
-        self._compares = True  # log-probabilities of the first rollouts with those of the training step
+        self._compares = True  # compare log-probabilities of the first rollouts with those of the training step
         self._log_probs: torch.Tensor | None = None  # of the micro-batch in training, (B, T)
         self._agreement: dict[str, float] = {}
         self.worker: FrozenWorker | None = None  # its cached answers are stored in each checkpoint
@@ -116,15 +118,15 @@ class PlannerTrainer(GRPOTrainer):
             self.worker.save_answers(answers_file(Path(output_dir), self.accelerator.process_index))
 
     def sample_from(self, planner: ServedPlanner, check: PolicyCheck, base: str) -> None:
-        """Take rollouts from servers, and stop if they come from another policy.
+        """Take rollouts from servers, and stop the run if another policy generated them.
 
-        It is called after construction, because TRL would otherwise start or look for its own vLLM. TRL corrects for
-        the difference between the servers' and the trainer's log-probabilities (importance sampling) as usual.
+        Call it after construction, because TRL would otherwise start or look for its own vLLM. TRL corrects for the
+        difference between the servers' and the trainer's log-probabilities (importance sampling) as usual.
 
         Args:
-            planner: on the servers.
+            planner: client of the servers.
             check: limit for the difference of log-probabilities.
-            base: name of the base model there.
+            base: name of the base model on the servers.
         """
         self._planner, self._policy_check, self._served_base = planner, check, base
         self.use_vllm, self.vllm_mode = True, "server"
@@ -133,7 +135,7 @@ class PlannerTrainer(GRPOTrainer):
         self._last_loaded_step = -1
 
     def save_for_server(self, folder: Path) -> None:
-        """Write the present adapter to a folder, and nothing else."""
+        """Write only the present adapter to a folder."""
         model: Any = self.accelerator.unwrap_model(self.model)
         # With "auto", PEFT would ask the Hub whether the base model's vocabulary was resized.
         model.save_pretrained(
@@ -144,7 +146,7 @@ class PlannerTrainer(GRPOTrainer):
         """Train; the clock starts with the first step.
 
         Raises:
-            RunStoppedError: if the servers give no completions, or those of another policy; a checkpoint is saved.
+            RunStoppedError: if the servers fail or use another policy. A checkpoint is saved first.
         """
         self._clock.restart()
         try:
@@ -158,7 +160,7 @@ class PlannerTrainer(GRPOTrainer):
                 self._planner.close()
 
     def _save_and_say_how_to_go_on(self) -> str:
-        """Save a checkpoint of the finished steps. Every process must call it, between two optimiser updates."""
+        """Save a checkpoint of the finished steps. Every process must call it, and between two optimiser updates."""
         output_dir, step = str(self.args.output_dir), self.state.global_step
         if step == 0:
             return "there is no step to save"
@@ -172,7 +174,7 @@ class PlannerTrainer(GRPOTrainer):
         with self._clock.part("gradient_seconds", without=["inputs"]):
             loss = super().training_step(*args, **options)
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # otherwise the backward pass would count for the next part that waits for it
+                torch.cuda.synchronize()  # otherwise its time would be added to the next part that waits for the GPU
         return loss
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -191,7 +193,7 @@ class PlannerTrainer(GRPOTrainer):
         return scored
 
     def _check_policy(self, scored: dict[str, Any], check: PolicyCheck) -> None:
-        """Compare the servers' log-probabilities of B completions of T tokens with ours, over all processes."""
+        """Compare the servers' log-probabilities of B completions of T tokens with the trainer's, in all processes."""
         sampled = scored["sampling_per_token_logps"]  # (B, T), nan if the server reported none
         gap = (scored["old_per_token_logps"] - sampled).abs().float()
         gap = gap[scored["completion_mask"].bool() & ~torch.isnan(sampled)]
@@ -207,12 +209,12 @@ class PlannerTrainer(GRPOTrainer):
             "rollout_failures": float(masked.sum()),
         }
         step = self.state.global_step + 1
-        # TRL's is the mean of the processes' means, which have unequal numbers of tokens.
+        # TRL logs the mean of the processes' means, but the processes have unequal numbers of tokens.
         self._metrics["train"]["sampling/sampling_logp_difference/mean"][-1] = mean
         check.check(mean, float(most.max()), f"the completions of step {step} are not the trained adapter's")
 
     def _check_base(self, planner: ServedPlanner, check: PolicyCheck, base: str) -> None:
-        """Compare the servers' base model, which is the worker, with the local one on one prompt."""
+        """Compare the servers' base model, which is also the worker, with the local one, on one prompt."""
         args, rows = self.args, self.train_dataset
         assert isinstance(args, GRPOConfig) and isinstance(rows, Dataset)
         prompt = self._tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, return_dict=False)
@@ -228,10 +230,11 @@ class PlannerTrainer(GRPOTrainer):
             check.check(float(gap.mean()), float(gap.max()), f"the worker {base} on the server is not --base-model")
 
     def compute_loss(self, model: Any, inputs: Any, *others: Any, **options: Any) -> Any:
-        """GRPO's loss; where the rollouts' log-probabilities are known, they are compared with those it rests on.
+        """GRPO's loss. On a CPU, the first step also compares rollouts and training.
 
-        Without TRL's vLLM nothing corrects for a difference, so the ratio of the two, which is 1 on average where
-        rollouts and training step compute the same policy, is logged once under TRL's names, of all processes' tokens.
+        Both compute log-probabilities of the same tokens. Their ratio is 1 on average if both use the same policy.
+        Without TRL's vLLM nothing corrects for a difference. So the difference and the ratio, over the tokens of all
+        processes, are logged once, under TRL's names for importance sampling.
         """
         loss = super().compute_loss(model, inputs, *others, **options)
         sampled = inputs.get("sampling_per_token_logps")
@@ -268,10 +271,10 @@ class PlannerTrainer(GRPOTrainer):
             auxiliary loss of a mixture of experts (None without one).
         """
         whole = batch_size is None or batch_size >= len(input_ids)
-        plain = all(value is None or value is False for value in others.values())  # no images, no loss of experts
+        plain = all(value is None or value is False for value in others.values())  # no images, no auxiliary loss
         # The prompt's last token runs with the completion, because it predicts the completion's first token.
         head = input_ids.shape[1] - logits_to_keep - 1
-        masked = torch.where(attention_mask[:, :head] == 1, input_ids[:, :head], -1)  # padding may have any token id
+        masked = torch.where(attention_mask[:, :head] == 1, input_ids[:, :head], -1)  # padding can have any token id
         distinct, member = torch.unique(masked, dim=0, return_inverse=True)
         shared = head > 0 and len(distinct) < len(input_ids)
         if not (shared and whole and plain and self._shares_prompts()):
@@ -311,7 +314,7 @@ class PlannerTrainer(GRPOTrainer):
         )
 
     def _own_head(self) -> torch.Tensor | None:
-        """Weights of the head (V, H) if `token_log_probs` can replace it: frozen and plain, in bf16 on a CPU."""
+        """Weights of the head (V, H) if `token_log_probs` can be used: frozen, of a plain layer, in bf16 on a CPU."""
         model = self.accelerator.unwrap_model(self.model).get_base_model()
         head = model.get_output_embeddings()
         plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
@@ -332,8 +335,8 @@ class PlannerTrainer(GRPOTrainer):
     def _shares_prompts(self) -> bool:
         """Whether prompts can be run separately: in one process, with all activations kept, and a plain KV cache.
 
-        With recomputed activations there is no cache. Several processes may wrap the model in an engine that counts
-        forward passes. Sliding windows and recurrent layers need another cache than keys and values.
+        With recomputed activations there is no cache. With several processes, an engine may wrap the model and count
+        its forward passes. Sliding windows and recurrent layers need a cache of another kind.
         """
         return (
             self.accelerator.num_processes == 1
@@ -347,7 +350,7 @@ class PlannerTrainer(GRPOTrainer):
         return DynamicCache(config=model.config)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a step with the seconds of its parts; the first also with how well rollouts and training agree."""
+        """Log a step with the seconds of its parts. The first step also logs how well rollouts and training agree."""
         if "loss" in logs:
             logs.update(self._clock.take())
             logs.update(self._gap)
@@ -374,7 +377,7 @@ class PlannerTrainer(GRPOTrainer):
         return sampler
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **options: Any) -> Any:
-        """Completions of B prompts; on a CPU by `common.decoding`, in a third of the time of `generate`."""
+        """Completions of B prompts. On a CPU `common.decoding` makes them, in a third of the time of `generate`."""
         with self._clock.part("planner_seconds"):
             return self._timed_single_turn(prompt_ids, *others, **options)
 
