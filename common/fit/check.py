@@ -1,4 +1,4 @@
-"""`grpo_training.py --check`: whether a run would fit, what it lacks, and what a step of it generates."""
+"""`grpo_training.py --check`: whether a run would fit into memory, what is missing, and what one step generates."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from common.settings.grpo import TrainingArgs
 
 
 def check_run(args: TrainingArgs, *, overwrite: bool, resume: bool) -> int:
-    """Say what a run would take and what it lacks, without loading weights and without writing anything.
+    """Print what a run would need and what is missing. It loads no weights and writes nothing.
 
     Args:
         args: settings of the run.
-        overwrite, resume: whether the run would replace or go on with one that `--output-dir` holds.
+        overwrite, resume: whether the run would replace, or continue, a run that `--output-dir` contains.
 
     Returns:
-        0, where it fits and nothing is missing.
+        0 if the run fits and nothing is missing.
 
     Raises:
-        UserErrors: with exit code 2 and a line for everything else.
+        UserErrors: with exit code 2, and one line for each problem.
     """
     if not is_first():
-        return 0  # one process tells
+        return 0  # only the first process prints
     found = missing.Found()
     found.problems += missing.packages(args)
     if found.problems:
@@ -71,10 +71,10 @@ def check_run(args: TrainingArgs, *, overwrite: bool, resume: bool) -> int:
 
 
 def this_machine(args: TrainingArgs) -> Machine:
-    """The first GPU, else this machine's memory.
+    """The first GPU, or the main memory of this machine if it has none.
 
     Raises:
-        UserError: for a --cpu-dtype that cannot be had.
+        UserError: if --cpu-dtype is set to a value that this machine does not support.
     """
     import torch
 
@@ -89,7 +89,7 @@ def this_machine(args: TrainingArgs) -> Machine:
 
 
 def does_not_fit(args: TrainingArgs, parts: Sequence[Part], machine: Machine) -> list[str]:
-    """One line where memory is short, with what to change about the part that takes most; nothing where it fits."""
+    """One line if memory is too small, with advice for the part that takes most of it; [] if the run fits."""
     needed = peak(parts, machine)
     if needed <= min(machine.free, machine.total):
         return []
@@ -110,7 +110,7 @@ def does_not_fit(args: TrainingArgs, parts: Sequence[Part], machine: Machine) ->
 
 
 def _questions(args: TrainingArgs) -> list[Question]:
-    """The run's questions, after the checks that a run makes; held-out ones are looked at too."""
+    """The run's questions, after the checks that a run makes. Held-out questions are checked too."""
     check_source(args.dataset, args.dataset_split)
     if args.eval_dataset is not None:
         check_source(args.eval_dataset, "test", flag="--eval-dataset")
@@ -142,7 +142,7 @@ def _base(args: TrainingArgs) -> tuple[Any, Any]:
 
 
 def _ram() -> tuple[float, float]:
-    """(total, free) bytes of this machine's memory; in a container what its limit leaves."""
+    """(total, free) bytes of this machine's memory. In a container, its memory limit counts too."""
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     free, meminfo, group = total, Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if meminfo.is_file():
@@ -150,13 +150,13 @@ def _ram() -> tuple[float, float]:
     limit = group / "memory.max"
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, float(text))
-        cached = _numbers(group / "memory.stat")["inactive_file"]  # given back when memory is needed
+        cached = _numbers(group / "memory.stat")["inactive_file"]  # a file cache, freed when memory is needed
         free = min(free, total - float((group / "memory.current").read_text()) + cached)
     return total, free
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Names and numbers of a file that has one of each in a line."""
+    """Read a file with one name and one number per line."""
     rows = (line.replace(":", " ").split() for line in path.read_text().splitlines())
     return {name: int(number) for name, number, *_ in rows}
 
@@ -195,7 +195,7 @@ def _too_long(args: TrainingArgs, config: Any, step: Step) -> list[str]:
 
 
 def _memory_table(parts: Sequence[Part], machine: Machine) -> str:
-    """All parts, the largest sum of those that are there together, and what the machine has."""
+    """All parts, the largest sum of parts that exist at the same time, and the memory of the machine."""
     needed = peak(parts, machine)
     rows = [(part.name, part.bytes) for part in parts]
     each = f" ({machine.processes} processes)" if machine.processes > 1 else ""

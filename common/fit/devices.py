@@ -1,4 +1,4 @@
-"""Which GPU a run takes, and how torch uses its memory: decided before torch is imported, which reads it then."""
+"""Which GPU a run uses, and how torch allocates its memory. Both are set before torch is imported, which reads them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from common.cli import say
 
 VISIBLE, ALLOCATOR = "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF"
-_DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each GPU
+_DRIVER = Path("/proc/driver/nvidia/gpus")  # contains a folder for each GPU
 
 
 def prepare_gpu(script: str) -> None:
-    """Set what torch reads from the environment when it is imported, and say so where a GPU is left unused.
+    """Set the environment variables that torch reads when it is imported. Print a line if a GPU stays unused.
 
     Args:
         script: name of the script, for the command that uses all GPUs.
@@ -26,31 +26,35 @@ def prepare_gpu(script: str) -> None:
 
 
 def allocator(environment: MutableMapping[str, str]) -> dict[str, str]:
-    """What makes torch's GPU memory grow in place of being cut into pieces, unless the user has set something.
+    """The variable for an allocator whose blocks can grow; {} if the user has configured the allocator.
 
-    Rollouts, worker and training take blocks of other sizes in turn, so that fixed ones would lie about unused.
+    Rollouts, worker and training need blocks of different sizes in turn. Blocks of fixed size would often stay unused.
+
+    Args:
+        environment: variables of the process.
     """
     return {} if {ALLOCATOR, "PYTORCH_ALLOC_CONF"} & set(environment) else {ALLOCATOR: "expandable_segments:True"}
 
 
 def choose_gpu(environment: MutableMapping[str, str], installed: Callable[[], int], script: str) -> str | None:
-    """Leave one GPU visible to a process that no launcher started; with more, the Trainer would split each batch.
+    """Leave only one GPU visible to a process without a launcher.
 
-    It does so by `torch.nn.DataParallel`, which takes neither the worker's calls nor a quantised model.
+    With several visible GPUs, the Trainer would split each batch with `torch.nn.DataParallel`. That supports neither
+    the worker's calls nor a quantised model.
 
     Args:
-        environment: of the process, changed in place.
-        installed: how many GPUs the machine has, asked where the environment does not say which are visible.
-        script: its name.
+        environment: variables of the process, changed in place.
+        installed: returns the number of GPUs of the machine; called if the environment does not list visible ones.
+        script: name of the script.
 
     Returns:
-        a line for the user, or None where there is nothing to choose.
+        A line for the user, or None if at most one GPU is visible or a launcher chooses.
     """
     if "LOCAL_RANK" in environment or "WORLD_SIZE" in environment:
         return None  # torchrun or accelerate launch: each process has its own
     if VISIBLE in environment:
         visible = [name.strip() for name in environment[VISIBLE].split(",") if name.strip()]
-        if "-1" in visible:  # hides those behind it
+        if "-1" in visible:  # CUDA ignores "-1" and all entries after it
             visible = visible[: visible.index("-1")]
     else:
         visible = [str(number) for number in range(installed())]
@@ -64,7 +68,7 @@ def choose_gpu(environment: MutableMapping[str, str], installed: Callable[[], in
 
 
 def installed_gpus() -> int:
-    """How many NVIDIA GPUs the driver knows, else nvidia-smi; 0 without either."""
+    """Number of NVIDIA GPUs according to the driver, or else according to nvidia-smi; 0 if neither exists."""
     if _DRIVER.is_dir():
         return sum(1 for _ in _DRIVER.iterdir())
     try:

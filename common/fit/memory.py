@@ -1,16 +1,18 @@
-"""How much memory a GRPO run takes at its peak, part by part, from the model's shape and the settings.
+"""Estimate the peak memory of a GRPO run, part by part, from the model's shape and the settings.
 
-What is counted, and where the numbers are from:
+What is counted, and the sources of the numbers:
 
-- weights: NF4 with double quantisation is 4 bits a weight, an 8-bit constant a block of 64, and a 32-bit one for 256
-  of these: 4.127 bits (QLoRA, arXiv:2305.14314, section 3); what is not quantised is in the run's own dtype.
-- adapter: fp32 weights and gradients, and Adam's two moments: 16 bytes a parameter (ZeRO, arXiv:1910.02054, section
-  3.1, less the half-precision copy).
-- keys and values: 2 × layers × key/value heads × head size a token (arXiv:2211.05102, section 2.1).
-- activations: what autograd keeps of a decoder layer of the Llama kind under LoRA, counted by hooks on saved tensors
-  (`docs/training.md`); with checkpointing each layer's input, and one layer's recomputation (arXiv:1604.06174).
-- head: TRL's chunked log-probabilities work on tiles of at most 4096 tokens × 32768 vocabulary entries; without
-  Triton about nine such tiles in fp32 are alive in the backward pass (trl/kernels/chunked_logprob.py).
+- Weights: NF4 with double quantisation takes 4.127 bits per weight (QLoRA, arXiv:2305.14314, section 3). These are 4
+  bits per weight, an 8-bit constant per 64 weights, and a 32-bit constant per 256 of those. Weights that are not
+  quantised have the run's own dtype.
+- Adapter: fp32 weights and gradients, and Adam's two moments: 16 bytes per parameter. This follows ZeRO
+  (arXiv:1910.02054, section 3.1), without its half-precision copy.
+- Keys and values: 2 × layers × key-value heads × head size per token (arXiv:2211.05102, section 2.1).
+- Activations: what autograd keeps of a Llama-like decoder layer with LoRA. It was counted with hooks on saved tensors
+  (`docs/training.md`). With checkpointing: the input of each layer, and the recomputation of one layer
+  (arXiv:1604.06174).
+- Head: TRL computes log-probabilities in tiles of at most 4096 tokens × 32768 vocabulary entries. Without Triton,
+  about nine such tiles in fp32 exist at once in the backward pass (trl/kernels/chunked_logprob.py).
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ from common.fit.step import Step, Wave
 from common.settings.grpo import TrainingArgs
 
 MIB, GIB = 2**20, 2**30
-# Measured: resident memory of this program after its imports, and what encoder, tokenizer and data add to the weights.
+# Measured: memory of this program after its imports; and memory for encoder, tokenizer and data besides the weights.
 CPU_LIBRARIES, ENCODER = 540 * MIB, 140 * MIB
-QUANTISING = 110 * MIB  # measured: bitsandbytes, and its copies of a tensor that it quantises, on a CPU
-CUDA_CONTEXT = 800 * MIB  # an assumption: 0.5 to 0.8 GiB by card and driver
+QUANTISING = 110 * MIB  # measured on a CPU: bitsandbytes, and its copies of the tensor that it is quantising
+CUDA_CONTEXT = 800 * MIB  # assumed: 0.5 to 0.8 GiB, depending on card and driver
 NF4_BYTES = 4.127 / 8
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768  # TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE of TRL 1.16
 HEAD_TILES_WITHOUT_TRITON = 9.25
-VLLM_ON_CPU = 3.5 * GIB  # libraries, and its 1 GiB of keys and values, beside the weights (measured: 4 GB with 135M)
+VLLM_ON_CPU = 3.5 * GIB  # libraries and 1 GiB of keys and values, without the weights (measured: 4 GB with 135M)
 SERVER, PACKED = "the vLLM server", "weights packed for the CPU"
 
 When = Literal["always", "loading", "rollouts", "worker", "training"]
@@ -39,7 +41,13 @@ When = Literal["always", "loading", "rollouts", "worker", "training"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Memory of one kind: what it is for, how much, and when it is there."""
+    """Memory for one purpose.
+
+    Attributes:
+        name: the purpose, for the table.
+        bytes: how much.
+        when: in which phase of the run it is used.
+    """
 
     name: str
     bytes: float
@@ -48,15 +56,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where a run would train.
+    """The GPU or the computer on which a run would train.
 
-    Args:
-        gpu: whether on a GPU.
-        name: of it.
+    Attributes:
+        gpu: whether it is a GPU.
+        name: of the GPU, for messages.
         total, free: bytes of its memory.
-        four_bit: whether the base is quantised there.
+        four_bit: whether the base model is quantised to 4 bits.
         cpu_dtype: of matrix products on a CPU.
-        processes: that share this memory: one a GPU, all of them on a CPU.
+        processes: number of processes that share this memory: one per GPU, but all of them on a CPU.
     """
 
     gpu: bool
@@ -69,7 +77,7 @@ class Machine:
 
     @property
     def width(self) -> int:
-        """Bytes of a number in weights, keys and values."""
+        """Bytes per number in weights, keys and values."""
         return 2 if self.gpu else 4
 
     @property
@@ -79,7 +87,14 @@ class Machine:
 
 
 def estimate(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> list[Part]:
-    """The parts of a process's memory at its peak, and of a server that it starts."""
+    """The parts of one process's memory at its peak, and the memory of a server that the run starts.
+
+    Args:
+        args: settings of the run.
+        shape: of the base model and adapter.
+        step: what a step generates.
+        machine: on which the run would train.
+    """
     local_worker = not (args.worker_url or args.vllm_url or args.vllm_python)
     local_rollouts = not (args.vllm_url or args.vllm_python)
     parts = [
@@ -107,11 +122,11 @@ def estimate(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine
 
 
 def peak(parts: Sequence[Part], machine: Machine) -> float:
-    """Bytes that all processes take at the worst moment.
+    """Bytes of all processes together at the moment that needs most.
 
-    Generating and training take turns. On a GPU the one's memory serves the other. On a CPU the program keeps what it
-    has freed (`training.device.tune_for_cpu`): training finds little use for the gaps that the packed weights leave,
-    and for keys and values about half (measured, docs/training.md).
+    Generating and training take turns. On a GPU, both use the same memory in turn. On a CPU the program keeps memory
+    that it has freed (`training.device.tune_for_cpu`). Training cannot reuse the gaps that the packed weights leave,
+    and can reuse about half of the memory for keys and values (measured, docs/training.md).
     """
 
     def together(*whens: When) -> float:
@@ -138,14 +153,14 @@ def _weights(shape: ModelShape, machine: Machine) -> float:
 
 
 def _packed(shape: ModelShape, machine: Machine) -> float:
-    """Copies of the linear layers in oneDNN's layout (`common.decoding.packing`), the head's always in fp32."""
+    """Bytes of the copies of linear layers in oneDNN's layout (`common.decoding.packing`); the head's is in fp32."""
     linear = 0 if machine.four_bit else shape.linear * (2 if machine.cpu_dtype == "bfloat16" else 4)
     return linear + 4 * shape.head
 
 
 def _rollouts(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> float:
     cached = step.completions * (step.planner_prompt + args.max_completion_length) * shape.cached_elements
-    # Logits, their softmax, its running sum and two temporary ones, in fp32.
+    # Logits, their softmax, its cumulative sum and two temporary tensors, all in fp32.
     return machine.width * cached + 5 * 4 * step.completions * shape.vocabulary
 
 
@@ -154,9 +169,10 @@ def _worker(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine)
 
 
 def _micro_batch(args: TrainingArgs, shape: ModelShape, wave: Wave, machine: Machine) -> float:
-    """Keys and values of the largest micro-batch of a wave.
+    """Bytes for keys and values of the largest micro-batch of a wave.
 
-    On a CPU what prompts begin with is there once; on a GPU once a row, and the prompts are read in one pass.
+    On a CPU the shared beginning of the prompts is stored once. On a GPU it is stored once per row, and all prompts
+    are run in one pass.
     """
     width = wave.shared + wave.own + args.worker_max_tokens
     rows = max(1, min(wave.calls, args.worker_batch_tokens // width))
@@ -168,12 +184,12 @@ def _micro_batch(args: TrainingArgs, shape: ModelShape, wave: Wave, machine: Mac
 
 
 def _training(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> list[Part]:
-    """Of the forward and backward pass of one micro-batch."""
+    """Memory of the forward and backward pass of one micro-batch."""
     rows, answer = args.batch_size, args.max_completion_length
     checkpointing = machine.gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
     if checkpointing or machine.processes > 1:
         prompt_rows, per_row = 0, step.planner_prompt + answer
-    else:  # a group's prompt is run once
+    else:  # the prompt of a group is run once
         prompt_rows, per_row = -(-rows // args.num_generations), answer + 1
     tokens = prompt_rows * step.planner_prompt + rows * per_row
     layer = _layer(shape, machine, tokens, prompt_rows, rows, step.planner_prompt, per_row)
@@ -184,7 +200,7 @@ def _training(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machin
         # Keys and values of prompt and answer, in all layers.
         kept += machine.width * rows * (step.planner_prompt + per_row) * shape.cached_elements if prompt_rows else 0
         if machine.half and not machine.gpu and not machine.four_bit:
-            # Autocast's copies of the weights; the head's too, which the pass over the prompts runs through.
+            # Autocast's copies of the weights. The head's is included, because the pass over the prompts uses it.
             kept += 2 * (shape.linear * shape.open_layers / shape.layers + shape.head)
     label = "activations, checkpointed" if checkpointing else "activations of forward and backward"
     return [
@@ -198,9 +214,11 @@ def _layer(
 ) -> float:
     """Bytes that autograd keeps of one layer.
 
-    A token: both norms' inputs (fp32); their outputs, which LoRA reads, once or, under autocast, cast anew for each of
-    five projections; query, attention's output; gate, up, its activation and their product; LoRA's inner values. A
-    key: keys and values repeated for all heads. On a CPU the attention weights of every query and key.
+    - Per token: the inputs of both norms (fp32) and their outputs, which LoRA reads. Under autocast, the outputs are
+      converted again for each of five projections. Also the query, the attention's output, gate, up, its activation,
+      their product, and LoRA's inner values.
+    - Per key: keys and values, repeated for all heads.
+    - On a CPU: the attention weight of every pair of query and key.
     """
     wide = shape.heads * shape.head_dim
     keys = prompt_rows * prompt + rows * (per_row + (prompt if prompt_rows else 0))
@@ -217,7 +235,7 @@ def _layer(
 
 
 def _head(shape: ModelShape, machine: Machine, tokens: int, checkpointing: bool) -> float:
-    """Of the tiles that log-probabilities are computed in, and the gradient of the hidden states."""
+    """Bytes of the tiles in which log-probabilities are computed, and of the gradient of the hidden states."""
     hidden = 4 * tokens * shape.hidden
     if not machine.gpu and machine.half and not checkpointing:  # `common.decoding.log_probs`
         return 2 * shape.head + 4 * 4 * 128 * shape.vocabulary + hidden

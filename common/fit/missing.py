@@ -1,4 +1,4 @@
-"""What a run would lack: packages, a network, a login, an encoder, a server. Nothing is downloaded but small files."""
+"""What a run lacks: packages, network, login, encoder, or server. Only small files are downloaded for this check."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ from common.workers.remote import check_worker
 T = TypeVar("T")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sentence_transformers")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-HUB_SECONDS = 5.0  # for one question to the Hub
+HUB_SECONDS = 5.0  # time limit of one request to the Hub
 
 
 class Found:
-    """Problems, a line each, in the order in which they were found."""
+    """Problems, one line each, in the order in which they were found.
+
+    Attributes:
+        problems: the lines.
+    """
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
     def tried(self, work: Callable[[], T]) -> T | None:
-        """What `work` gives; None where it ends with an error of the user's, which is one problem more."""
+        """The result of `work`. If it raises a `UserError`, this is added to the problems, and the result is None."""
         try:
             return work()
         except UserError as error:
@@ -42,7 +46,7 @@ class Found:
 
 
 def packages(args: TrainingArgs) -> Iterator[str]:
-    """Packages that the run imports and this Python lacks."""
+    """Yield a problem for each package that the run imports but this Python does not have."""
     four_bit = installed_gpus() > 0 if args.use_4bit is None else args.use_4bit
     wanted = [*PACKAGES, *(["bitsandbytes"] if four_bit else []), *(["wandb"] if args.wandb else [])]
     for name in wanted:
@@ -51,10 +55,10 @@ def packages(args: TrainingArgs) -> Iterator[str]:
 
 
 def hub_problem(args: TrainingArgs) -> str | None:
-    """Why the Hub cannot be asked, or None, also where the run needs nothing of it.
+    """Why the Hub cannot be reached; None if it can, or if the run needs nothing from it.
 
-    Where it cannot, its client is told so, which then looks into its cache without waiting. Call it before anything
-    imports that client.
+    If it cannot be reached, the Hub's client is set to offline mode, so that it reads its cache without waiting. Call
+    this function before anything imports that client.
     """
     data = kind_of_source(args.dataset) == "hub" or (
         args.eval_samples and kind_of_source(args.eval_dataset or args.dataset) == "hub"
@@ -72,15 +76,18 @@ def hub_problem(args: TrainingArgs) -> str | None:
 
 
 def check_base_files(name: str, size: float, offline: str | None) -> str | None:
-    """Make sure that the base model's weights are here, or can be had; says how much is to be downloaded.
+    """Check that the base model's weights are on this machine or can be downloaded.
 
     Args:
-        name: of the base model, whose config could be read.
+        name: of the base model. Its config could be read.
         size: bytes of its weights.
         offline: why the Hub cannot be reached, or None.
 
+    Returns:
+        The size of the download in words, or None if nothing has to be downloaded.
+
     Raises:
-        UserError: where they are not, and cannot, or do not fit on the disk.
+        UserError: if the weights are missing and cannot be downloaded, or do not fit on the disk.
     """
     if not _on_hub(name):
         folder = Path(models.unconverted(name)[0])
@@ -107,10 +114,14 @@ def check_base_files(name: str, size: float, offline: str | None) -> str | None:
 
 
 def check_encoder(name: str, offline: str | None) -> None:
-    """Make sure that the sentence encoder is here, or can be had.
+    """Check that the sentence encoder is on this machine or can be downloaded.
+
+    Args:
+        name: of the encoder.
+        offline: why the Hub cannot be reached, or None.
 
     Raises:
-        UserError: where it is not, and cannot.
+        UserError: if it is missing and cannot be downloaded.
     """
     if models.packaged_encoder(name) is not None or Path(name).expanduser().is_dir():
         return
@@ -130,10 +141,10 @@ def check_encoder(name: str, offline: str | None) -> None:
 
 
 def check_wandb(args: TrainingArgs) -> None:
-    """Make sure that a run that is to be logged to Weights & Biases can be; WANDB_MODE=offline is no problem.
+    """Check that the run can be logged to Weights & Biases. WANDB_MODE=offline is allowed.
 
     Raises:
-        UserError: where it would go offline by itself.
+        UserError: if W&B would switch to offline mode by itself.
     """
     problem = online_problem() if args.wandb else None
     if problem is not None:
@@ -141,10 +152,10 @@ def check_wandb(args: TrainingArgs) -> None:
 
 
 def check_server(args: TrainingArgs) -> None:
-    """Ask the servers of `--worker-url` or `--vllm-url`; of `--vllm-python`, make sure that one can be started.
+    """Check the servers of a run: that they answer, or for `--vllm-python`, that one can be started.
 
     Raises:
-        UserError: with what is wrong.
+        UserError: if one does not answer or cannot be started; the message says why.
     """
     if args.vllm_python is None:
         if args.worker_url is not None or args.vllm_url is not None:
@@ -162,7 +173,7 @@ def _on_hub(name: str) -> bool:
 
 
 def _cached(name: str) -> bool:
-    """Whether all weights of a Hub model are in the cache: in one file, or in those that an index names."""
+    """Whether all weights of a Hub model are in the cache: one file, or all files that an index lists."""
     from huggingface_hub import try_to_load_from_cache
 
     def path(file: str) -> Any:

@@ -1,7 +1,7 @@
-"""The size of a model and of its adapter, from the base's config alone: no weight is read.
+"""The size of a model and of its adapter. Only the base model's config is read, no weights.
 
-The model is built on torch's meta device, where tensors have a shape and no memory, so that the numbers are those of
-the very modules that a run would load, whatever the architecture.
+The model is built on torch's meta device, where tensors have a shape but no memory. So the numbers are those of the
+modules that a run would load, for every architecture.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What memory depends on.
+    """Sizes that determine how much memory a run needs.
 
-    Args:
-        parameters: all of them; a head that is tied to the embeddings counts once.
-        linear: of them, weights of linear layers without the head: what 4-bit loading quantises.
+    Attributes:
+        parameters: number of all parameters. A head that shares its weights with the embeddings counts once.
+        linear: number of weights in linear layers, without the head. 4-bit loading quantises these.
         head: weights of the language-model head (vocabulary × hidden).
-        layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary: of the config.
-        stored_bytes: of one parameter in the model's files.
-        trained: parameters of the adapter.
+        layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary: as in the config.
+        stored_bytes: bytes per parameter in the model's files.
+        trained: number of the adapter's parameters.
         rank: of the adapter.
-        open_layers: layers that gradients pass through: from the first adapted one up.
+        open_layers: number of layers that gradients pass through, from the first adapted layer to the last layer.
     """
 
     parameters: int
@@ -50,7 +50,7 @@ class ModelShape:
 
     @property
     def cached_elements(self) -> int:
-        """Keys and values of one token in all layers."""
+        """Number of elements in the keys and values of one token, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
@@ -59,7 +59,7 @@ def model_shape(config: Any, args: LoraSettings) -> ModelShape:
 
     Args:
         config: of the base model, as `AutoConfig` gives it.
-        args: settings of the run; an adapter of `adapter_path` brings its own shape.
+        args: settings of the run. With `adapter_path`, the shape of that adapter is used.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -100,7 +100,7 @@ def model_shape(config: Any, args: LoraSettings) -> ModelShape:
 
 
 def _new_adapter(linears: Mapping[str, Any], args: LoraSettings, layers: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a fresh LoRA's matrices, as `models.lora_config` places them: r × inputs and outputs × r a layer."""
+    """Shapes of a new LoRA's matrices in the layers of `models.lora_config`: (r, inputs) and (outputs, r) per layer."""
     usual = {name for name in linears if name.rsplit(".", 1)[-1] in LORA_TARGET_MODULES}
     first = 0 if args.lora_layers is None else layers - args.lora_layers
     shapes: dict[str, tuple[int, ...]] = {}

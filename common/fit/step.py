@@ -1,4 +1,4 @@
-"""What one optimiser step generates at most: completions, worker calls, and how long their prompts are."""
+"""Upper limits for one optimiser step: numbers of completions and worker calls, and lengths of their prompts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from common.problems.questions import Question
 from common.prompts import Message
 from common.settings.grpo import TrainingArgs
 
-LONGEST = 16  # questions with the most characters, among which the longest prompt is looked for
-VOTES = 8  # direct solutions a question in the scoreboard's majority vote, about what a plan's tokens pay for
+LONGEST = 16  # the longest prompt is searched among this many questions with the most characters
+VOTES = 8  # direct solutions per question in the scoreboard's majority vote, for about the tokens of a plan
 
 
 @dataclass(frozen=True, slots=True)
 class Wave:
     """Prompts that the worker answers together.
 
-    Args:
-        calls: how many, at most.
-        shared: tokens that all of them begin with.
-        own: tokens of the rest of one, at most.
+    Attributes:
+        calls: largest number of prompts.
+        shared: number of tokens that all of them begin with.
+        own: largest number of further tokens in one prompt.
     """
 
     calls: int
@@ -34,11 +34,11 @@ class Wave:
 class Step:
     """What one process generates in a step.
 
-    Args:
-        questions, completions: of the planner.
-        planner_prompt: tokens of the longest.
+    Attributes:
+        questions, completions: numbers of them, of the planner.
+        planner_prompt: tokens of the longest planner prompt.
         solve, combine: the worker's two waves.
-        scoreboard: the worker's calls for the held-out questions, before and after training.
+        scoreboard: the worker's calls for the held-out questions; None without a scoreboard.
     """
 
     questions: int
@@ -50,11 +50,17 @@ class Step:
 
 
 def step_of(args: TrainingArgs, questions: Sequence[Question], tokenizer: Any) -> Step:
-    """The step of a run, from its settings and the longest of its questions (at least one is needed)."""
+    """The step of a run, computed from its settings and its longest questions.
+
+    Args:
+        args: settings of the run.
+        questions: to train on; at least one.
+        tokenizer: of the base model.
+    """
     longest = [item.question for item in sorted(questions, key=lambda item: -len(item.question))[:LONGEST]]
     style, completions, parts = args.worker_style, args.batch_size * args.grad_accum, args.max_subproblems
-    # Every plan split as far as is allowed. Its subproblems are part of one completion, so they share its room, and
-    # the combine prompt repeats them with their solutions; the few-shot style takes the bare results instead.
+    # Assume that every plan has the largest number of subproblems. They are all part of one completion, so they share
+    # its length limit. The combine prompt repeats them with their solutions, or in the few-shot style only the results.
     room = args.max_completion_length
     solutions = 0 if style == "few-shot" else room + parts * args.worker_max_tokens
     split = _wave(
@@ -79,7 +85,7 @@ def step_of(args: TrainingArgs, questions: Sequence[Question], tokenizer: Any) -
 
 
 def _wave(tokenizer: Any, calls: int, requests: Iterable[Sequence[Message]], more: int) -> Wave:
-    """A wave from sample prompts, each with so many tokens more."""
+    """A wave, from sample prompts that each get `more` additional tokens."""
     longest, messages = max(((_tokens(tokenizer, messages), messages) for messages in requests), key=lambda one: one[0])
     shared = sum(len(tokenizer(message["content"]).input_ids) for message in messages[:-1])
     return Wave(calls, shared, max(0, longest - shared) + more)

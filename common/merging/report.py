@@ -1,4 +1,4 @@
-"""The stored report of a merge (`certification.json`), read back."""
+"""Read the stored report of a merge (`certification.json`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_report(path: Path) -> dict[str, Any] | None:
     """The report of a finished merge; None if there is no file.
 
     Raises:
-        UserError: if the file is not a report.
+        UserError: if the file is not such a report.
     """
     report = read_json(path)
     if report is not None and not all(isinstance(report.get(name), dict) for name in _PARTS):
