@@ -1,9 +1,10 @@
-"""The scoreboard's figures for questions made of several problems, apart from single ones.
+"""Figures of the scoreboard for composed questions (made of several problems), separate from single questions.
 
-The reasoning gap (Compositional GSM, arXiv:2410.01748) is how much less often composed questions are solved than their
-problems, solved one by one, would allow: S_comp - S1 * S2, where S1 and S2 are the shares of first and of second
-problems that the worker solves alone. Where questions differ in their number of problems, the product is each
-question's own, averaged.
+The reasoning gap (Compositional GSM, arXiv:2410.01748) compares composed questions with their problems one by one. It
+is S_comp − S1 · S2. S_comp is the share of composed questions that are solved. S1 and S2 are the shares of first and of
+second problems that the worker solves alone. A negative gap means that composing makes the problems harder.
+
+If questions have different numbers of problems, the product is computed for each question and averaged.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ Records = Sequence[dict[str, Any]]
 
 
 def is_composed(record: dict[str, Any]) -> bool:
-    """Whether a scoreboard's record is of a question made of several problems."""
+    """Whether a record of the scoreboard belongs to a composed question."""
     return record.get("problems", 1) > 1
 
 
 def summarise_composed(
     rows: Mapping[str, Records], alone: Records | None, planners: Sequence[str], trained: str, direct: str
 ) -> dict[str, Any] | None:
-    """What `evaluation.json` holds of composed and single questions; None where no question is composed.
+    """The figures for composed and single questions in `evaluation.json`; None if no question is composed.
 
     Args:
         rows: records of each row, in the order of the questions.
-        alone: of the composed questions' problems, solved one by one, in order; None where nobody did.
-        planners: rows in which somebody plans.
-        trained, direct: names of these rows.
+        alone: records of the composed questions' problems, solved one by one, in order; None if they were not solved.
+        planners: names of the rows that have a planner.
+        trained, direct: names of the rows of the trained planner and of direct solving.
     """
     some = next(iter(rows.values()))
     counts = [record["problems"] for record in some if is_composed(record)]
@@ -73,7 +74,11 @@ def summarise_composed(
 
 
 def expected_accuracy(solved: Sequence[Sequence[bool]]) -> float:
-    """The share of questions to be solved where their problems are solved as alone, independently of each other."""
+    """Expected share of solved questions, if every problem is solved as often as alone, and independently.
+
+    Args:
+        solved: for each question, which of its problems were solved alone.
+    """
     shares = _by_place(solved)
     product = [1.0]
     for share in shares:
@@ -82,11 +87,14 @@ def expected_accuracy(solved: Sequence[Sequence[bool]]) -> float:
 
 
 def reasoning_gap(correct: Sequence[bool], solved: Sequence[Sequence[bool]]) -> dict[str, Any]:
-    """The reasoning gap with its 95 % interval (percentile bootstrap over questions, always the same resamples).
+    """The reasoning gap with its 95 % interval.
+
+    The interval is a percentile bootstrap over questions. Its random generator has a fixed seed, so the same input
+    gives the same interval.
 
     Args:
-        correct: of each composed question, whether it was solved.
-        solved: of each, which of its problems were solved alone.
+        correct: for each composed question, whether it was solved.
+        solved: for each of them, which of its problems were solved alone.
     """
     import numpy as np
 
@@ -108,7 +116,7 @@ def reasoning_gap(correct: Sequence[bool], solved: Sequence[Sequence[bool]]) -> 
 
 
 def _decisions(composed: Records, single: Records) -> dict[str, Any]:
-    """Shares of questions that the planner split or left whole as it should: an invalid plan is no decision."""
+    """Shares of right decisions: composed questions split, single ones not. An invalid plan is never right."""
     split = [record["decomposed"] is True for record in composed]
     left = [record["decomposed"] is False and record["invalid_plan"] is False for record in single]
     return {
@@ -144,7 +152,7 @@ def _paired(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
 
 
 def _by_question(values: Sequence[bool], counts: Sequence[int]) -> list[list[bool]] | None:
-    """Values of all problems, question by question; None where they are not all there."""
+    """The values of all problems, grouped by question; None if some values are missing."""
     if len(values) != sum(counts):
         return None
     rest = iter(values)

@@ -61,7 +61,7 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = F
     day = stored_date(record)
     if day is not None:
         fix_date(tokenizer, day)
-    # The dtype of the run, which may not be this machine's default.
+    # The dtype of the run, which may differ from the default on this machine.
     dtype = getattr(torch, record["dtype"].removeprefix("torch.")) if "dtype" in record else None
     base = models.load_base(args.base_model, four_bit=models.use_4bit(args), dtype=dtype)
     frozen = FrozenBase(base, tokenizer)
@@ -80,15 +80,15 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = F
 class Scoring:
     """Makes and stores the scoreboard of a run: some rows before training, the others after it.
 
-    A stored row is used again if everything that determines it is the same, and no question in it failed. If there are
-    several processes, each asks its share of the questions, and the first one writes; all must call the same methods.
+    A stored row is used again if everything that determines it is the same and no question in it failed. With several
+    processes, each answers its share of the questions, and the first one writes. All must call the same methods.
 
     Args:
         args: settings of the run.
         model: the planner, wrapped by PEFT.
         tokenizer: of the model.
         executor: carries out the plans.
-        anew: whether to make every row again.
+        anew: whether to make every row again instead of using stored ones.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Scoring:
         self._args = args
         self._model = model
         self._tokenizer = tokenizer
-        # As for a user of the planner: a question with an invalid plan is solved directly.
+        # Same as for a user of the planner: a question with an invalid plan is solved directly.
         self._executor = executor.with_fallback()
         self._anew = anew
         self._earlier: dict[str, Row] = {}
@@ -160,9 +160,9 @@ class Scoring:
         held_out: list[Question],
         make: Callable[[slice], Row],
     ) -> Row:
-        """A row: the earlier one, or a new one to which each process gives the part of its share of the questions.
+        """A row: the stored one, or a new one. For a new row, each process answers its share of the questions.
 
-        The files of a run are the first process's, so it decides for all.
+        Only the first process reads and writes the files of a run, so it decides for all processes.
         """
         now = fingerprint() if ranks.is_first() else {}
         kept = ranks.from_first(self._kept(name, now, held_out) if ranks.is_first() else None)
@@ -174,7 +174,7 @@ class Scoring:
         return self._add(row)
 
     def _kept(self, name: str, now: Fingerprint, held_out: list[Question]) -> Row | None:
-        """The earlier row, where it is what would be made now."""
+        """The stored row, if a new one would have the same content; else None."""
         earlier = self._earlier.get(name)
         if earlier is None:
             return None
@@ -189,13 +189,13 @@ class Scoring:
         return RunFingerprints(self._args, self._model, self._tokenizer, self._executor.worker, held_out)
 
     def _forget_times(self) -> None:
-        """Discard times and counters of the scoreboard, which belong to no training step."""
+        """Discard times and counters of the scoreboard, because they do not belong to a training step."""
         self._executor.worker.take_stats()
         if self._executor.embeddings is not None:
             self._executor.embeddings.take_seconds()
 
     def _voters(self, *, first: int) -> LocalModel | ServerModel:
-        """The worker, sampled; `first` is the number of its first answer among those of all processes."""
+        """The worker with sampling. `first` is the number of its first answer, counted over all processes."""
         args, worker = self._args, self._executor.worker
         if isinstance(worker, ServerWorker):
             return worker.sampler(VOTE_TEMPERATURE, args.seed + first)
@@ -217,7 +217,7 @@ class Scoring:
         )
 
     def _add(self, row: Row) -> Row:
-        """Keep a row, also on disk: a row can take an hour, and a stopped run continues after the stored rows."""
+        """Keep a row, also on disk. A row can take an hour, and a stopped run continues after the stored rows."""
         self._rows[row.name] = row
         if ranks.is_first():
             self._summary = save_scoreboard(list(self._rows.values()), Path(self._args.output_dir))

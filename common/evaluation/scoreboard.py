@@ -39,7 +39,7 @@ DIRECT, VOTE, UNTRAINED, SUPERVISED, TRAINED = (
     "trained planner",
 )
 ORDER = (DIRECT, VOTE, UNTRAINED, SUPERVISED, TRAINED)
-PARTS = "parts alone"  # no contestant: the problems of composed questions, solved one by one by the worker
+PARTS = "parts alone"  # not part of the comparison: the problems of composed questions, solved one by one
 RECORDS = "evaluation.jsonl"
 VOTE_TEMPERATURE = 0.7  # of the samples in a majority vote, as in the self-consistency paper (arXiv:2203.11171)
 MIN_VOTES = 3
@@ -49,13 +49,13 @@ MIN_VOTES = 3
 class Row:
     """One row of the scoreboard.
 
-    A question that failed has an `error`. It counts as wrong, and all averages except the accuracy leave it out.
+    A question that failed has an `error`. It counts as wrong. All averages except the accuracy leave it out.
 
     Attributes:
         name: of the row.
         records: one per question, in the order of the questions.
         seconds: time that the row took.
-        fingerprint: what determines the row.
+        fingerprint: everything that determines the content of the row.
     """
 
     name: str
@@ -69,17 +69,17 @@ class Row:
         return sum(values) / len(values) if values else math.nan
 
     def part(self, questions: slice) -> Row:
-        """The row of some of its questions."""
+        """The row, reduced to some of its questions."""
         return Row(self.name, self.records[questions], self.seconds, self.fingerprint)
 
 
 def parts_of(questions: Sequence[Question]) -> list[Question]:
-    """The problems of composed questions, in order."""
+    """The problems of all composed questions, in order."""
     return [part for item in questions for part in item.parts]
 
 
 def run_direct(questions: Sequence[Question], executor: PipelineExecutor, name: str = DIRECT) -> Row:
-    """The row of direct solving: the worker alone, step by step, greedy. Or, under another name, of other questions."""
+    """The row of direct solving: the worker alone, step by step, greedy. `name` is for a row of other questions."""
     plan = Plan(False, ()).to_json()
     return _run(name, questions, executor, [Generation(plan, 0, True) for _ in questions])
 
@@ -109,7 +109,7 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
 
     Args:
         questions: of the scoreboard, or a part of them.
-        direct: their row, whose greedy answers are the first votes.
+        direct: row of the same questions, whose greedy answers are the first votes.
         sampler: answers the worker's direct prompts by sampling.
         style: of these prompts.
         count: votes per question, including the greedy answer; see `votes_for`.
@@ -155,7 +155,7 @@ def votes_for(budget: float, direct: Row) -> int:
         direct: row of direct solving, whose mean length is used.
     """
     cost = direct.mean("total_tokens")
-    # If every question of either row failed, there is no budget to reach.
+    # If every question of one of the rows failed, the budget or the cost is not a number.
     return max(MIN_VOTES, math.ceil(budget / max(1.0, cost))) if math.isfinite(budget + cost) else MIN_VOTES
 
 
@@ -177,7 +177,7 @@ def _run(
         PipelineItem(plan.text, item.question, item.answer, plan.tokens, plan.finished)
         for item, plan in zip(questions, plans, strict=True)
     ]
-    # A plan that a failed planner did not write is no invalid plan, which would be solved directly.
+    # A failed planner gives no plan. That is not an invalid plan, for which the question would be solved directly.
     written = iter(executor.execute_batch([i for i, plan in zip(items, plans, strict=True) if plan.error is None]))
     records = [
         _record(name, next(written))
@@ -233,7 +233,7 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """The content of `evaluation.json`: a summary per row, in the order of the table, and the paired tests.
 
-    Of questions made of several problems it has more, see `common.evaluation.composed`.
+    With composed questions there are additional figures, see `common.evaluation.composed`.
     """
     alone = next((row.records for row in rows if row.name == PARTS), None)
     rows = in_order([row for row in rows if row.name != PARTS])
@@ -307,7 +307,7 @@ def stored_rows(output_dir: Path) -> dict[str, Row]:
     """The rows of `evaluation.jsonl` by name. Rows without a stored fingerprint are left out.
 
     Raises:
-        JsonLinesError: for a file that holds something else than rows.
+        JsonLinesError: for a file that contains something else than rows.
     """
     rows: dict[str, Row] = {}
     if (output_dir / RECORDS).exists():

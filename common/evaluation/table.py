@@ -73,7 +73,7 @@ def scoreboard_table(summary: dict[str, Any]) -> str:
 
 
 def _composed_lines(apart: dict[str, Any], line: Callable[..., dict[str, object]]) -> list[dict[str, object]]:
-    """Lines for composed and single questions apart."""
+    """Lines with separate figures for composed and for single questions."""
 
     def of(*keys: str, show: Callable[[Any], str | None]) -> Callable[[str, dict[str, Any]], str | None]:
         def cell(name: str, _: dict[str, Any]) -> str | None:

@@ -1,7 +1,7 @@
 """Checkpoints: which ones are complete, and which one to resume from.
 
-The state of the optimiser is one file of the trainer, a folder of DeepSpeed with a file of each process, or a file or
-folder of FSDP.
+The optimiser's state has one of three forms: a file that the trainer writes; a folder of DeepSpeed with one file per
+process; or a file or folder of FSDP.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from common.runs.record import read_run_record
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints that every process has written to the end, oldest first."""
+    """Checkpoints that all processes have written completely, oldest first."""
     return [path for path, problem in _checkpoints(output_dir) if problem is None]
 
 
@@ -50,23 +50,23 @@ def answers_file(checkpoint: Path, rank: int) -> Path:
 
 
 def _checkpoints(output_dir: Path) -> list[tuple[Path, str | None]]:
-    """Checkpoints by step, each with what keeps it from being resumed from."""
+    """Checkpoints in the order of their steps, each with the reason why a run cannot resume from it, or None."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
     processes = _processes(output_dir) if found else 1
     return [(path, _problem(path, processes)) for path in sorted(found, key=checkpoint_step)]
 
 
 def _processes(output_dir: Path) -> int:
-    """How many processes the run has, each of which writes its random states."""
+    """The number of processes of the run. Each of them writes the states of its random generators."""
     try:
         stored = read_run_record(output_dir).get("processes")
-    except UserError:  # a checkpoint alone: of one process, as far as can be known
+    except UserError:  # a checkpoint without the run's record; assume one process
         return 1
     return stored if isinstance(stored, int) else 1
 
 
 def _problem(checkpoint: Path, processes: int) -> str | None:
-    """What is missing or cut off of all that is needed to resume, or None."""
+    """Which file that is needed to resume is missing or cut off; None if there is no problem."""
     for name in ("adapter_model.safetensors", "trainer_state.json"):
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
@@ -81,10 +81,10 @@ def _problem(checkpoint: Path, processes: int) -> str | None:
     optimiser = _optimiser_states(checkpoint)
     if isinstance(optimiser, str):
         return optimiser
-    # DeepSpeed keeps a schedule of its own among its states.
+    # DeepSpeed stores its own schedule together with its states.
     if not schedule.is_file() and not (checkpoint / "latest").is_file():
         return "scheduler.pt is missing"
-    # torch writes zip files, whose directory stands at the end: a cut-off one has none.
+    # torch writes zip files. Their directory is at the end, so a file that was cut off has none.
     for path in [*random_states, *optimiser, *([schedule] if schedule.is_file() else [])]:
         if not zipfile.is_zipfile(path):
             return f"{path.relative_to(checkpoint)} is cut off"
@@ -92,11 +92,11 @@ def _problem(checkpoint: Path, processes: int) -> str | None:
 
 
 def _optimiser_states(checkpoint: Path) -> list[Path] | str:
-    """The files of the optimiser's state that torch has written, or what is missing of them."""
+    """The files with the optimiser's state that torch has written, or a text that says which one is missing."""
     for name in ("optimizer.pt", "optimizer.bin"):
         if (checkpoint / name).is_file():
             return [checkpoint / name]
-    if (checkpoint / "optimizer_0").is_dir():  # FSDP, sharded: its list of contents is written last
+    if (checkpoint / "optimizer_0").is_dir():  # FSDP with shards; it writes its list of contents last
         return [] if (checkpoint / "optimizer_0" / ".metadata").is_file() else "optimizer_0/.metadata is missing"
     if not (checkpoint / "latest").is_file():
         return "optimizer.pt is missing"

@@ -1,7 +1,8 @@
-"""The output folder of a run: an older run in it is not replaced without being asked to, nor before the new one stands.
+"""The output folder of a run. An older run in it is replaced only if the user asks for it.
 
-`--overwrite` moves the older run into `replaced_run/` and removes it once the new one has its first checkpoint. If the
-new one ends before that, the older one is put back: at once or, after a kill, when the next run starts in the folder.
+`--overwrite` moves the older run into `replaced_run/`. It is removed as soon as the new run has its first checkpoint.
+If the new run ends before that, the older one is moved back. After a kill this happens when the next run starts in the
+folder.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ _RUN_FILES = (
     "adapter_model.safetensors",
     "adapter_config.json",
 )
-REPLACED = "replaced_run"  # the older run, whole
-_MOVING = ".replacing-run"  # on its way there or back: the rest of it is in place, and nothing of a new one
-_REMOVED = f"{SAVING}replaced"  # a name that `remove_unfinished` knows
+REPLACED = "replaced_run"  # the complete older run
+_MOVING = ".replacing-run"  # a part of the older run, while it is moved there or back; nothing of a new run exists then
+_REMOVED = f"{SAVING}replaced"  # a name that `remove_unfinished` removes
 SETTLING_SECONDS = 60.0
 _REPORTS = ("training_curves.png", "evaluation.json", "evaluation.jsonl", "evaluation.png", WANDB_RUN)
 
 
 def holds_run(output_dir: Path) -> bool:
-    """Whether a folder contains something that a run made."""
+    """Whether a folder contains a file that a run made."""
     return any((output_dir / name).exists() for name in _RUN_FILES) or any(output_dir.glob("checkpoint-*"))
 
 
@@ -43,19 +44,19 @@ def holds_run(output_dir: Path) -> bool:
 def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
     """Context manager: lock the output folder against other runs, and remove unfinished files of a killed run.
 
+    If the run ends before its first checkpoint, an older run that it should replace is moved back.
+
     Args:
         output_dir: the folder.
         overwrite: whether an older run there may be replaced.
         resume: whether the run there continues.
 
-    An older run that was to be replaced is put back where the new one does not come to its first checkpoint.
-
     Raises:
-        UserError: if another run holds the folder; and as `check_output_dir`.
+        UserError: if another run uses the folder; also as `check_output_dir`.
     """
     check_writable(output_dir, "--output-dir")
     with only_run(output_dir / LOCK_FILE, f"--output-dir {output_dir}"):
-        if not is_first():  # which looks after the folder for all
+        if not is_first():  # only the first process manages the folder
             yield
             return
         put_back(output_dir)
@@ -76,7 +77,7 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
         resume: whether the run there continues.
 
     Raises:
-        UserError: if the folder cannot be written, or holds a run and the flags do not say what to do with it.
+        UserError: if the folder cannot be written, or contains a run and the flags do not say what to do with it.
     """
     check_writable(output_dir, "--output-dir")
     if holds_run(output_dir) and not overwrite and not resume:
@@ -88,13 +89,13 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
 
 
 def run_files(output_dir: Path) -> list[Path]:
-    """What a run made, and nothing else that is in its folder."""
+    """The files that a run made. Other files in its folder are left out."""
     named = [output_dir / name for name in (*_RUN_FILES, *_REPORTS)]
     return [path for path in named if path.exists()] + sorted(output_dir.glob("checkpoint-*"))
 
 
 def set_aside(output_dir: Path) -> None:
-    """Move an older run out of the way of one that begins; kills at any moment leave it where `put_back` finds it."""
+    """Move an older run out of the way of a new one. After a kill at any moment, `put_back` can move it back."""
     found = run_files(output_dir)
     if found:
         (output_dir / _MOVING).mkdir()
@@ -104,16 +105,16 @@ def set_aside(output_dir: Path) -> None:
 
 
 def drop_replaced(output_dir: Path) -> None:
-    """Remove the older run: the one that replaces it has a checkpoint."""
+    """Remove the older run, after the new one has its first checkpoint."""
     if (output_dir / REPLACED).is_dir():
-        (output_dir / REPLACED).rename(output_dir / _REMOVED)  # or a kill would leave half of it under its name
+        (output_dir / REPLACED).rename(output_dir / _REMOVED)  # a kill must not leave a part of it under its name
         shutil.rmtree(output_dir / _REMOVED)
 
 
 def put_back(output_dir: Path) -> None:
-    """Settle a replacement that has ended: the new run stands if it has a checkpoint, else the older one is back.
+    """End a replacement: keep the new run if it has a checkpoint, else move the older run back.
 
-    Only while the folder is locked.
+    Call it only while the folder is locked.
     """
     replaced, moving = output_dir / REPLACED, output_dir / _MOVING
     if replaced.is_dir():
@@ -131,17 +132,17 @@ def put_back(output_dir: Path) -> None:
 
 
 def settle_replaced(output_dir: Path) -> None:
-    """As `put_back`, before the settings of the run in a folder are read; does nothing where there is nothing to do.
+    """Do as `put_back` before the settings of the run in a folder are read. Without a replacement it does nothing.
 
     Raises:
-        UserError: while another run holds the folder.
+        UserError: if another run uses the folder, or if the first process does not move the run back in time.
     """
     places = [output_dir / REPLACED, output_dir / _MOVING]
     if any(path.is_dir() for path in places) and is_first():
         with only_run(output_dir / LOCK_FILE, f"--output-dir {output_dir}"):
             put_back(output_dir)
     end = time.monotonic() + SETTLING_SECONDS
-    while any(path.is_dir() for path in places):  # another process's first one does it
+    while any(path.is_dir() for path in places):  # the first process moves the run; the others wait
         if time.monotonic() > end:
             raise UserError(f"{places[0]} has not been put back by the first process of this run: start again")
         time.sleep(0.1)

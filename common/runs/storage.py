@@ -1,4 +1,4 @@
-"""Explain a full or failing disk in one line: which file, how much is missing, and how to continue the run."""
+"""Explain a full or failing disk in one line: which file, how much space is missing, how to continue the run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from common.runs.files import megabytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FAILING = (*_FULL, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE)
-# Libraries that write outside Python give the reason only as text: safetensors and tokenizers with the error number,
-# torch without (it reports that the file is shorter than what was written).
+# Libraries that write outside Python give the reason only as text. safetensors and tokenizers include the error number.
+# torch does not; it reports that the file is shorter than what was written.
 _OS_ERROR = re.compile(r"os error (\d+)")
 _TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|inline_container\.cc.*write")
 
@@ -28,12 +28,12 @@ _TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|inlin
 def explained(
     folder: Path, go_on: Callable[[], str], checkpoint_bytes: Callable[[], int] | None = None
 ) -> Iterator[None]:
-    """Context manager: turn a failed write into one line with exit code 1; other errors pass unchanged.
+    """Context manager: turn a failed write into one line with exit code 1. Other errors pass unchanged.
 
     Args:
         folder: of the run.
-        go_on: returns what to do once there is room.
-        checkpoint_bytes: returns the approximate size of a checkpoint in bytes, for a run without one.
+        go_on: returns what to do when there is enough space again.
+        checkpoint_bytes: returns the approximate size of a checkpoint in bytes, needed if the run has none yet.
 
     Raises:
         UserError: with the file, how much is missing and free, and how to continue.
@@ -59,7 +59,7 @@ def resume_command(script: str, output_dir: Path) -> str:
 
 
 def how_to_resume(script: str, output_dir: Path) -> str:
-    """What to do once there is room: resume from the last complete checkpoint, or start again if there is none."""
+    """What to do when there is space again: resume from the last complete checkpoint, or start again without one."""
     whole = complete_checkpoints(output_dir)
     if not whole:
         return "make room, then start anew: there is no checkpoint yet"
@@ -111,7 +111,7 @@ def _reason(number: int) -> str:
 
 
 def _room(number: int, folder: Path, checkpoint_bytes: Callable[[], int] | None) -> str:
-    """How much is free, and how much is missing for the next checkpoint, as far as that can be known."""
+    """How much space is free, and how much is missing for the next checkpoint, if that is known."""
     if number not in _FULL:
         return ""
     free = shutil.disk_usage(folder).free
