@@ -1,8 +1,10 @@
 """Versions of one adapter on vLLM servers: the planner in training, published again after every optimiser step.
 
-Each version has a new name and a new folder. vLLM can also replace an adapter under its old name. But then it reads
-the adapter from disk for every later request. Its prefix cache, whose key is name and path, may also return keys and
-values of the older version. A version is loaded on all servers or on none.
+Each version has a new name and a new folder. vLLM can also replace an adapter under its old name, but this has two
+disadvantages. It then reads the adapter from disk for every later request. And the key of its prefix cache is name and
+path, so it may return keys and values of the older version.
+
+A version is loaded on all servers or on none.
 
 The servers read the folder themselves, so its path must be the same for them and for this process.
 """
@@ -19,7 +21,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.servers.client import Server, ServerError
 
-PREFIX = "planner-"  # beginning of all versions' names; identifies what an earlier run left on a server
+PREFIX = "planner-"  # beginning of all versions' names; it identifies versions that an earlier run left on a server
 PAUSE_SECONDS = 2.0  # between two checks whether a server is back
 _SERVER_FLAGS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
 
@@ -47,13 +49,13 @@ class AdapterServers:
 
         Args:
             save: writes adapter_config.json and adapter_model.safetensors into a folder.
-
+            save: writes adapter_config.json and adapter_model.safetensors into the folder that it receives.
         Returns:
             Name of the new version.
 
         Raises:
             UserError: if a server does not load it. Then no server has it, and the old version is still current. Also
-                if the folder cannot be written.
+                raised if the folder cannot be written.
         """
         self._count += 1
         name = f"{PREFIX}{self._run}-{self._count}"

@@ -117,8 +117,8 @@ class Server:
         self._client = AsyncOpenAI(base_url=endpoint.url, api_key=self._key, max_retries=0, timeout=endpoint.timeout)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._waiting = 0  # requests that are in flight or wait for a slot
-        self._heard = 0.0  # when anything last came back
-        self._hangs = False  # nothing came back while one of these requests waited for as long as it may
+        self._heard = 0.0  # time of the last reply of any kind
+        self._hangs = False  # no reply came within the time limit of a waiting request
         self._count_tokens = count_tokens
         self._told_of_counts = False
         self._form = Form()  # assumed until the server refuses a part of it
@@ -137,10 +137,10 @@ class Server:
         await self._client.close()
 
     def contact(self) -> list[ServedModel]:
-        """What the server serves, asked before any work is done: one that does not answer is the user's to mend.
+        """The models that the server serves. Call it before other work starts, to find a wrong address early.
 
         Raises:
-            UserError: with exit code 2, where nothing, or nothing of the kind, answers.
+            UserError: with exit code 2, if nothing answers, or if it is not an OpenAI-compatible server.
         """
         try:
             return self.run(self.models())
@@ -172,7 +172,7 @@ class Server:
             body: JSON-ready values.
 
         Raises:
-            ServerError: after the retries. The HTTP status, if there was one, is the `status_code` of its cause.
+            ServerError: after the retries. If there was an HTTP status, it is the `status_code` of the error's cause.
         """
 
         async def ask() -> Any:
@@ -238,7 +238,7 @@ class Server:
         self._form = replace(self._form, system=False)
 
     def _keep(self, form: Form) -> None:
-        """Use from now on what has worked."""
+        """Use the form of a successful request for all later requests."""
         if self._form.schema and not form.schema:
             logger.warning("%s takes no JSON schema: plans are asked for without one", self.endpoint.url)
         # Two requests at the same time may each have found one limit, so keep both.
@@ -264,7 +264,7 @@ class Server:
         return replace(reply, generation=replace(reply.generation, tokens=tokens))
 
     async def _attempts(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Repeat `ask` until it succeeds, fails for good, or has no attempts or time left; each pause is longer."""
+        """Repeat `ask` until it succeeds, fails permanently, or has no attempts or time left. Each pause is longer."""
         self._waiting += 1
         began, most = time.monotonic(), self.endpoint.timeout
         try:
@@ -275,7 +275,7 @@ class Server:
                         return await self._attempt(ask)
                 except Exception as error:
                     explained = self._explain(error)
-                    # Doubled each time (exponential backoff), with jitter: many clients do not return at once.
+                    # Doubled each time (exponential backoff), with jitter, so that clients do not all return at once.
                     pause = min(MAX_BACKOFF_SECONDS, 0.5 * 2**attempt) * (1 + random.random() / 4)
                     pause = max(pause, min(explained.wait, MAX_BACKOFF_SECONDS))
                     too_late = time.monotonic() + pause - began >= most
@@ -289,9 +289,9 @@ class Server:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def _attempt(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """`ask` within the time limit; not at all while the server hangs.
+        """Run `ask` within the time limit. While the server hangs, raise TimeoutError immediately.
 
-        Else it would cost the time limit once for each `concurrency` of the requests that wait.
+        Otherwise each group of `concurrency` waiting requests would need the full time limit.
         """
         import openai
 
@@ -338,7 +338,7 @@ class Server:
         return f"{self.endpoint.flag} {self.endpoint.url}"
 
     def _explain(self, error: Exception) -> ServerError:
-        """One line for any error, with what to do."""
+        """Convert any error to a `ServerError` with one line that says what to do."""
         import openai
 
         if isinstance(error, ServerError):
@@ -365,7 +365,7 @@ class Server:
         raise error
 
     def _explain_status(self, status: int, reason: str, wait: str) -> ServerError:
-        """One line for an error status of the server; `wait` is its Retry-After header."""
+        """Convert an error status of the server. `wait` is the text of its Retry-After header."""
         told = self._clean(reason) or "it gives no reason"
         about_roles = status not in NOT_OF_THE_REQUEST and is_about_roles(reason)
         if status in (401, 403):
@@ -376,7 +376,7 @@ class Server:
         if status in (408, 409, 429) or status >= 500:
             return ServerError(
                 f"{self._where} is in trouble ({status}: {told}): look at the server's log",
-                retryable=not about_roles,  # some servers report a template's refusal as 500, but it will not change
+                retryable=not about_roles,  # some servers report a template's refusal as 500; it would repeat
                 wait=float(wait) if wait.isascii() and wait.isdigit() else 0.0,
                 rejected=status not in NOT_OF_THE_REQUEST,
                 about_roles=about_roles,
@@ -391,8 +391,8 @@ class Server:
         )
 
     def _clean(self, text: str) -> str:
-        """First line of a server's text, shortened, without the key, which servers often repeat."""
+        """First line of a server's text, shortened, and without the key, which servers often repeat."""
         lines = redact(text).strip().splitlines() or [""]
-        # A short key is not hidden everywhere (`common.settings.secrets`), but here it is.
+        # Short keys are not hidden everywhere (see `common.settings.secrets`), but they are hidden here.
         line = lines[0] if self._key == "none" else lines[0].replace(self._key, HIDDEN)
         return line if len(line) <= 240 else line[:239] + "…"

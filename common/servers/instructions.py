@@ -11,8 +11,8 @@ _INSTRUCTIONS = ("Be brief.", "Be brief, be exact, be polite, and write numbers 
 async def fold_if_dropped(server: Server, model: str) -> bool:
     """Make the client put system messages into the user's message if the model would not see them.
 
-    The length of the prompt tells: with a short and a long system message before the same question, the prompts have
-    the same length only if the message is dropped. If a server reports no lengths, or impossible ones, nothing changes.
+    Two requests have the same question, but a short and a long system message. Their prompts have the same length only
+    if the message is dropped. If a server reports no lengths, or impossible ones, nothing changes.
 
     Args:
         server: the client.

@@ -1,4 +1,4 @@
-"""The models that a server serves: which is the base model, which is the planner, and do they belong together?"""
+"""The models that a server serves: find the base model and the planner, and check that they belong together."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class ServedModel:
 
 
 def base_model(served: Sequence[ServedModel], asked: str | None, *, flag: str, adapter: str = "") -> ServedModel:
-    """The base model: the one asked for, or else the only entry without a parent.
+    """The base model: the model with the given name, or without a name the only entry without a parent.
 
     Args:
         served: by the server.
         asked: its name, or None to detect it.
         flag: the flag that names it, for errors.
-        adapter: a name that is not the base model's, for servers that report no parents.
+        adapter: a name that is not the base model's. It is needed for servers that report no parents.
 
     Raises:
-        UserError: if the model is not served, is an adapter, or several models are possible.
+        UserError: if the model is not served or is an adapter, or if several models are possible.
     """
     names = ", ".join(model.name for model in served) or "nothing"
     if asked is not None:
@@ -79,7 +79,7 @@ def check_parent(served: list[ServedModel], adapter: ServedModel, base: ServedMo
     """Check that the adapter belongs to the base model in use.
 
     Raises:
-        UserError: if it is the base model, or belongs to another model.
+        UserError: if the adapter is the base model itself, or belongs to another model.
     """
     if adapter.name == base.name:
         raise UserError(f"--lora-adapter {adapter.name} is the base model itself: name an adapter")

@@ -1,13 +1,13 @@
 """Check that a server's base model answers as itself, also while its adapter is busy.
 
-vLLM's CPU backend has a fault: without a spare LoRA slot, base requests in one batch with adapter requests are
-answered by the adapter, without an error (docs/inference.md). If the planner answers as worker, every result is wrong.
-So a server is used only after it has passed this check.
+vLLM's CPU backend has a fault. Without a spare LoRA slot, base requests in one batch with adapter requests are
+answered by the adapter, without an error (docs/inference.md). If the planner answers instead of the worker, every
+result is wrong. So a server is used only after it has passed this check.
 
-The same prompts are sent three times: to the base model alone (one at a time, then together), to the adapter alone,
-and to the base model while the adapter is busy. Answers are compared by the probabilities of their first tokens. Texts
-would be less reliable, because batching alone can change a near tie. The distance between the two runs of the base
-model alone is the noise; the other distances are compared with it.
+The same prompts are sent to the base model alone (one at a time, then together), to the adapter alone, and to the base
+model while the adapter is busy. Answers are compared by the probabilities of their first tokens. Texts would be less
+reliable, because batching alone can change a choice between nearly equal tokens. The noise is the distance between the
+two runs of the base model alone. The other distances are compared with it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from common.servers.replies import Reply
 
 EXIT_CODE = 3
 TOKENS = 4  # compared per answer
-ALTERNATIVES = 5  # per token: the most that every server returns
-ROUNDS = 3  # of base requests beside adapter requests, because in one round the two may not share a batch
+ALTERNATIVES = 5  # per token: the largest number that every server returns
+ROUNDS = 3  # of base requests together with adapter requests; in one round they may not share a batch
 # A distance counts as real if it is this many times the noise. The floor is for servers whose noise happens to be 0:
 # fp32 kernels agree to about 1e-5.
 NOISE_FACTOR = 4.0
@@ -36,14 +36,14 @@ _AMOUNTS = ((3, 5, 2), (7, 1, 6), (4, 4, 8), (9, 2, 1))
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Result of the check. Distances are total variations in [0, 1] (see `distance`), the largest of all prompts.
+    """Result of the check. Distances are total variations in [0, 1] (see `distance`), the largest over all prompts.
 
     Attributes:
         base: name of the base model.
         adapter: name of the adapter, or None if none is served.
-        noise: base model alone, one prompt at a time, against all together.
-        separation: adapter alone against base model alone; nan without an adapter.
-        drift: base model beside the busy adapter against base model alone.
+        noise: base model alone, one prompt at a time, compared with all prompts together.
+        separation: adapter alone, compared with base model alone; nan without an adapter.
+        drift: base model while the adapter is busy, compared with base model alone.
     """
 
     base: str
@@ -59,7 +59,7 @@ class Probe:
 
     @property
     def adapter_equals_base(self) -> bool:
-        """Whether adapter and base model answer alike: it is untrained or not loaded, or the base is not itself."""
+        """Whether adapter and base model answer alike. The adapter is untrained or not loaded, or answers for both."""
         return self.separation <= self.threshold
 
     @property
@@ -80,7 +80,7 @@ class Probe:
 
         Args:
             url: of the server.
-            need_adapter: whether to refuse also an adapter that answers like the base model.
+            need_adapter: whether to refuse also a server whose adapter answers like the base model.
 
         Raises:
             UserError: with exit code 3.
@@ -110,15 +110,15 @@ async def probe(server: Server, base: str, adapter: str | None, style: str = "fu
         server: the client.
         base: name of the base model.
         adapter: name of the adapter, or None.
-        style: of the planner's prompt, for which adapter and base model differ most.
+        style: of the planner's prompt. With this prompt, adapter and base model differ most.
 
     Raises:
         ServerError: if a request fails.
     """
     if adapter is None:
         return Probe(base, None, 0.0, math.nan, 0.0)
-    # A name that no earlier prompt had, so that the server's prefix cache holds none of these prompts. It may hold
-    # wrong keys and values from an earlier batch.
+    # A new name in each check, so that the server's prefix cache contains none of these prompts. The cache could
+    # contain wrong keys and values from an earlier batch.
     name = secrets.token_hex(3)
     prompts = [
         planner_messages(
@@ -155,9 +155,9 @@ async def probe(server: Server, base: str, adapter: str | None, style: str = "fu
 def distance(left: Reply, right: Reply) -> float:
     """How differently two answers to one prompt begin, in [0, 1]: 0 means equal, 1 nothing in common.
 
-    Per token, the distance is the total variation, ½ Σ |p − q| over the tokens that are listed
-    (https://en.wikipedia.org/wiki/Total_variation_distance_of_probability_measures). The largest is returned, up to
-    and including the first token at which the answers differ; after it they continue different texts. Without
+    Per token, the distance is the total variation, ½ Σ |p − q| over the listed tokens
+    (https://en.wikipedia.org/wiki/Total_variation_distance_of_probability_measures). The largest one is returned, up to
+    and including the first token at which the answers differ. After that token they continue different texts. Without
     log-probabilities the result is 0 for equal texts, otherwise 1.
 
     Args:
@@ -179,9 +179,9 @@ def distance(left: Reply, right: Reply) -> float:
 def _gap(p: dict[str, float], q: dict[str, float], token: str) -> float:
     """|p − q| of a token; if one side does not list it, a lower bound.
 
-    An unlisted token is at most as probable as the least probable listed token, and as the probability that is left.
-    The lower bound matters for two nearly equal alternatives, of which noise lists one or the other: they then differ
-    by almost nothing.
+    An unlisted token is at most as probable as the least probable listed token, and as the remaining probability. The
+    lower bound is needed for two nearly equal alternatives of which each side lists another one because of noise. Their
+    probabilities then differ by almost nothing.
     """
     if token not in p:
         p, q = q, p

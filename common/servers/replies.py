@@ -1,4 +1,4 @@
-"""Read a server's reply: the format of OpenAI, and the variants of it that other servers send."""
+"""Read a server's reply, in OpenAI's format or one of the variants that other servers send."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Reply:
 def read_reply(body: Any, max_tokens: int) -> Reply | None:
     """The answer in the body of a chat completion, or None if there is none.
 
-    If the content is empty, the answer is read from the reasoning, where some servers put it; without both it is "".
-    The token count is None if the server reports none (null or 0).
+    If the content is empty, the answer is read from the reasoning, where some servers put it. If both are empty, the
+    answer is "". The token count is None if the server reports none (null or 0).
 
     Args:
         body: of the reply, as parsed JSON.
@@ -78,9 +78,9 @@ def read_reply(body: Any, max_tokens: int) -> Reply | None:
 
 
 def told_error(body: Any) -> tuple[int | None, str] | None:
-    """(status, reason) of an error described in a body, whatever the HTTP status of the reply; None without an error.
+    """(status, reason) of an error that a body describes; None without an error. The HTTP status is not used.
 
-    OpenAI's form is {"error": {"message": …, "code": …}}; other servers put it elsewhere, or into the first choice.
+    OpenAI's form is {"error": {"message": …, "code": …}}. Other servers put it elsewhere, or into the first choice.
     """
     if not isinstance(body, dict):
         return None
@@ -122,7 +122,7 @@ def _completion_tokens(usage: Any) -> int | None:
 
 
 def _count(usage: Any, *names: str) -> int | None:
-    """The first of these counts that is reported. 0 counts as missing: an answer has at least its end token."""
+    """The first of these counts that is reported. 0 counts as missing, because an answer has at least its end token."""
     values = [usage.get(name) for name in names] if isinstance(usage, dict) else []
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
@@ -141,11 +141,11 @@ def _text(value: Any, *, reasoning: bool) -> str:
         return _text(inner, reasoning=True) if reasoning else ""
     if "text" in value:
         return _text(value["text"], reasoning=reasoning)
-    return "" if kind else json.dumps(value)  # a part of another kind, or JSON that the server has parsed
+    return "" if kind else json.dumps(value)  # another kind of part has no text; else: JSON that the server parsed
 
 
 def is_about_roles(reason: str) -> bool:
-    """Whether an error's reason names the roles of messages: the model's chat template takes no system message."""
+    """Whether an error's reason mentions message roles. Then the model's chat template accepts no system message."""
     return bool(_ROLES.search(reason))
 
 

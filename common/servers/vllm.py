@@ -25,8 +25,8 @@ from common.runs.adapters import read_adapter_config
 from common.settings.grpo import TrainingArgs
 from common.settings.inference import ADAPTER_NAME
 
-START_SECONDS = 600  # limit for starting; a busy machine takes minutes, an idle one less than one
-# No access to the Hub, no usage statistics; 1 GB of KV cache is enough for a 135M model.
+START_SECONDS = 600  # limit for starting; it takes minutes on a busy machine, less than one on an idle one
+# No access to the Hub, and no usage statistics. 1 GB of KV cache is enough for a 135M model.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -34,7 +34,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-CONTEXT = 4096  # tokens of a prompt with its completion on a run's own server; less if the model has less
+CONTEXT = 4096  # tokens of prompt and completion on a run's own server; less if the model's context is shorter
 PR_SET_PDEATHSIG = 1
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank
 
@@ -48,7 +48,7 @@ def port_is_free(port: int) -> bool:
 def start(
     python: Path, command: Sequence[str], log: int | None = None, environment: Mapping[str, str] = MappingProxyType({})
 ) -> subprocess.Popen[bytes]:
-    """Start vLLM in its own process group. Its worker processes end with it.
+    """Start vLLM in its own process group. Its worker processes end together with it.
 
     On Linux the server also ends when this process ends, for any reason.
 
@@ -100,7 +100,7 @@ def wait_until_ready(server: subprocess.Popen[bytes] | None, port: int, seconds:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and all its worker processes; they are killed if they do not end when asked."""
+    """End the server and all its worker processes. They are killed if they do not end after a signal."""
     for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
         try:
             os.killpg(server.pid, number)
@@ -111,7 +111,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
         if number is signal.SIGTERM:
-            continue  # the parent is gone, and other processes of the group need no wait
+            continue  # the parent has ended already; other processes of the group are not waited for
 
 
 def server_command(
@@ -126,7 +126,7 @@ def server_command(
         base: Hub id or folder of the base model.
         adapter: folder of the adapter.
         port: of the server.
-        cpu: whether there is no GPU; then fp32 and little memory.
+        cpu: whether there is no GPU; then the server uses fp32 and little memory.
         chat_template: file for a base model without a chat template of its own.
 
     Raises:
@@ -185,8 +185,8 @@ def training_command(
         UserError: for a rank that vLLM does not accept.
     """
     command = _base_command(base, rank, cpu=cpu, chat_template=chat_template)
-    # The server must return log-probabilities at the sampling temperature, like the trainer's, and must not use
-    # sampling defaults of the model.
+    # The server must return log-probabilities at the sampling temperature, as the trainer computes them. It must not
+    # use sampling defaults of the model.
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     command += ["--max-model-len", str(context), "--served-model-name", Path(base).name]
     if not cpu:
@@ -245,10 +245,10 @@ def serve_base(args: TrainingArgs) -> Iterator[TrainingArgs]:
 
 
 def check_own_server(args: TrainingArgs) -> None:
-    """Make sure that the server of `--vllm-python` can be started, as far as its Python and port go.
+    """Check that the server of `--vllm-python` can be started: its Python exists, and its port is free.
 
     Raises:
-        UserError: where it cannot.
+        UserError: if it cannot be started.
     """
     if not Path(args.vllm_python or "").is_file():
         raise UserError(
@@ -265,7 +265,7 @@ def _model_of(args: TrainingArgs) -> str:
 
 
 def _command_of(args: TrainingArgs, folder: Path) -> list[str]:
-    """Command of the server for a run. A chat template that it needs is written into `folder`."""
+    """Command of the server for a run. If it needs a chat template, that is written into `folder`."""
     import torch
     from transformers import AutoConfig
 
