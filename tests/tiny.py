@@ -1,4 +1,4 @@
-"""A two-layer Llama that is taught in seconds to write plans, for tests and campaigns."""
+"""A two-layer Llama that learns in seconds to write plans, for tests and campaigns."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ QUESTIONS = [f"What is {a} + {b} + {c}?" for a, b, c in [(2, 3, 4), (5, 6, 7), (
 
 
 def teach_planner(folder: Path) -> None:
-    """Make a model that writes a few kinds of valid plans, and some invalid ones, when sampled.
+    """Make a model that, when sampled, writes a few kinds of valid plans and some invalid ones.
 
-    Its base weights are trained on such plans, so that rewards differ within a group after a few seconds.
+    Its base weights are trained on such plans. So rewards differ within a group after only seconds of training.
 
     Args:
-        folder: where model and tokenizer go.
+        folder: to save model and tokenizer in.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,7 +58,7 @@ def teach_planner(folder: Path) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(80):
         hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-        logits = model.lm_head(hidden[gold[:, 1:] != -100])  # the vocabulary is most of this model's work
+        logits = model.lm_head(hidden[gold[:, 1:] != -100])  # the head is most of this model's work
         loss = torch.nn.functional.cross_entropy(logits, gold[:, 1:][gold[:, 1:] != -100])
         loss.backward()
         optimiser.step()

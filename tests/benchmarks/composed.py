@@ -43,7 +43,11 @@ Arm = Callable[[Sequence[Question]], list[Record]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer what is not answered yet, print the table."""
+    """Answer the questions that are not answered yet, and print the table. Returns the exit code 0.
+
+    Raises:
+        UserError: for an unknown arm, a source that cannot be used, or an --out file of other settings.
+    """
     options = build_parser().parse_args(argv)
     arms = options.arms.split(",")
     if unknown := [arm for arm in arms if arm not in ARMS]:
@@ -73,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """The parser with all flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=PACKAGED_MODEL, help="folder, Hub id or packaged model")
     parser.add_argument("--source", required=True, help="problems in GSM8K's schema: file, folder, Hub id, generated:")
@@ -95,7 +99,7 @@ def answered(path: Path | None, questions: Sequence[Question], settings: Record)
     """The answers of earlier runs to these questions, by arm and question.
 
     Raises:
-        UserError: for a file of other settings.
+        UserError: if the file was made with other settings.
     """
     if path is None or not path.exists():
         return {}
@@ -111,7 +115,7 @@ def answered(path: Path | None, questions: Sequence[Question], settings: Record)
 
 
 def load_arms(options: argparse.Namespace) -> dict[str, Arm]:
-    """What each arm does with a batch of questions, on one worker that shows parts alone and one that does not."""
+    """Functions that answer a batch of questions, one per arm. One worker sees a part alone, the other the question."""
     import torch
 
     from common import models
@@ -131,7 +135,7 @@ def load_arms(options: argparse.Namespace) -> dict[str, Arm]:
             model, tokenizer, style=STYLE, context=context, max_tokens=options.max_tokens, cpu_dtype=dtype
         )
 
-    # A plan written by hand is no less a plan for a long problem in it.
+    # A plan written by hand is valid even if one of its problems is long.
     alone, shown = (
         PipelineExecutor(worker(context), None, max_subproblem_chars=10_000) for context in ("none", "question")
     )
@@ -170,7 +174,7 @@ def load_arms(options: argparse.Namespace) -> dict[str, Arm]:
 
 
 def by_hand(item: Question) -> Plan:
-    """The plan that a good planner could write: the problems that can be solved without another's answer, in full."""
+    """The plan that a good planner could write: every problem that needs no other answer, with its full text."""
     parts = item.parts[:1] if item.kind == CHAINED else item.parts
     return Plan(True, tuple(part.question for part in parts))
 
@@ -192,7 +196,7 @@ def _record(
 
 
 def table(records: dict[str, list[Record]]) -> str:
-    """Accuracy with its interval, tokens, parts solved, and each arm against the baseline on the same questions."""
+    """A table: accuracy with its interval, tokens, solved parts, and the comparison of each arm with the baseline."""
     from common.evaluation.statistics import mcnemar_exact, wilson_interval
 
     baseline = COMPOSED if COMPOSED in records else next(iter(records))

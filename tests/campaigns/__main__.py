@@ -23,7 +23,7 @@ NAMES = ("kill", "fault", "input", "soak", "secrets")
 
 
 def main() -> int:
-    """Run one campaign; returns the exit code."""
+    """Run one campaign. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns", description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long it goes on (default: 10)")

@@ -1,7 +1,7 @@
-"""What a machine, a network and other people's servers do to a run; then the way on that it has printed.
+"""Faults of the machine, the network and servers during a run; then the command that the run has printed to continue.
 
-Each fault must end a run with one line and its exit code, or be survived. What was there before is intact, and going
-on gives what an undisturbed run gives.
+Each fault must end a run with one line and the right exit code, or the run must survive it. Older files are unchanged.
+The continued run must give the same result as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from .forks import Forks, Run, Trigger
 from .kill import Subject, difference
 from .stage import PLANTED, Stage, digest
 
-DISK = 96  # MB, more than any subject needs
+DISK = 96  # MB; more than any subject needs
 
 
 @dataclass(frozen=True)
 class Case:
     """One fault for one subject.
 
-    Args:
+    Attributes:
         name: for the counts.
-        subject: that meets it.
-        meet: starts the run with the fault, given its folder, and waits for its end; returns the run.
-        codes: exit codes that are right, beside 0 where the fault may be survived.
-        survived: whether it may be.
+        subject: the command that is disturbed.
+        meet: starts the run with the fault in the given folder, waits for its end, and returns the run.
+        codes: allowed exit codes, besides 0 if the fault may be survived.
+        survived: whether the run may survive the fault.
         heal: ends the fault.
-        on_disk: whether the folder lies on a small file system of its own.
-        same: whether the outcome must be that of an undisturbed run; samples whose worker failed are masked.
+        on_disk: whether the folder is on a small file system of its own.
+        same: whether the outcome must equal that of an undisturbed run. Samples whose worker failed are masked.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Case:
 
 
 def campaign(stage: Stage, faults: int | None = None, only: str = "") -> None:
-    """Faults in turn until the time is over, or so many; `only` is searched in "FAULT: SUBJECT"."""
+    """Try faults in turn, until the time is over or `faults` were tried. `only` is searched in "FAULT: SUBJECT"."""
     place = stage.folder / "fault"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -79,7 +79,7 @@ def campaign(stage: Stage, faults: int | None = None, only: str = "") -> None:
 
 
 def one_case(stage: Stage, forks: Forks, place: Path, case: Case, disk: Path | None) -> None:
-    """Meet a fault, look, go on, compare."""
+    """Run a subject with a fault, check how it ended, continue it, and compare the outcome."""
     stage.counts["faults"] += 1
     stage.counts[f"faults: {case.name.split(':')[0]}"] += 1
     name = f"{stage.counts['faults']:04d}-{case.subject.name.replace(' ', '-')}"
@@ -109,7 +109,7 @@ def one_case(stage: Stage, forks: Forks, place: Path, case: Case, disk: Path | N
 
 
 def misfit(case: Case, run: Run) -> Iterator[str]:
-    """What is wrong with how a run ended."""
+    """Yield what is wrong with the end of a run."""
     code, text = run.wait(), run.text()
     script = case.subject.script
     told = [line for line in text.splitlines() if line.startswith(f"{script}: error:")]
@@ -128,7 +128,7 @@ def misfit(case: Case, run: Run) -> Iterator[str]:
 def all_cases(
     stage: Stage, forks: Forks, subjects: list[Subject], server: MisbehavingServer, disk: Path | None
 ) -> Iterator[Case]:
-    """Every fault for every subject that can meet it."""
+    """Yield every fault for every subject that it can disturb."""
 
     def begin(subject: Subject, **options: Any) -> Callable[[Path], Run]:
         def meet(folder: Path) -> Run:
@@ -165,14 +165,14 @@ def all_cases(
                        heal=lambda folder: folder.chmod(0o755))  # fmt: skip
         if "server" in subject.name or "batch" in subject.name:
             for name, fault in FAULTS.items():
-                if name != "the key as answer":  # an answer like any other
+                if name != "the key as answer":  # this answer is no fault
                     yield Case(f"network, {name}: {subject.name}", subject, in_trouble(forks, subject, server, fault),
                                codes=(1, 2), heal=lambda folder: setattr(server, "fault", hang(0.01)),
                                same="batch" in subject.name)  # fmt: skip
 
 
 def read_only(forks: Forks, subject: Subject, disk: Path) -> Callable[[Path], Run]:
-    """Starts a run in a folder of a disk that is read-only."""
+    """Return a function that starts a run in a folder on a read-only disk."""
 
     def meet(folder: Path) -> Run:
         remount(disk, "ro")
@@ -184,7 +184,7 @@ def read_only(forks: Forks, subject: Subject, disk: Path) -> Callable[[Path], Ru
 
 
 def forbidden(forks: Forks, subject: Subject) -> Callable[[Path], Run]:
-    """Starts a run in a folder that it may read and not write to."""
+    """Return a function that starts a run in a folder that it may read but not write."""
 
     def meet(folder: Path) -> Run:
         folder.chmod(0o555)
@@ -198,7 +198,7 @@ def forbidden(forks: Forks, subject: Subject) -> Callable[[Path], Run]:
 def in_trouble(
     forks: Forks, subject: Subject, server: MisbehavingServer, fault: Callable[[Any, dict[str, Any]], bool]
 ) -> Callable[[Path], Run]:
-    """Starts a run whose server fails from some request on, for good."""
+    """Return a function that starts a run whose server begins to fail at some request, and never recovers."""
 
     def meet(folder: Path) -> Run:
         before = len(server.requests) + 12
@@ -213,7 +213,7 @@ def in_trouble(
 
 
 def hub_breaks(stage: Stage, place: Path) -> None:
-    """A Hub that fails in the middle of an upload, in each of its requests; then the command that continues it."""
+    """Let the Hub fail during an upload, in each of its requests once. Then run the command that continues it."""
     places = [("POST", "preupload"), ("POST", "lfs"), ("PUT", "lfs/object"), ("POST", "commit"), ("GET", "api/models")]
     with HubServer() as hub:
         env = {
@@ -251,7 +251,7 @@ def hub_breaks(stage: Stage, place: Path) -> None:
 
 @contextmanager
 def small_disk(place: Path) -> Iterator[Path | None]:
-    """A file system of its own; None where none can be mounted."""
+    """A small file system of its own; None if none can be mounted."""
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "none", str(place)]
     try:
@@ -266,7 +266,7 @@ def small_disk(place: Path) -> Iterator[Path | None]:
 
 
 def remount(disk: Path, mode: str) -> None:
-    """Make a mounted disk read-only or writable; what is open for writing is given a moment to be closed."""
+    """Make a mounted disk read-only or writable. Files that are open for writing get some time to be closed."""
     for _ in range(50):
         if (
             subprocess.run(["mount", "-o", f"remount,{mode}", str(disk)], capture_output=True, check=False).returncode

@@ -1,11 +1,12 @@
 """Runs of the scripts, forked from an interpreter that has imported torch, transformers, TRL and PEFT once.
 
-What runs is the script itself: its file as `__main__`, with its own flags, messages and exit codes. Only the imports are
-shared, so that a run, and a kill of it, costs seconds. `Forks` is the campaign's side; this file run as a program is
-the interpreter that forks.
+The script itself runs: its file as `__main__`, with its own flags, messages and exit codes. Only the imports are
+shared, so a run, or killing a run, takes only seconds. `Forks` belongs to the campaign's process. This file, run as a
+program, is the interpreter that forks.
 
-A run may carry a trigger: at a numbered change of its output folder (a file opened for writing, a file or folder made,
-moved or removed) it ends itself with SIGKILL, or lets the kernel end it in the middle of the next larger write.
+A run may have a trigger. Changes of its output folder are numbered: a file opened for writing, or a file or folder
+made, moved or removed. At one of them the run ends itself with SIGKILL. Or it lets the kernel end it in the middle of
+the next larger write.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ SECONDS = 240  # longer than any run of a campaign takes on a busy core
 
 @dataclass(frozen=True)
 class Trigger:
-    """Where a run ends itself.
+    """The moment at which a run ends itself.
 
-    Args:
-        folder: whose changes count.
-        pattern: which changes count, searched in "KIND PATH"; "" for all.
-        number: of the change, from 1; 0 for never, which only writes down what happens.
-        room: None ends the run at once; a number lets files grow by so many bytes from then on, and the kernel ends the
-            run in the middle of the first write beyond that (SIGXFSZ, whose default is to end a process at once).
-        fill: a file that is grown at that change until its disk is full; the run goes on.
-        log: file for a line per change.
+    Attributes:
+        folder: changes in this folder count.
+        pattern: regular expression for the changes that count, searched in "KIND PATH"; "" for all.
+        number: of the change, from 1; 0 for never: the changes are only logged.
+        room: None ends the run at once. With a number, files may then grow by at most this many bytes. The kernel ends
+            the run in the middle of the first write beyond that (SIGXFSZ ends a process by default).
+        fill: a file that grows at that change until its disk is full; the run then continues.
+        log: file to which each change is written as one line.
     """
 
     folder: Path
@@ -68,16 +69,16 @@ class Run:
     codes: dict[int, int] = field(default_factory=dict)
 
     def kill(self, which: Sequence[int] | None = None) -> None:
-        """SIGKILL to the processes, and to all they have started."""
+        """Send SIGKILL to the processes and to all processes that they started."""
         for pid in self.pids if which is None else which:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
 
     def wait(self, seconds: float = SECONDS) -> int:
-        """The first exit code that is not 0, else 0; negative for a signal.
+        """Wait for the end. Returns the first exit code that is not 0, else 0; negative for a signal.
 
         Raises:
-            TimeoutError: after so many seconds; the processes are killed.
+            TimeoutError: after `seconds`; the processes are killed.
         """
         deadline = time.monotonic() + seconds
         while len(self.codes) < len(self.pids):
@@ -89,7 +90,7 @@ class Run:
         return next((self.codes[pid] for pid in self.pids if self.codes[pid] != 0), 0)
 
     def ended(self, seconds: float) -> bool:
-        """Whether all processes end within some seconds."""
+        """Whether all processes end within `seconds`."""
         deadline = time.monotonic() + seconds
         while len(self.codes) < len(self.pids):
             reply = self._forks.reply(deadline - time.monotonic())
@@ -99,15 +100,15 @@ class Run:
         return True
 
     def text(self) -> str:
-        """All that it has printed."""
+        """Everything that the run has printed."""
         return self.printed.read_text(encoding="utf-8", errors="replace")
 
     def tail(self) -> str:
-        """The end of what it has printed."""
+        """The end of the printed text."""
         return self.text()[-1500:]
 
     def left(self) -> list[int]:
-        """Processes of its sessions that still live."""
+        """Processes of the run's sessions that are still alive."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -119,11 +120,11 @@ class Run:
 
 
 class Forks:
-    """The preloaded interpreter; use as a context manager.
+    """The interpreter with the imports already done. Use it as a context manager.
 
     Args:
-        logs: folder for what the runs print.
-        env: of all of them.
+        logs: folder for the printed texts of the runs.
+        env: additional environment variables of all runs.
     """
 
     def __init__(self, logs: Path, env: dict[str, str]) -> None:
@@ -165,12 +166,13 @@ class Forks:
         Args:
             script: file name of an entry script.
             flags: of its command line.
-            trigger: where it ends itself.
-            env: beside the interpreter's own.
-            limits: of resources, by the names of the `resource` module; of memory what there is beside the imports.
-            clock: seconds by which `time.time` is set back while it runs.
-            privileged: whether root may write where permissions say otherwise.
-            ranks: processes, which find each other as `torchrun` would have them do.
+            trigger: the moment at which it ends itself.
+            env: additional environment variables.
+            limits: resource limits, by the names of the `resource` module. A memory limit is in addition to the memory
+                that the imports already use.
+            clock: seconds by which `time.time` is set back during the run.
+            privileged: whether root may write files that permissions protect.
+            ranks: number of processes. They find each other as under `torchrun`.
         """
         self._number += 1
         printed = self._logs / f"{self._number:04d}-{script.removesuffix('.py')}.log"
@@ -197,7 +199,7 @@ class Forks:
         return Run(pids, printed, self)
 
     def reply(self, seconds: float) -> dict[str, Any] | None:
-        """The interpreter's next message, None after so many seconds."""
+        """The interpreter's next message; None after `seconds` without one."""
         assert self._process.stdout is not None
         number = self._process.stdout.fileno()
         deadline = time.monotonic() + seconds
@@ -217,12 +219,12 @@ class Forks:
 
 
 def serve() -> None:
-    """Fork a run for every order on stdin; tell on stdout what has started and ended."""
+    """Fork a run for every order on stdin. Report every start and end on stdout."""
     import importlib
 
     orders, replies = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what libraries print while they are imported is no reply
+    os.dup2(2, 1)  # texts that libraries print during import must not mix with the replies
     sys.modules["wandb"] = None  # type: ignore[assignment]  # as --no-wandb has it; TRL would import it
     for name in sys.argv[1:]:
         importlib.import_module(name)
@@ -256,7 +258,7 @@ def serve() -> None:
                     os.close(number)
                 _run(json.loads(line))
                 return
-            with contextlib.suppress(OSError):  # the child may have done it, or be gone
+            with contextlib.suppress(OSError):  # the child may have done it already, or have ended
                 os.setpgid(pid, pid)
             started.add(pid)
             os.write(replies, json.dumps({"started": pid}).encode() + b"\n")
@@ -272,8 +274,8 @@ def _tell_ended(replies: int, started: set[int]) -> None:
 
 
 def _run(order: dict[str, Any]) -> None:
-    """Become the script."""
-    with contextlib.suppress(PermissionError):  # the parent has made it a group leader already
+    """Run the script in this process."""
+    with contextlib.suppress(PermissionError):  # the parent has already made it a group leader
         os.setsid()
     stream = os.open(order["printed"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(stream, 1)
@@ -298,7 +300,7 @@ def _run(order: dict[str, Any]) -> None:
 
 
 def _arm(trigger: Trigger) -> None:
-    """Watch what this process changes below a folder. An audit hook: it runs before the change, and cannot be undone."""
+    """Watch this process's changes in a folder with an audit hook. It runs before a change, and cannot be removed."""
     folder, seen = str(trigger.folder), 0
     log = None if trigger.log is None else os.open(trigger.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     wanted = re.compile(trigger.pattern)
@@ -327,7 +329,7 @@ def _arm(trigger: Trigger) -> None:
         if trigger.room is None:
             os.kill(os.getpid(), signal.SIGKILL)
         size = Path(name).stat().st_size if event == "open" and Path(name).is_file() else 0
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores this signal by default
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + (trigger.room or 0), resource.RLIM_INFINITY))
 
     sys.addaudithook(hook)
@@ -343,10 +345,10 @@ def _fill(path: Path) -> None:
 
 
 def _obey_permissions() -> None:
-    """Give up what lets root pass over file permissions (capset(2): CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
+    """Drop root's right to ignore file permissions (capset(2): CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, for two groups of capabilities
     if libc.capget(header, sets) != 0:
         raise OSError(ctypes.get_errno(), "capget")
     for place in range(3):
@@ -356,7 +358,7 @@ def _obey_permissions() -> None:
 
 
 def _set_back(seconds: float) -> None:
-    """From its thousandth call on, the clock of this process is late by so much."""
+    """Set the clock of this process back by `seconds`, from its thousandth call on."""
     real, calls = time.time, 0
 
     def late() -> float:

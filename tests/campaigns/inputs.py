@@ -1,7 +1,8 @@
-"""Mutated inputs: whatever stands in an answer, a file or a command line, the outcome is a value or one clear line.
+"""Mutated inputs. For any answer, file or command line, the outcome must be a value or one clear line.
 
-Everything runs in this process, through the functions that the scripts hand such input to. A finding is an exception
-that is no `UserError`, a line that is empty, more than `SECONDS` for an input, or a file written outside the folder.
+Everything runs in this process, through the functions to which the scripts pass such input. A finding is one of these:
+an exception other than `UserError`, an empty line, more than `SECONDS` for one input, or a file written outside the
+folder.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from common.errors import UserError, UserErrors
 
 from .stage import Stage
 
-SECONDS = 60.0  # of the clock for one input of at most 20,000 bytes: cores are shared with others
+SECONDS = 60.0  # wall-clock limit for one input of at most 20,000 bytes; it is long because the cores are shared
 LONGEST = 20_000
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**64, 10**400, 0.5, 1e308, -1e308, float("nan"), float("inf"), "", " ", "x", "0",
@@ -43,14 +44,14 @@ PIECES = (
 
 @dataclass(frozen=True)
 class Target:
-    """Something that takes inputs.
+    """A function that takes inputs.
 
-    Args:
+    Attributes:
         name: for the counts.
-        seeds: good inputs, which are mutated.
-        take: what happens to one.
-        weight: how often, beside the others.
-        json: whether inputs are mutated as JSON values too.
+        seeds: valid inputs, which are mutated.
+        take: the function, called with one input.
+        weight: how often it is chosen, relative to the other targets.
+        json: whether inputs are also mutated as JSON values.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Target:
 
 
 def campaign(stage: Stage, inputs: int | None = None, only: str = "") -> None:
-    """Mutate until the time is over, or for so many inputs; `only` is searched in their names."""
+    """Mutate until the time is over, or until `inputs` were tried. `only` is searched in the names of targets."""
     from . import targets
 
     place = stage.folder / "input"
@@ -92,7 +93,7 @@ def campaign(stage: Stage, inputs: int | None = None, only: str = "") -> None:
 
 
 def outcome(target: Target, data: bytes) -> str | None:
-    """What is wrong with how an input was taken, or None."""
+    """What is wrong with the reaction to an input; None if nothing is."""
     printed = io.StringIO()
     try:
         with time_limit(), contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
@@ -102,7 +103,7 @@ def outcome(target: Target, data: bytes) -> str | None:
         if not isinstance(error, UserErrors) and len(lines) != 1:
             return f"a message of {len(lines)} lines: {lines[0][:80]}…"
         return None if all(line.strip() for line in lines) else "an empty message"
-    except SystemExit as error:  # the parser of command lines
+    except SystemExit as error:  # raised by the command-line parser
         if error.code not in (0, 2):
             return f"exit code {error.code}"
         return None if "Traceback" not in printed.getvalue() else "a traceback"
@@ -115,7 +116,7 @@ def outcome(target: Target, data: bytes) -> str | None:
 
 @contextlib.contextmanager
 def time_limit() -> Iterator[None]:
-    """Raise TimeoutError where an input takes too long."""
+    """Raise TimeoutError if an input takes too long."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"more than {SECONDS:.0f} s")
@@ -134,7 +135,7 @@ _watching: list[tuple[str, list[str]]] = []
 
 @contextlib.contextmanager
 def written_outside(folder: Path) -> Iterator[list[str]]:
-    """Paths that this process opens for writing, makes, moves or removes outside a folder, meanwhile."""
+    """Collect the paths outside a folder that this process opens for writing, makes, moves or removes."""
     found: list[str] = []
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -156,7 +157,7 @@ def written_outside(folder: Path) -> Iterator[list[str]]:
 
 
 def mutated(dice: random.Random, target: Target) -> bytes:
-    """A good input, changed once to several times."""
+    """A valid input, with one or more random changes."""
     data = dice.choice(target.seeds)
     if target.json and dice.random() < 0.5:
         with contextlib.suppress(ValueError, RecursionError):
@@ -174,7 +175,7 @@ def mutated(dice: random.Random, target: Target) -> bytes:
 
 
 def changed(dice: random.Random, value: Any) -> Any:
-    """A JSON value with one part replaced, left out, doubled or renamed."""
+    """A JSON value of which one part was replaced, left out, doubled or renamed."""
     if isinstance(value, dict) and value and dice.random() < 0.9:
         name = dice.choice(list(value))
         how = dice.random()
@@ -195,12 +196,12 @@ def changed(dice: random.Random, value: Any) -> Any:
 
 
 def dumped(value: Any) -> bytes:
-    """A value as JSON; half surrogate pairs stay as they are where UTF-8 cannot hold them."""
+    """A value as JSON. Half surrogate pairs, which UTF-8 cannot encode, are kept."""
     return json.dumps(value).encode()
 
 
 def byte_change(dice: random.Random, data: bytes, seeds: tuple[bytes, ...]) -> bytes:
-    """Some bytes with a piece put in, cut out, doubled, flipped or taken from another input."""
+    """Some bytes with one piece inserted, cut out, doubled, flipped or taken from another input."""
     place = dice.randrange(len(data) + 1)
     end = min(len(data), place + int(dice.expovariate(1 / 8)))
     how = dice.randrange(7)

@@ -1,7 +1,8 @@
-"""SIGKILL at random and at chosen moments of every script; then the command that goes on, and what must come out.
+"""SIGKILL at random and at chosen moments of every script; then the command that continues, and its outcome.
 
-After each kill: no process left, every file under a final name whole (a last line of a JSON-lines file may be torn), at
-most `save_steps` steps lost. After the last one: what the uninterrupted run has written, weights bit for bit.
+After each kill, no process remains, and every file with a final name is complete (the last line of a JSON Lines file
+may be cut off). At most `save_steps` steps are lost. In the end the outcome equals that of the uninterrupted run, with
+weights equal bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from common.runs.checkpoints import checkpoint_step, complete_checkpoints
 from .forks import Forks, Run, Trigger
 from .stage import PER_STEP, PLANTED, SAVE_STEPS, Stage, digest
 
-MOST = 10  # kills of one run
+MOST = 10  # largest number of kills of one run
 ROOMS = (0, 10, 2_000, 40_000, 150_000, 400_000, 2_000_000)
 TIMELESS = (
     "step",
@@ -42,20 +43,20 @@ TIMELESS = (
 
 @dataclass
 class Subject:
-    """Something that is killed.
+    """A command that is killed.
 
-    Args:
+    Attributes:
         name: for the counts.
         script: its file.
-        first: flags that begin it, given its folder.
-        again: flags that go on with it after a kill; None where the same command does.
-        outcome: all that must be equal in the end, given its folder.
-        broken: what is wrong right after a kill, given its folder.
+        first: returns the flags that start it, for a given folder.
+        again: returns the flags that continue it after a kill; None if the first command is repeated.
+        outcome: returns everything that must be equal in the end, for a given folder.
+        broken: yields what is wrong directly after a kill, for a given folder.
         prepare: fills the folder before the first start.
-        ranks: processes.
-        weight: how often, beside the others.
-        after: names of those whose references it starts from.
-        patterns: of changes in the folder that kills are aimed at.
+        ranks: number of processes.
+        weight: how often it is chosen, relative to the other subjects.
+        after: names of the subjects whose reference runs it starts from.
+        patterns: regular expressions for changes in the folder at which a kill is aimed.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Subject:
 
 
 def campaign(stage: Stage, kills: int | None = None, only: str = "") -> None:
-    """Kill until the time is over, or so many times; `only` is searched in the names of subjects."""
+    """Kill until the time is over, or `kills` times. `only` is searched in the names of subjects."""
     place = stage.folder / "kill"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -90,7 +91,7 @@ def campaign(stage: Stage, kills: int | None = None, only: str = "") -> None:
 
 
 def ready(stage: Stage, forks: Forks, place: Path, subject: Subject, everyone: Sequence[Subject]) -> None:
-    """Have the references that a subject needs, its own last."""
+    """Make the reference runs that a subject needs; its own comes last."""
     for name in subject.after:
         ready(stage, forks, place, next(each for each in everyone if each.name == name), everyone)
     if subject.expected is None:
@@ -98,7 +99,7 @@ def ready(stage: Stage, forks: Forks, place: Path, subject: Subject, everyone: S
 
 
 def reference(stage: Stage, forks: Forks, place: Path, subject: Subject) -> None:
-    """Run it uninterrupted: its outcome, its time, its changes."""
+    """Run a subject without a kill. Store its outcome, its duration and its changes."""
     folder = place / f"reference-{subject.name.replace(' ', '-')}"
     subject.prepare(folder)
     log = place / f"changes-{folder.name}"
@@ -116,7 +117,7 @@ def reference(stage: Stage, forks: Forks, place: Path, subject: Subject) -> None
 
 
 def one_life(stage: Stage, forks: Forks, place: Path, subject: Subject, most: int) -> None:
-    """Start, kill one to `most` times, go on to the end, compare."""
+    """Start a run, kill it one to `most` times, continue it to the end, and compare the outcome."""
     number = stage.counts["runs"] + 1
     stage.counts["runs"] += 1
     folder = place / f"{number:04d}-{subject.name.replace(' ', '-')}"
@@ -132,7 +133,7 @@ def one_life(stage: Stage, forks: Forks, place: Path, subject: Subject, most: in
         code = finish(stage, run, found)
         started = True
         history.append(f"{how}: {code}")
-        if code >= 0:  # it had nothing left to do, or its moment never came
+        if code >= 0:  # the run was already finished, or ended before the moment of the kill
             if code != 0:
                 found.append(f"exit code {code} without a kill: {run.tail()}")
             stage.counts["runs that ended before their kill"] += 1
@@ -155,14 +156,14 @@ def one_life(stage: Stage, forks: Forks, place: Path, subject: Subject, most: in
 
 
 def aim(stage: Stage, subject: Subject, folder: Path) -> tuple[str, Trigger | None, float | None]:
-    """(in words, a trigger, seconds after the start) of one kill."""
+    """Choose the next kill: (description, trigger, seconds after the start)."""
     kind = stage.dice.choice(("at random", "before", "within"))
     pattern = stage.dice.choice(subject.patterns)
     changes = subject.changes[pattern]
     if kind == "at random" or not changes:
         moment = stage.dice.uniform(0, 0.7 * subject.seconds)
         return f"at {moment:.1f} s", None, moment
-    # Early ones more often: after a first kill fewer changes are left to be made.
+    # Early changes are chosen more often, because after a first kill fewer changes remain.
     number = min(stage.dice.randint(1, changes), stage.dice.randint(1, changes))
     if kind == "before":
         return f"before change {number} of '{pattern}'", Trigger(folder, pattern, number), None
@@ -171,11 +172,11 @@ def aim(stage: Stage, subject: Subject, folder: Path) -> tuple[str, Trigger | No
 
 
 def start(forks: Forks, subject: Subject, folder: Path, started: bool, trigger: Trigger | None) -> Run:
-    """The first command, or after a kill the one that goes on: with --resume, or as its refusal says."""
+    """Start a run. After a kill, continue it: with --resume, or as the script's error message says."""
     first = subject.first(folder)
     if not started or subject.again is None:
         return forks.start(subject.script, *first, trigger=trigger, ranks=subject.ranks)
-    # As the script itself decides it. What it says without a checkpoint is looked at, and followed.
+    # The script itself decides whether it can resume. If not, its message is checked and followed.
     if complete_checkpoints(folder):
         return forks.start(subject.script, *subject.again(folder), trigger=trigger, ranks=subject.ranks)
     told = forks.start(subject.script, *subject.again(folder))
@@ -186,7 +187,7 @@ def start(forks: Forks, subject: Subject, folder: Path, started: bool, trigger: 
 
 
 def finish(stage: Stage, run: Run, found: list[str]) -> int:
-    """Wait for the end; of several processes those that were not killed have a minute to see that they are alone."""
+    """Wait for the end. With several processes, those that were not killed have a minute to notice it and end."""
     if len(run.pids) > 1 and not run.ended(60):
         if any(code < 0 for code in run.codes.values()):
             found.append("a rank goes on a minute after another was killed")
@@ -200,7 +201,7 @@ def finish(stage: Stage, run: Run, found: list[str]) -> int:
 
 
 def all_subjects(stage: Stage, place: Path, url: str) -> Iterator[Subject]:
-    """Each once; the first one's reference is what the others start from."""
+    """Yield each subject once. The others start from the reference run of the first one."""
     trained = place / "reference-GRPO"
     resume = ["--resume", "--output-dir"]
     aimed = ("", r"/checkpoint-", r"\.jsonl", r"/\.saving-|rename", r"training_config")
@@ -255,7 +256,7 @@ def all_subjects(stage: Stage, place: Path, url: str) -> Iterator[Subject]:
 
 @contextmanager
 def slow_server() -> Iterator[str]:
-    """The address of a server that takes a moment for each answer, so that there is something to kill."""
+    """The address of a server that answers slowly, so that there is time for a kill."""
     server = MisbehavingServer()
     server.fault = hang(0.03)
     yield server.url
@@ -263,7 +264,7 @@ def slow_server() -> Iterator[str]:
 
 
 def grpo_outcome(folder: Path) -> Any:
-    """Weights, and what metrics and samples hold beside times."""
+    """Weights, and the content of metrics and samples without times."""
     metrics = [{name: row.get(name) for name in TIMELESS} for row in read_jsonl(folder / "metrics.jsonl")]
     keys = ("step", "question", "completion", "reward")
     samples = [{key: row[key] for key in keys} for row in read_jsonl(folder / "samples.jsonl")]
@@ -272,7 +273,7 @@ def grpo_outcome(folder: Path) -> Any:
 
 
 def sft_outcome(folder: Path) -> Any:
-    """Weights, and what metrics hold beside times."""
+    """Weights, and the content of metrics without times."""
     keys = ("step", "loss", "eval_loss", "grad_norm")
     metrics = [{key: row.get(key) for key in keys} for row in read_jsonl(folder / "metrics.jsonl")]
     return {"weights": digest(folder / "adapter_model.safetensors"), "metrics": metrics,
@@ -280,7 +281,7 @@ def sft_outcome(folder: Path) -> Any:
 
 
 def board_outcome(folder: Path) -> Any:
-    """The scoreboard beside times, and the adapter that it must leave alone."""
+    """The scoreboard without times, and the adapter, which it must not change."""
     rows = [
         {key: value for key, value in row.items() if key != "seconds"}
         for row in read_jsonl(folder / "evaluation.jsonl")
@@ -292,20 +293,20 @@ def board_outcome(folder: Path) -> Any:
 
 
 def merge_outcome(folder: Path) -> Any:
-    """Every weight file, and which files there are."""
+    """The content of every weight file, and the names of all files."""
     merged = folder / "merged"
     return {"weights": {path.name: digest(path) for path in merged.glob("*.safetensors")},
             "files": sorted(path.name for path in merged.iterdir()), "beside": sorted(p.name for p in folder.iterdir())}  # fmt: skip
 
 
 def batch_outcome(folder: Path) -> Any:
-    """Every answer beside its time."""
+    """Every answer, without its time."""
     rows = read_jsonl(folder / "answers.jsonl")
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 def broken_run(folder: Path) -> Iterator[str]:
-    """What is wrong in a folder that a run was killed in."""
+    """Yield what is wrong in a folder in which a run was killed."""
     yield from half_files(folder)
     for name in ("metrics.jsonl", "samples.jsonl", "answers.jsonl", "evaluation.jsonl"):
         path = folder / name
@@ -332,7 +333,7 @@ def broken_run(folder: Path) -> Iterator[str]:
 
 
 def broken_merge(folder: Path) -> Iterator[str]:
-    """What is wrong where a merge was killed: the target is whole or not there, or the older one is kept beside it."""
+    """Yield what is wrong after a kill of a merge. The target must be complete or missing, or the older one be kept."""
     target = folder / "merged"
     kept = [target, *folder.glob(".merging-*/replaced")]
     for place in kept:
@@ -348,7 +349,7 @@ def broken_merge(folder: Path) -> Iterator[str]:
 
 
 def half_files(folder: Path) -> Iterator[str]:
-    """Files under a final name that are not whole; those of a checkpoint count from when it is taken for whole."""
+    """Yield incomplete files with a final name. Files of a checkpoint count only if it is taken as complete."""
     for path in folder.iterdir() if folder.exists() else ():
         if path.name.startswith(".") or not path.is_file():
             continue
@@ -364,7 +365,7 @@ def half_files(folder: Path) -> Iterator[str]:
 
 
 def difference(expected: Any, got: Any, where: str = "") -> list[str]:
-    """Where two outcomes differ, one line each."""
+    """The differences between two outcomes, one line each."""
     if isinstance(expected, dict) and isinstance(got, dict):
         names = sorted({*expected, *got}, key=str)
         return [line for name in names for line in difference(expected.get(name), got.get(name), f"{where}/{name}")]

@@ -21,16 +21,16 @@ from .forks import Forks, Run
 from .stage import PLANTED, Stage
 
 QUESTIONS, KILLS, STEPS = 10_000, 5, 300
-FAULTY = 0.01  # of each fault, of all requests
+FAULTY = 0.01  # probability of each fault, per request
 BETWEEN = (
     "status 429", "status 500", "status 503", "an error with status 200", "a page", "half a page", "no choices", "no HTTP",
     "hung up",
 )  # fmt: skip
-GROWTH = 1.15  # at most, of the last third's largest memory over that of the second
+GROWTH = 1.15  # limit for the largest memory of the last third, relative to that of the second third
 
 
 def campaign(stage: Stage, only: str = "", questions: int = QUESTIONS, kills: int = KILLS, steps: int = STEPS) -> None:
-    """Both long runs, whatever the minutes."""
+    """Run both long runs. They do not depend on the campaign's minutes."""
     place = stage.folder / "soak"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -42,7 +42,7 @@ def campaign(stage: Stage, only: str = "", questions: int = QUESTIONS, kills: in
 
 
 def answer_all(stage: Stage, forks: Forks, place: Path, questions: int, kills: int) -> None:
-    """Answer a file while the server fails at random; kill and go on; ask what failed once more until all is answered."""
+    """Answer a file while the server fails at random. Kill and continue; repeat failed questions until all succeed."""
     source, output = place / "in.jsonl", place / "out.jsonl"
     source.write_text("".join(json.dumps({"question": f"Question {n}?", "id": n}) + "\n" for n in range(questions)))
     server = MisbehavingServer()
@@ -60,7 +60,7 @@ def answer_all(stage: Stage, forks: Forks, place: Path, questions: int, kills: i
             with dice_lock:
                 stage.counts[f"soak: answered with {BETWEEN[number]}"] += 1
             return FAULTS[BETWEEN[number]](handler, request)
-        if number == len(BETWEEN):  # a trickle
+        if number == len(BETWEEN):  # a late reply
             with dice_lock:
                 stage.counts["soak: answered late"] += 1
             time.sleep(1.0)
@@ -102,7 +102,7 @@ def answer_all(stage: Stage, forks: Forks, place: Path, questions: int, kills: i
 
 
 def train_long(stage: Stage, forks: Forks, place: Path, steps: int) -> None:
-    """Train, and look at memory and at the time of a step."""
+    """Train, and check the memory and the time per step."""
     folder = place / "run"
     flags = [*stage.grpo(folder), "--max-steps", str(steps), "--save-steps", str(max(1, steps // 3))]
     started = time.monotonic()
@@ -123,9 +123,9 @@ def train_long(stage: Stage, forks: Forks, place: Path, steps: int) -> None:
 
 
 def tell(stage: Stage, name: str, memory: list[int], seconds: float) -> None:
-    """Print how memory went; a finding where it has grown."""
+    """Print the development of memory use. Growth is a finding."""
     third = len(memory) // 3
-    if third < 10:  # too short to say anything
+    if third < 10:  # too few values for a conclusion
         return
     second, last = max(memory[third : 2 * third]), max(memory[2 * third :])
     print(f"{name}: {seconds:.0f} s, memory {second:.0f} MB in the second third, {last:.0f} MB in the last", flush=True)
@@ -135,7 +135,7 @@ def tell(stage: Stage, name: str, memory: list[int], seconds: float) -> None:
 
 @contextmanager
 def watched(run: Run) -> Iterator[list[int]]:
-    """MB of memory that a run holds, twice a second."""
+    """Collect the memory that a run uses, in MB, twice a second."""
     found: list[int] = []
     over = threading.Event()
 
@@ -144,7 +144,7 @@ def watched(run: Run) -> Iterator[list[int]]:
         while not over.wait(0.5):
             try:
                 held = next(line for line in path.read_text().splitlines() if line.startswith("VmRSS"))
-            except (OSError, StopIteration):  # it has ended
+            except (OSError, StopIteration):  # the process has ended
                 continue
             found.append(int(held.split()[1]) // 1024)
 

@@ -1,4 +1,4 @@
-"""What every campaign stands on: a folder with a tiny model and data, planted keys, counts, findings."""
+"""What all campaigns share: a folder with a tiny model and data, planted keys, counts and findings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from planted import HUB, OPENAI, WANDB, found
 from tiny import QUESTIONS, teach_planner
 
-# Keys in every place where a script looks for one, each with the line break that careless copies have.
+# Keys in every place where a script looks for one. Each has the line break that careless copying adds.
 PLANTED = {
     "OPENAI_API_KEY": OPENAI + "\n", "HF_TOKEN": HUB + "\n", "WANDB_API_KEY": WANDB + "\n",
     "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HTTP_PROXY": "", "TOKENIZERS_PARALLELISM": "false",
@@ -33,7 +33,7 @@ SMALL = (
 
 @dataclass
 class Stage:
-    """A campaign's folder, clock, dice, counts and findings."""
+    """The folder, clock, random generator, counts and findings of a campaign."""
 
     folder: Path
     minutes: float
@@ -48,7 +48,7 @@ class Stage:
 
     @property
     def model(self) -> Path:
-        """The tiny planner; taught when it is asked for first, in a minute at most."""
+        """The tiny planner. It is trained at the first access, which takes up to a minute."""
         folder = self.folder / "tiny-planner"
         if not folder.exists():
             making = folder.with_name("making")
@@ -68,14 +68,14 @@ class Stage:
         return self._questions("held-out.jsonl", [f"What is {a} + {b} + {c}?" for a, b, c in [(1, 6, 2), (3, 3, 9)]])
 
     def grpo(self, output_dir: Path, *more: str) -> list[str]:
-        """Flags of a GRPO run of seconds."""
+        """Flags of a GRPO run that takes seconds."""
         return [
             "--base-model", str(self.model), "--dataset", str(self.questions), "--output-dir", str(output_dir),
             *SMALL, *more,
         ]  # fmt: skip
 
     def sft(self, output_dir: Path, *more: str) -> list[str]:
-        """Flags of a supervised run of seconds."""
+        """Flags of a supervised run that takes seconds."""
         return [
             "--base-model", str(self.model), "--output-dir", str(output_dir), "--format", "json-plan", "--dataset",
             "generated:shares", "--max-samples", "12", "--max-seq-len", "200", "--batch-size", "1", "--grad-accum", "2",
@@ -83,11 +83,11 @@ class Stage:
         ]  # fmt: skip
 
     def time_left(self) -> bool:
-        """Whether the campaign's minutes are not over."""
+        """Whether the campaign has time left."""
         return time.monotonic() - self.started < 60 * self.minutes
 
     def fails(self, what: str) -> None:
-        """Keep a finding, and show it at once."""
+        """Store a finding, and print it at once."""
         self.findings.append(what)
         print(f"FINDING {what}".encode("ascii", "backslashreplace").decode(), flush=True)
 
@@ -106,14 +106,17 @@ class Stage:
 
 
 def shown_keys(folder: Path) -> Iterator[str]:
-    """Files below a folder that hold a part of a planted key, also escaped or encoded; texts and W&B's records."""
+    """Yield files below a folder that contain a part of a planted key, plain, escaped or encoded.
+
+    It searches text files and the records of W&B.
+    """
     seen: set[str] = set()
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path.is_symlink() or path.suffix in (".safetensors", ".png", ".pt", ".pth", ".bin"):
             continue
         content = path.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        if digest in seen or path.name == "tokenizer.json":  # a vocabulary, copied from the model
+        if digest in seen or path.name == "tokenizer.json":  # its vocabulary is a copy of the model's
             continue
         seen.add(digest)
         parts = {part for key in (OPENAI, HUB, WANDB) for part in found(key, content.decode("latin-1"))}

@@ -1,4 +1,4 @@
-"""Where inputs from outside come in: a function for each, that does what the scripts do with one."""
+"""The places where input from outside enters. Each has a function that does what the scripts do with such input."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SCRIPTS: dict[str, tuple[bytes, ...]] = {
 
 @contextlib.contextmanager
 def all_targets(stage: Stage, place: Path) -> Iterator[list[Target]]:
-    """Every target, working in a folder; what they hold is released at the end."""
+    """All targets; they work in a folder. Their resources are released at the end."""
     tempfile.tempdir = str(place)
     logging.disable(logging.WARNING)
     with contextlib.ExitStack() as held:
@@ -65,7 +65,7 @@ def all_targets(stage: Stage, place: Path) -> Iterator[list[Target]]:
 
 
 def texts() -> Iterator[Target]:
-    """What models write."""
+    """Texts that models write."""
     from common.grading import is_correct, numbers_in, parse_gold, parse_number, predict
     from common.plans import near_plan_credit, parse_planner_output
 
@@ -85,7 +85,7 @@ def texts() -> Iterator[Target]:
         parse_number(text[:500])
 
     def gold(data: bytes) -> None:
-        with contextlib.suppress(ValueError):  # its callers name the line
+        with contextlib.suppress(ValueError):  # callers add the line number to this error
             parse_gold(data.decode("utf-8", "replace"))
 
     yield Target("planner outputs", PLANS, plan, weight=90)
@@ -94,7 +94,7 @@ def texts() -> Iterator[Target]:
 
 
 def files(place: Path) -> Iterator[Target]:
-    """Data files, questions and answers of a batch."""
+    """Data files, and the questions and answers of a batch."""
     from common.inference.batch import already_answered, read_input
     from common.problems.planning import load_planning_data
     from common.problems.questions import check_source, fingerprint, load_questions
@@ -130,7 +130,7 @@ def files(place: Path) -> Iterator[Target]:
 
 
 def configs(stage: Stage, place: Path) -> Iterator[Target]:
-    """What an adapter's or a run's folder holds, and a merged model's."""
+    """Files in the folders of an adapter, of a run, and of a merged model."""
     from common import models
     from common.evaluation.scoreboard import stored_rows, why_not_again
     from common.inference.trained_settings import read_training_settings, with_trained
@@ -240,13 +240,13 @@ def configs(stage: Stage, place: Path) -> Iterator[Target]:
 
 
 def replies(held: contextlib.ExitStack) -> Iterator[Target]:
-    """What servers send: as parsed JSON, and over real HTTP."""
+    """Replies of servers: as parsed JSON, and over real HTTP."""
     from common.servers.client import Endpoint, Server
     from common.servers.model_list import base_model, check_parent, find_adapter
     from common.servers.replies import read_reply, told_error
 
     def parsed(data: bytes) -> None:
-        with contextlib.suppress(ValueError, RecursionError):  # the client's parser, and it is told over HTTP below
+        with contextlib.suppress(ValueError, RecursionError):  # from the client's parser; tested over HTTP below
             body = json.loads(data)
             told_error(body)
             read_reply(body, 9)
@@ -286,7 +286,7 @@ def replies(held: contextlib.ExitStack) -> Iterator[Target]:
 
 
 def commands(place: Path) -> Iterator[Target]:
-    """Command lines, up to where a script has its settings."""
+    """Command lines, up to the point where a script has its settings."""
     import importlib
 
     from common.settings.inference import ServingArgs
@@ -312,7 +312,7 @@ def commands(place: Path) -> Iterator[Target]:
 
 
 def model_folders(place: Path) -> Iterator[Target]:
-    """Tokenizer and config of a model folder: loaded, shown prompts, saved with an adapter."""
+    """Tokenizer and config of a model folder: load them, render prompts, and save them with an adapter."""
     from common import models, prompts
     from common.runs.adapters import save_tokenizer
 
@@ -345,7 +345,7 @@ def model_folders(place: Path) -> Iterator[Target]:
 
 
 def sample_adapter(folder: Path) -> None:
-    """A small adapter's config and weights, without a model."""
+    """Make the config and weights of a small adapter, without a model."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -357,7 +357,7 @@ def sample_adapter(folder: Path) -> None:
 
 
 def sample_tokenizer(folder: Path) -> None:
-    """A tokenizer of a few hundred tokens with a chat template."""
+    """Make a tokenizer with a few hundred tokens and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

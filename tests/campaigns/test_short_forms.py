@@ -1,4 +1,4 @@
-"""A short form of each campaign: the same code with a few kills, faults and questions, and some thousand inputs."""
+"""A short form of each campaign: the same code, with a few kills, faults and questions, and some thousand inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .stage import Stage, shown_keys
 
 @pytest.fixture(scope="module")
 def folder(tiny_planner: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all of them work, with the model that the other tests have taught."""
+    """The folder of all campaigns, with the model that the other tests have trained."""
     place = tmp_path_factory.mktemp("campaigns")
     (place / "tiny-planner").symlink_to(tiny_planner)
     return place
