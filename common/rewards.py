@@ -199,8 +199,8 @@ class PipelineRewardFunction:
 def batch_metrics(results: Sequence[PipelineResult], weights: RewardWeights) -> dict[str, float]:
     """Averages over one batch. An average without any sample in this batch is left out.
 
-    A sample without a score (its `reward` is None) counts only as a worker failure, or in the figures on plans if it
-    has a plan.
+    A sample whose worker failed has no score. It counts as a worker failure, and in the figures on plans. A sample
+    without a completion, because its server failed, counts in no average.
     """
     # If the server failed to give the completion, the sample has neither a valid nor an invalid plan.
     planned = [result for result in results if result.error is None or result.plan is not None]

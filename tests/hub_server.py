@@ -91,6 +91,7 @@ class Handler(BaseHTTPRequestHandler):
     server: HubServer
 
     def log_message(self, *_) -> None:
+        """Print no line per request."""
         pass
 
     def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""The layout: which part of common/ may import which, what stays light, how large folders and files may grow."""
+"""The layout: which part of common/ may import which, which modules stay light, and limits for folders and files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from conftest import HEAVY, ROOT
 
 COMMON = ROOT / "common"
 
-# A part is a folder of common/ or a module directly in it. From the ground up: a part imports only what is named
-# here, and everything named stands above it in this table.
+# A part is a folder of common/ or a module directly in it. Each part may import only the parts that its entry names. An
+# entry names only parts that come earlier in this table.
 MAY_IMPORT = {
     "errors": "",
     "processes": "errors",
@@ -49,8 +49,8 @@ MAY_IMPORT = {
         "rewards evaluation"
     ),
 }
-# Everything else imports no torch, transformers and the like before it is used: `--help` and a wrong flag answer at
-# once.
+# All other modules import torch, transformers and the like only when they use them. So `--help` and the message for a
+# wrong flag appear immediately.
 HEAVY_MODULES = {
     "decoding.blocks",
     "decoding.branching",

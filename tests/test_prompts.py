@@ -1,4 +1,4 @@
-"""What the models are shown."""
+"""The prompts that the models read."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ TEMPLATES = {
 
 @pytest.fixture
 def tokenizer(smollm2):
-    """A tokenizer of its own, whose chat template a test may replace."""
+    """A separate tokenizer, so that a test may replace its chat template."""
     return type(smollm2[1]).from_pretrained(smollm2[1].name_or_path)
 
 

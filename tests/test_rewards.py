@@ -1,4 +1,4 @@
-"""The executor's two waves and the exact formula, on a worker that answers from a table."""
+"""The executor's two waves and the exact reward formula, with a worker that answers from a table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EOS = 9
 
 
 class TableWorker:
-    """Answers by the last user message; what it is not told to answer, it fails on. Records its batches."""
+    """Answers from a table whose keys are last user messages, and fails for any other message. Records its batches."""
 
     style, context = "few-shot", "question"
 
@@ -51,7 +51,7 @@ class TableWorker:
 
 
 def vectors(texts: list[str]) -> np.ndarray:
-    """Axis 0 for texts that start with 'x', axis 1 for the others: cosine 1 or 0."""
+    """Embeddings on axis 0 for texts that start with 'x', on axis 1 for all others. So the cosine is 1 or 0."""
     return np.array([[1.0, 0.0] if text.startswith("x") else [0.0, 2.0] for text in texts])
 
 
@@ -91,7 +91,7 @@ def test_the_whole_batch_takes_two_waves():
         [combine_text("Q", ["x one", "y two"], ["3", "4"])] * 2,
     ]
     assert [result.correct for result in results] == [True, False, False, True]
-    # every sample is charged its own tokens, shared or not
+    # every sample counts all its tokens, also those of shared answers
     assert [result.total_tokens for result in results] == [20 + 30, 5 + 10, 5, 20 + 30]
     assert [result.answer for result in results] == ["7", "7", None, "7"]
 
@@ -188,7 +188,7 @@ def test_a_failed_worker_masks_only_its_samples_and_is_counted():
     values = reward_call(reward, [SPLIT, Plan(False, ()).to_json()], logged)
     assert values[0] is None and values[1] > 1
     assert logged["worker_failures"] == 1
-    assert logged["correctness"] == 1.0  # over the samples that were scored
+    assert logged["correctness"] == 1.0  # mean of the samples with a score
     assert records[0]["error"] == "out of memory" and records[0]["reward"] is None
     assert records[1]["solutions"] == [] and records[1]["final"] == "The answer is 7"
 
@@ -198,7 +198,7 @@ def test_a_completion_that_its_server_failed_to_give_is_masked_and_does_not_blam
     reward = PipelineRewardFunction(run, RewardWeights(), eos_ids=frozenset({EOS}))
     reward.rollout_errors = lambda: [None, "no answer"]
     logged: dict[str, float] = {}
-    for _ in range(5):  # more batches than a worker may fail in
+    for _ in range(5):  # more batches than the limit for consecutive worker failures
         scored = reward_call(reward, [SPLIT, ""], logged)
         assert scored[0] is not None and scored[1] is None
     assert logged["worker_failures"] == 0
@@ -209,7 +209,7 @@ def test_a_completion_that_its_server_failed_to_give_is_masked_and_does_not_blam
 
 
 def reward_of_a_rank(rank: int, store: str, results) -> None:
-    """Rank 0 has a completion that is right and five invalid ones; rank 1 one that is right and one whose worker fails."""
+    """Rank 0 has one right completion and five invalid ones. Rank 1 has one right one and one whose worker fails."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     run, _ = executor(TABLE if rank == 0 else {key: value for key, value in TABLE.items() if key != "y two"})
@@ -218,7 +218,7 @@ def reward_of_a_rank(rank: int, store: str, results) -> None:
     reward = PipelineRewardFunction(run, RewardWeights(), eos_ids=frozenset({EOS}), sink=records.extend)
     direct = Plan(False, ()).to_json()
     values = reward_call(reward, [direct, *["no plan"] * 5] if rank == 0 else [direct, SPLIT], logged)
-    run.worker.table = {}  # from now on nothing works on rank 1, and rank 0 has nothing to ask
+    run.worker.table = {}  # from now on every call fails on rank 1, and rank 0 makes no call
     try:
         for _ in range(3):
             reward_call(reward, ["no plan"] if rank == 0 else [SPLIT], {})
@@ -230,7 +230,7 @@ def reward_of_a_rank(rank: int, store: str, results) -> None:
 
 
 def test_metrics_are_of_the_samples_of_all_processes(tmp_path):
-    """Two gloo processes with unequal samples: shares of all samples, and one decision that nothing works."""
+    """Two gloo processes have unequal samples. They log averages of all samples, and stop together."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [context.Process(target=reward_of_a_rank, args=(rank, tmp_path / "store", results)) for rank in (0, 1)]
@@ -244,7 +244,7 @@ def test_metrics_are_of_the_samples_of_all_processes(tmp_path):
             process.kill()
     logged = first[2]
     assert logged == second[2], "or TRL's average of the processes would be another number"
-    assert logged["worker_failures"] == 1 and logged["correctness"] == 2 / 7  # of means: 7/12
+    assert logged["worker_failures"] == 1 and logged["correctness"] == 2 / 7  # the mean of means would be 7/12
     assert logged["invalid_plan_rate"] == 5 / 8 and logged["decomposition_rate"] == 1 / 8
     assert [len(first[1]), len(second[1])] == [6, 2], "rewards stay with their process"
     assert [record["reward"] for record in first[3][:8]] == first[1] + second[1] and second[3] == []
@@ -257,7 +257,7 @@ def test_a_run_in_which_everything_fails_stops_with_a_clear_message():
     with pytest.raises(UserError, match=r"3 batches in a row.*out of memory"):
         for _ in range(3):
             assert reward_call(reward, [SPLIT] * 2, {}) == [None, None]
-    # a batch that works in between starts the count anew
+    # a successful batch resets the count of failed ones
     mixed = PipelineRewardFunction(run, RewardWeights(), eos_ids=frozenset({EOS}))
     for _ in range(4):
         run.worker.table = {}
@@ -278,8 +278,8 @@ def test_metrics_of_template_plans_and_of_cheating_show():
     assert found["distinct_plans"] == 0.0 and found["distinct_subproblems"] == 0.0
     found = batch_metrics(run.execute_batch(tailored), RewardWeights())
     assert found["distinct_plans"] == 1.0
-    assert found["distinct_subproblems"] == 3 / 6  # "y" stands in all three
-    assert "correctness" not in found  # nothing was scored: no number rather than a zero
+    assert found["distinct_subproblems"] == 3 / 6  # "y" occurs in all three
+    assert "correctness" not in found  # without a scored sample there is no number, not 0
 
 
 def test_plans_that_repeat_the_question_or_hold_the_answer_are_noticed():
@@ -301,7 +301,7 @@ def test_plans_that_repeat_the_question_or_hold_the_answer_are_noticed():
 @pytest.mark.parametrize("decompose", [True, False])
 def test_an_answer_that_a_shown_plan_tells_is_not_paid_as_correct(decompose):
     class Parrot(TableWorker):
-        """Knows nothing but what stands last in its prompt."""
+        """Knows only the last message of its prompt."""
 
         style, context = "instruct", "none"
 

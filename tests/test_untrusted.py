@@ -1,4 +1,4 @@
-"""What others have made, in any state: one clear line, nothing of it is run, and nothing is written elsewhere."""
+"""Files that others have made, in any state: one clear line, no code of them is run, no file is written elsewhere."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def change_config(folder: Path, name: str, **change: object) -> None:
 
 
 def test_a_chat_template_whose_name_is_a_path_is_told_at_the_start(tmp_path):
-    """transformers saves each of several templates under its name; "../../x" would end a run at its first checkpoint."""
+    """transformers saves several templates under their names. "../../x" would end a run at its first checkpoint."""
     folder = tmp_path / "model"
     sample_tokenizer(folder)
     (folder / "chat_template.jinja").unlink()
@@ -174,7 +174,7 @@ def test_a_chat_template_that_does_not_work_or_wants_out_is_told(tmp_path, templ
 
 
 def test_code_in_a_model_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
-    """transformers would ask on the terminal, and run the file at a "y"."""
+    """Without the setting, transformers would ask the user on the terminal, and run the file after a "y"."""
     folder = tmp_path / "model"
     sample_tokenizer(folder)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
@@ -192,7 +192,7 @@ def test_code_in_a_model_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeyp
 
 
 class Pickled:
-    """Writes a file when it is unpickled."""
+    """A class whose objects write a file when they are unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -20,12 +20,12 @@ The number to replace:
 
 The other numbers:
 
-- Each number in the annotations is the result of an earlier step, or the question contains it in digits or as a word
-  like those above. Any other number might depend on the replaced one. Example: "he and five friends" makes six people.
+- Each number in the annotations has a known origin: an earlier step, or the question, in digits or as such a word. Any
+  other number might depend on the replaced one. For example, the six people in "he and five friends" do so.
 - No number has two possible origins of which only one depends on the replaced number.
 
-The question contains no word for a threshold or a comparison ("over", "at least", "the first", "cheapest"), because a
-new number might be on the other side of the threshold.
+Thresholds and comparisons: the question has no word for one ("over", "at least", "the first", "cheapest"). A new number
+might be on the other side of the threshold.
 
 With the new number, every result must be above 0, and a result that was a whole number must stay one.
 """

@@ -36,7 +36,7 @@ class Endpoint:
         url: base address, such as http://localhost:8000/v1.
         api_key: key of the server, or None for that of the environment.
         timeout: limit of one attempt, in seconds. No attempt begins later than that after the first one, so a server
-            that hangs costs at most twice this time, whatever `retries` is.
+            that hangs costs at most twice this time, for any number of `retries`.
         retries: attempts after the first one.
         concurrency: most requests at once.
         flag, timeout_flag: flags that set address and timeout, for error messages.
@@ -52,7 +52,7 @@ class Endpoint:
 
 
 class ServerError(UserError):
-    """A request that failed for good.
+    """A request that failed; it is not repeated any more.
 
     Args:
         message: one line for the user.

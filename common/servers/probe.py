@@ -4,10 +4,10 @@ vLLM's CPU backend has a fault. Without a spare LoRA slot, base requests in one 
 answered by the adapter, without an error (docs/inference.md). If the planner answers instead of the worker, every
 result is wrong. So a server is used only after it has passed this check.
 
-The same prompts are sent to the base model alone (one at a time, then together), to the adapter alone, and to the base
-model while the adapter is busy. Answers are compared by the probabilities of their first tokens. Texts would be less
-reliable, because batching alone can change a choice between nearly equal tokens. The noise is the distance between the
-two runs of the base model alone. The other distances are compared with it.
+The same prompts are sent several times: to the base model alone, one at a time and then together; to the adapter alone;
+and to the base model while the adapter is busy. Answers are compared by the probabilities of their first tokens. Texts
+would be less reliable, because batching alone can change a choice between nearly equal tokens. The noise is the
+distance between the two runs of the base model alone. The other distances are compared with it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SIGKILL at random and at chosen moments of every script; then the command that continues, and its outcome.
 
-After each kill, no process remains, and every file with a final name is complete (the last line of a JSON Lines file
-may be cut off). At most `save_steps` steps are lost. In the end the outcome equals that of the uninterrupted run, with
+After each kill, no process remains, and every file with a final name is complete. Only the last line of a JSON Lines
+file may be cut off. At most `save_steps` steps are lost. In the end the outcome equals that of the uninterrupted run, with
 weights equal bit for bit.
 """
 

@@ -1,4 +1,4 @@
-"""The scoreboard: exact small cases for its statistics, and ten questions on real models."""
+"""The scoreboard: its statistics in small exact cases, and a run of ten questions on real models."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_an_earlier_row_is_used_again_only_where_everything_agrees_and_nothing_f
     assert why_not_again(rows[TRAINED], same, questions) == "with errors"
     assert why_not_again(rows[DIRECT], {**same, "grader": "g2"}, questions) == "made with other grader"
     assert why_not_again(rows[DIRECT], {**same, "adapter": "a"}, questions) == "made with other adapter"
-    # Of what is not known nothing is the same, as with a model whose content cannot be told.
+    # An unknown fingerprint equals no other one, for example that of a model whose content cannot be read.
     assert why_not_again(rows[DIRECT], {**same, "worker": None}, questions) == "made with other worker"
     assert why_not_again(rows[DIRECT], same, questions[:3]) == "incomplete"
     lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
@@ -170,7 +170,7 @@ def test_cut_off_answers_and_answers_without_a_number_are_told(tmp_path):
         return [Generation(text, 10, finished) for _ in requests for text, finished in [next(drawn)]]
 
     vote = run_vote(questions, direct, sampler, "few-shot", votes_for(30, direct))
-    # Cut off in the middle of the working is no vote; cut off behind an explicit answer is one.
+    # An answer that was cut off in its steps is no vote. One that was cut off after an explicit answer is a vote.
     assert [record["votes"] for record in vote.records] == [{"1": 1}, {"1": 1, "7": 2}, {"2": 1, "7": 2}, {"7": 2}]
     rows = save_scoreboard([direct, vote], tmp_path)["rows"]
     assert rows[DIRECT]["no_answer_rate"] == 1 / 4 and rows[VOTE]["no_answer_rate"] == 0
@@ -199,7 +199,7 @@ def test_ten_questions_on_a_real_model_before_after_and_again(tiny_args, tmp_pat
     assert first["rows"][VOTE]["total_tokens"] >= first["rows"][TRAINED]["total_tokens"] * 0.9
     for name in first["rows"]:
         assert TITLES[name] in done.stdout
-    # As if stopped while the untrained planner was being scored: what is there is kept, the rest is done.
+    # The run was stopped while the untrained planner was scored: the stored rows are kept, the others are made.
     records = read_jsonl(folder / "evaluation.jsonl")
     (folder / "evaluation.jsonl").unlink()
     for record in records:
@@ -214,7 +214,7 @@ def test_ten_questions_on_a_real_model_before_after_and_again(tiny_args, tmp_pat
         assert {k: v for k, v in values.items() if k != "seconds"} == {
             k: v for k, v in again["rows"][name].items() if k != "seconds"
         }, name
-    # A new run into the folder takes over nothing of it.
+    # A new run in the same folder uses none of the old rows.
     tiny_args.worker_max_tokens = 4
     tiny_args.eval_samples = 3
     done = run_script("grpo_training.py", *flags(tiny_args), "--overwrite")

@@ -1,4 +1,4 @@
-"""Every kind of LoRA adapter: what is merged is certified, what cannot be is refused with the right advice."""
+"""Every kind of LoRA adapter. A merge is certified, or refused with the right advice if it is not possible."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KINDS = {
 
 @pytest.fixture(scope="session")
 def biased_base(tiny_planner, tmp_path_factory) -> str:
-    """The tiny planner with biases in its attention, as Qwen has them."""
+    """The tiny planner with biases in its attention, like a Qwen model."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
     config = AutoConfig.from_pretrained(tiny_planner, attention_bias=True)
@@ -74,7 +74,7 @@ def test_a_full_copy_of_tied_embeddings_comes_out_untied_with_both_matrices(modu
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_an_adapter_on_one_end_of_tied_embeddings_is_not_certified(module, tiny_planner, tmp_path):
-    """PEFT merges it into the shared matrix, so the other end changes too: exit 4, and nothing is pushed."""
+    """PEFT merges it into the shared matrix, so the other layer changes too: exit code 4, and nothing is pushed."""
     adapter = trained(tiny_planner, tmp_path / "adapter", target_modules=[module, "q_proj"])
     error = refused(adapter, tmp_path / "merged")
     assert error.exit_code == 4 and "tied embeddings" in str(error)

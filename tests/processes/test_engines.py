@@ -1,4 +1,4 @@
-"""Engines that spread the weights are refused in one line, before anything is loaded."""
+"""Engines that split the weights between processes are refused in one line, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_deepspeeds_own_file_decides_the_stage(monkeypatch, tmp_path):
     check_engine()
     for name, value in DEEPSPEED.items():
         monkeypatch.setenv(name, value)
-    check_engine()  # accelerate's default is 2
+    check_engine()  # accelerate's default stage is 2
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     check_engine()
     file = tmp_path / "ds.json"

@@ -1,4 +1,4 @@
-"""The command that starts a run again is the one that it was started with."""
+"""The command for starting a run again is the command with which it was started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run goes on with: the record of how it began, not the machine it is continued on."""
+"""A continued run uses the record of how it began, not the defaults of the machine on which it continues."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_scoreboard_alone_is_kept_in_the_precision_of_the_run(tiny_args, tmp
     assert record["four_bit"] is False and record["dtype"] == "torch.float32"
     assert record["settings"]["use_4bit"] is None
     seen = {}
-    on_a_gpu = {"settings": {**record["settings"], "cpu_dtype": "auto"}}  # which reads no --cpu-dtype
+    on_a_gpu = {"settings": {**record["settings"], "cpu_dtype": "auto"}}  # a run on a GPU does not use --cpu-dtype
     for change in ({}, {"dtype": "torch.bfloat16"}, {"four_bit": True, **on_a_gpu}):
         write_json(folder / TRAINING_CONFIG, {**record, **change})
         done = run_script("grpo_training.py", "--output-dir", str(folder), "--eval-only", "--eval-samples", "2")
@@ -56,7 +56,7 @@ def test_the_scoreboard_alone_is_kept_in_the_precision_of_the_run(tiny_args, tmp
 
 
 def test_a_checkpoint_lacks_something_until_every_process_has_written_its_random_numbers(finished_run, tmp_path):
-    """The first process writes its last file without waiting for the others'."""
+    """The first process writes the last file of a checkpoint without waiting for the other processes."""
     _, finished, _ = finished_run
     shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
     assert len(complete_checkpoints(tmp_path)) == 1

@@ -1,4 +1,4 @@
-"""Several processes: two real ranks over gloo, as `torchrun` starts them."""
+"""Several processes: two real ranks that communicate over gloo, started by `torchrun`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from common.settings.grpo import TrainingArgs
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_planner, questions_file, tmp_path_factory) -> tuple[TrainingArgs, Path]:
-    """A run on two ranks. Four questions are one step's, so every step is an epoch, each in an order of its own."""
+    """A run on two ranks. A step uses all four questions, so every step is an epoch with its own order."""
     folder = tmp_path_factory.mktemp("ranks") / "run"
     args = TrainingArgs(
         base_model=tiny_planner, dataset=str(questions_file), output_dir=str(folder), planner_style="short",
@@ -59,7 +59,7 @@ def test_two_ranks_train_one_adapter_and_resume_in_a_later_epoch_bit_for_bit(two
 
 
 def means(rows: list[dict]) -> dict[str, float | None]:
-    """What a step's line must say of these samples."""
+    """The averages that a step must log for these samples."""
 
     def mean(values: list) -> float | None:
         return sum(values) / len(values) if values else None
@@ -91,7 +91,7 @@ def test_each_line_of_metrics_is_of_the_samples_of_all_ranks(two_ranks):
         expected = means(rows)
         for name, value in expected.items():
             assert line.get(name) == (None if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)), name
-        # The samples stand in the order of the ranks: would the mean of their means be another number?
+        # The samples are in the order of the ranks. Would the mean of the ranks' means be another number?
         halves = [means(rows[: len(rows) // 2]), means(rows[len(rows) // 2 :])]
         for name, value in expected.items():
             known = [half[name] for half in halves if half[name] is not None]
@@ -101,7 +101,7 @@ def test_each_line_of_metrics_is_of_the_samples_of_all_ranks(two_ranks):
 
 
 def ranks_of(launcher: int) -> dict[str, int]:
-    """Process ids of a launcher's ranks."""
+    """Process ids of the ranks that a launcher has started."""
     found = {}
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         environment = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
@@ -125,10 +125,10 @@ def test_a_signal_ends_all_ranks_with_one_checkpoint_and_the_command_they_were_s
     if who == "one rank":
         os.kill(ranks_of(process.pid)["1"], signal.SIGTERM)
     else:
-        os.killpg(process.pid, signal.SIGINT)  # which the launcher then sends to its ranks once more
+        os.killpg(process.pid, signal.SIGINT)  # the launcher then sends it to its ranks a second time
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1, "torchrun's own code for ranks that end with an error, or for a signal"
-    codes = re.findall(r"exitcode *: (-?\d+)", errors)  # the launcher tells those of ranks that ended by themselves
+    codes = re.findall(r"exitcode *: (-?\d+)", errors)  # the launcher prints them for ranks that it did not kill
     assert who != "one rank" or (codes and set(codes) == {"143"}), errors[-3000:]
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in errors
     (checkpoint,) = complete_checkpoints(folder)
@@ -149,7 +149,7 @@ def test_a_signal_ends_all_ranks_with_one_checkpoint_and_the_command_they_were_s
 
 
 def test_the_scoreboard_is_spread_over_the_ranks_and_is_the_one_of_a_single_process(two_ranks, tmp_path):
-    """Five questions: two for one rank, three for the other; sampled votes too are drawn by question."""
+    """Five questions: two for one rank, three for the other. Sampled votes also depend only on the question."""
     _, whole = two_ranks
     spread = read_jsonl(whole / "evaluation.jsonl")
     copy = tmp_path / "copy"
@@ -160,7 +160,7 @@ def test_the_scoreboard_is_spread_over_the_ranks_and_is_the_one_of_a_single_proc
     assert len(spread) == 4 * 5 and len({row["planner_output"] for row in spread}) > 3
     for found, expected in zip(spread, alone, strict=True):
         assert found | {"seconds": 0} == expected | {"seconds": 0}
-    # Kept rows are kept by all ranks, and what is missing is made by all.
+    # All ranks keep the stored rows, and all of them make the missing rows together.
     kept = [row for row in spread if row["row"] == spread[0]["row"]]
     (copy / "evaluation.jsonl").write_text("".join(json.dumps(row | {"seconds": 12345}) + "\n" for row in kept))
     done = torchrun("--output-dir", str(copy), "--eval-only")
