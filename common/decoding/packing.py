@@ -45,7 +45,7 @@ def packed_linears(model: Any, *, rows: int, steps: int, cpu_dtype: str = "float
     """Context manager: inside it, fp32 linear layers of a model on a CPU use reordered copies of their weights.
 
     It also works below LoRA, whose base layers are plain linear layers. Other layers are left alone: quantised ones,
-    those on other devices, and those whose `forward` was replaced by somebody else.
+    those on other devices, and those whose `forward` was replaced by other code.
 
     Nested calls use the copies of the outermost; calls inside one `packing_kept` use those of the first. No gradient
     flows through the copies: use it only under `no_grad`, and do not change weights inside.

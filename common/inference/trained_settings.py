@@ -50,7 +50,7 @@ def read_training_settings(path: Path) -> dict[str, Any]:
     """The settings that a training run stored.
 
     Raises:
-        UserError: if the file holds none.
+        UserError: if the file contains no settings.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
@@ -62,10 +62,10 @@ def read_training_settings(path: Path) -> dict[str, Any]:
 
 
 def check_given_config(given: Mapping[str, Any], *, benchmark: bool) -> None:
-    """Look at the file of `--training-config`, and at the questions that a benchmark would take from it.
+    """Check the file of `--training-config`, and the source of questions that a benchmark would take from it.
 
     Raises:
-        UserError: where it holds no settings, or settings or a source that cannot be.
+        UserError: if the file contains no settings or invalid ones, or if the source cannot be used.
     """
     args = ServingArgs(**given)
     config = find_training_config(args.training_config, args.base_url, None)
@@ -78,7 +78,7 @@ def check_given_config(given: Mapping[str, Any], *, benchmark: bool) -> None:
 
 
 def benchmark_source(args: ServingArgs, trained: Mapping[str, Any]) -> str:
-    """Where a benchmark's questions come from: what the flags say, else what the adapter was trained for."""
+    """Source of a benchmark's questions: the one that the flags name, or else the one of the adapter's training."""
     return args.dataset or trained.get("eval_dataset") or trained.get("dataset") or TrainingArgs.dataset
 
 

@@ -173,7 +173,7 @@ def metadata(
 
 
 def _problems_of(source: str) -> str:
-    """Where the problems of `multi:SOURCE?…` come from; any other source as it is."""
+    """The source of the problems: SOURCE for `multi:SOURCE?…`, and the name itself for any other source."""
     return source.removeprefix("multi:").partition("?")[0] if source.startswith("multi:") else source
 
 

@@ -1,4 +1,4 @@
-"""The temporary folder of a merge, beside its target, and what a killed merge has left in it."""
+"""The temporary folder of a merge, in the same folder as its target, and what a killed merge has left in it."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def start_wandb(
     try:
         wandb.Settings(project=project, run_name=run_name)  # refuses invalid names before anything starts
         known = wandb_setup.singleton().settings
-    except Exception as error:  # of pydantic, a UsageError or a ValueError
+    except Exception as error:  # an error of pydantic, a UsageError or a ValueError
         raise UserError(f"W&B does not accept its settings: {_one_line(error)}") from error
     if known.mode == "disabled":
         return None
@@ -131,10 +131,12 @@ def start_wandb(
 
 
 def online_problem() -> str | None:
-    """Why a run would be logged offline though nobody asked for that, or None; nothing is started.
+    """Why a run would be logged offline although the user did not ask for that; None if it would be online.
+
+    No run is started.
 
     Raises:
-        UserError: where W&B cannot be imported, or refuses its settings.
+        UserError: if W&B cannot be imported or refuses its settings.
     """
     if os.environ.get("WANDB_DISABLED", "").lower() in {"1", "true", "yes", "on"}:
         return None
@@ -213,7 +215,7 @@ def _credentials_known(base_url: str) -> bool:
 
 
 def address_to_reach(base_url: str, settings: Any = None) -> tuple[str, int]:
-    """Host and port of a server, or of the proxy that stands before it; W&B's settings may name one of their own."""
+    """Host and port of a server, or of the proxy in front of it. W&B's settings may name their own proxy."""
     url = urllib.parse.urlsplit(base_url)
     host = url.hostname or ""
     proxy = getattr(settings, f"{url.scheme}_proxy", None)
@@ -226,7 +228,7 @@ def address_to_reach(base_url: str, settings: Any = None) -> tuple[str, int]:
 
 
 def cannot_connect(host: str, port: int) -> str | None:
-    """Why no TCP connection comes about within CONNECT_SECONDS, or None if it does."""
+    """Why a TCP connection cannot be made within CONNECT_SECONDS, or None if it can."""
     outcome = ["timed out"]
 
     def connect() -> None:

@@ -108,10 +108,10 @@ def read_run_record(output_dir: Path) -> dict[str, Any]:
 
 
 def stored_date(record: dict[str, Any]) -> date | None:
-    """The date that a run's prompts show, None where they show none.
+    """The date in a run's prompts; None if they contain none.
 
     Raises:
-        ValueError: for a record with something else in its place.
+        ValueError: if the record has something else than a date in its place.
     """
     stored = record.get("prompt_date")
     if stored is None:

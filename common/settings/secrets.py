@@ -182,7 +182,7 @@ def _in_logins() -> Iterator[str]:
     try:
         hosts = netrc.netrc(str(path)).hosts
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        return  # nobody can use a login that cannot be read
+        return  # a login that cannot be read contains no usable key
     for _, _, password in hosts.values():
         yield password or ""
 

@@ -1,4 +1,4 @@
-"""Questions made of several problems on the scoreboard: figures by hand, and two steps of a real run."""
+"""Composed questions on the scoreboard: figures computed by hand, and two steps of a real run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def record(row: str, number: int, correct: bool, problems: int, decomposed: bool
 
 
 def board() -> list[Row]:
-    """Four questions of two problems, two of three, and four single ones."""
+    """Four questions of two problems, two of three problems, and four single questions."""
     counts = [2, 2, 2, 2, 3, 3, 1, 1, 1, 1]
     direct = [True, False, False, False, False, False, True, True, False, False]
     trained = [True, True, True, False, True, False, True, True, False, False]
@@ -61,7 +61,7 @@ def test_the_gap_and_the_decisions_by_hand(tmp_path):
     assert apart["gap_closed"] == pytest.approx(1 - (4 / 6 - expected) / (1 / 6 - expected))
     assert apart["paired"][DIRECT]["composed"] == {"only_trained": 3, "only_other": 0, "p": 0.25}
     assert apart["paired"][DIRECT]["single"]["p"] == 1.0
-    # Split four of six composed; of four single ones one was split, and one has no valid plan, which is no decision.
+    # Four of six composed questions were split. Of the four single ones, one was split, and one has no valid plan.
     assert trained["composed_split"] == 4 / 6 and trained["single_left_whole"] == 2 / 4
     assert trained["right_decisions"] == 6 / 10 and "composed_split" not in direct
     table = scoreboard_table(summary)

@@ -1,4 +1,4 @@
-"""`--check`: the estimate against what a run really holds, what is missing, and that nothing is loaded or written."""
+"""`--check`: its estimate equals what a run really needs, it reports what is missing, and loads and writes nothing."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_check_reads_no_weights_writes_nothing_and_says_what_a_step_is(tiny_ar
 
 
 def test_every_missing_thing_is_a_line_of_its_own(tiny_args, tmp_path):
-    """No Hub, no login, no server, a data set that does not suffice: told together, in seconds, without a traceback."""
+    """No Hub, no login, no server, and too few questions: all are reported together, in seconds, and no traceback."""
     tiny_args.wandb, tiny_args.embedding_model = True, "nobody/no-encoder"
     tiny_args.worker_url, tiny_args.grad_accum = f"http://127.0.0.1:{free_port()}/v1", 8
     offline = {

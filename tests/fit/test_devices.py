@@ -1,4 +1,4 @@
-"""One GPU for one process, and the allocator: what the environment says when torch is imported."""
+"""One GPU for one process, and the allocator: both are set in the environment before torch is imported."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_allocator_is_the_users_where_he_set_one():
 
 @pytest.mark.parametrize("script", ["grpo_training", "dummy_planner"])
 def test_both_are_set_before_torch_is_imported(script, tmp_path):
-    """In a script that stops at its data set, which it looks at before it imports anything heavy."""
+    """The script stops at its data set, which it checks before it imports anything heavy."""
     code = (
         f"import os, sys, {script}\n"
         f"try: {script}.main(['--base-model', 'packaged/none', '--output-dir', {str(tmp_path / 'run')!r}])\n"

@@ -1,4 +1,4 @@
-"""Questions made of several problems: the same for a seed, free of leaks, and their answers right."""
+"""Composed questions: a seed always gives the same ones, no text is in two splits, and their answers are right."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K is not beside this checkout (../shared/data)")
 
 THREE_STEPS = "4 * 2 = <<4*2=8>>8\n8 + 1 = <<8+1=9>>9\n9 * 3 = <<9*3=27>>27\n#### 27"
-# Problems that can use another's answer: question with {}, solution with {} for what is computed from it.
+# A problem in which one of the numbers can be replaced by another problem's answer.
 USES = Question(
     "Mia folds 12 cranes a day and gives away 3 of them. How many has she after 5 days?",
     "She keeps 12-3 = <<12-3=9>>9 a day.\nAfter five days she has 9*5 = <<9*5=45>>45.\n#### 45",
@@ -29,7 +29,7 @@ USES = Question(
 
 
 def problems(split: str, count: int) -> list[dict[str, str]]:
-    """Problems of one step and of three, no text in two splits."""
+    """Problems with one step and with three. No text occurs in two splits."""
     short = [
         {"question": f"In {split} a box holds {n + 3} pens and {n} cups. How many things?", "answer": f"{n + 3} + {n} = <<{n + 3}+{n}={2 * n + 3}>>{2 * n + 3}\n#### {2 * n + 3}"}
         for n in range(2, count + 2)
@@ -75,7 +75,7 @@ def test_held_out_questions_share_no_problem_with_training(folder):
     one = folder / "train.jsonl"
     with pytest.raises(UserError, match="--eval-dataset"):
         load_held_out(TrainingArgs(dataset=f"multi:{one}", eval_samples=1), training)
-    for source in (f"multi:{one}?parts=3", str(one)):  # the same problems in other company, or alone
+    for source in (f"multi:{one}?parts=3", str(one)):  # the same problems in other compositions, or single
         with pytest.raises(UserError, match="are in the training set too"):
             load_held_out(TrainingArgs(dataset=args.dataset, eval_dataset=source, eval_samples=30), training)
 
@@ -130,8 +130,8 @@ def test_a_chained_question_uses_the_first_answer_and_its_gold_is_computed_anew(
     one, two = found.parts
     assert one == first and two.question == USES.question.replace("12", "20") and two.source == USES.question
     assert parse_gold(two.answer) == 85 and USES.question in found.texts
-    # With 12 nothing would change, and none would be left if she gave 12 away: the days are replaced. Of 2 she cannot
-    # give 3 away, so these are replaced.
+    # The answer 12 cannot replace the 12: nothing would change. It cannot replace the 3 either: no crane would be left.
+    # So it replaces the 5. The answer 2 cannot replace the 12: she cannot give 3 of 2 cranes away. It replaces the 3.
     for gold, expected in ((12, (12 - 3) * 12), (2, (12 - 2) * 5)):
         other = composed.chain(Question("How many?", f"#### {gold}"), USES)
         assert other is not None and parse_gold(other.answer) == expected
@@ -171,7 +171,7 @@ def test_results_with_another_number_must_make_sense():
 
 
 def kind_of(plan, item: Question) -> str:
-    """Which kind of plan it is, read off its parts."""
+    """The kind of a plan, found from its parts."""
     texts = composed.part_texts(item.question)
     if not plan.should_decompose:
         return "direct"
@@ -185,7 +185,7 @@ def kind_of(plan, item: Question) -> str:
 @pytest.mark.parametrize("kind", ["sum&parts=2-3", "chained"])
 def test_plans_to_imitate_are_of_all_kinds_alike_and_leave_single_problems_whole(kind):
     items = load_questions(f"multi:generated:shares?people=2&high=20&single=0.4&kind={kind}", limit=900, seed=3)
-    if kind == "chained":  # what is generated has no annotations
+    if kind == "chained":  # generated problems have no annotations
         first = [Question(f"How many are {n}?", f"#### {n}") for n in range(20, 320)]
         items = [item for one in first if (item := composed.chain(one, USES))]
     found = list(demonstrations(items, seed=1))

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole: those of one process and of several, and of DeepSpeed and FSDP."""
+"""Which checkpoints are complete: of one process and of several, of DeepSpeed and of FSDP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.runs.files import write_json
 from common.runs.record import TRAINING_CONFIG
 
 ZERO = "global_step7"
-# What each kind of trainer writes on two processes, beside what all write.
+# The files that each kind of trainer writes with two processes, besides those that all kinds write.
 KINDS = {
     "torchrun": ["optimizer.pt", "scheduler.pt"],
     "DeepSpeed": [
@@ -71,7 +71,7 @@ def test_a_checkpoint_is_whole_with_all_its_files_and_with_none_of_them_missing_
 def test_an_older_whole_one_is_taken_where_the_newest_is_not(tmp_path):
     older, newer = checkpoint(tmp_path, "DeepSpeed", 5), checkpoint(tmp_path, "DeepSpeed", 10)
     assert newest_checkpoint(tmp_path) == newer
-    (newer / "rng_state_1.pth").unlink()  # of the process that was killed first
+    (newer / "rng_state_1.pth").unlink()  # this file belongs to the process that was killed first
     assert newest_checkpoint(tmp_path) == older
     record = json.loads((tmp_path / TRAINING_CONFIG).read_text())
     write_json(tmp_path / TRAINING_CONFIG, {**record, "processes": 1})

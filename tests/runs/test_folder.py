@@ -1,4 +1,4 @@
-"""`--overwrite` keeps the older run until the new one has its first checkpoint, whenever either is killed."""
+"""`--overwrite` keeps the older run until the new one has its first checkpoint, even if one of them is killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RUN = [
 
 
 class KilledError(Exception):
-    """Stands for the end of the process at that moment."""
+    """Simulates the end of the process at that moment."""
 
 
 def older_run(folder: Path) -> dict[str, str]:
@@ -45,13 +45,13 @@ def test_a_new_run_sets_aside_all_that_an_older_one_has_written_and_nothing_else
     assert content(tmp_path / REPLACED) == {name: text for name, text in before.items() if name != "notes.txt"}
     drop_replaced(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    set_aside(tmp_path)  # nothing to be set aside
+    set_aside(tmp_path)  # there is no run to set aside
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("new_run", [False, True])
 def test_killed_between_any_two_moves_the_older_run_is_found_again(tmp_path, monkeypatch, new_run):
-    """Each move is one rename: killed before the first, the second, … of setting aside or of putting back."""
+    """Each move is one rename. The kill comes before the first, the second, … rename of a move aside or back."""
     rename = Path.rename
     left = [0]
 
@@ -65,10 +65,10 @@ def test_killed_between_any_two_moves_the_older_run_is_found_again(tmp_path, mon
     while True:
         folder = tmp_path / str(moments)
         before = older_run(folder)
-        if new_run:  # what is killed is its putting back
+        if new_run:  # here the kill interrupts putting back
             set_aside(folder)
             (folder / "metrics.jsonl").write_text("new")
-            (folder / "checkpoint-1").mkdir()  # not whole
+            (folder / "checkpoint-1").mkdir()  # an incomplete checkpoint
         with monkeypatch.context() as patched:
             patched.setattr(Path, "rename", failing)
             left[0] = moments

@@ -65,7 +65,7 @@ def test_trouble_that_passes_is_retried_and_trouble_that_stays_is_told(server, c
 
 
 def test_a_server_that_hangs_is_given_up_after_one_time_limit_however_many_wait(server):
-    """Counted in requests that reached it: with retries, and a queue, each of them would cost the limit again."""
+    """Counts the requests that reach the server. Otherwise every retry and queued request would cost the limit."""
     model = ServerModel(Server(Endpoint(server.url, timeout=0.4, retries=5, concurrency=2)), "base")
     questions = [[{"role": "user", "content": f"How many, {number}?"}] for number in range(8)]
     server.fault = hang(1.5)
@@ -88,8 +88,8 @@ def test_a_slow_server_may_take_longer_for_all_than_for_one(server):
 
 
 def test_no_attempt_begins_after_the_time_limit(server):
-    """Trouble that is told at once is asked about again, but not for longer than a reply may take."""
+    """A request that fails at once is repeated, but not for longer than the time limit of a reply."""
     server.fault = lambda handler, request: bool(request) and handler.error(503, "loading")
     model = ServerModel(Server(Endpoint(server.url, timeout=1.4, retries=50)), "base")
     (answer,) = model.generate([[{"role": "user", "content": "How many?"}]])
-    assert "503" in (answer.error or "") and len(server.requests) == 2  # the third would be after 1.5 s or more
+    assert "503" in (answer.error or "") and len(server.requests) == 2  # the third one would begin after 1.5 s or more

@@ -121,7 +121,7 @@ def test_a_signal_in_the_middle_of_logging_is_no_deadlock(trainer_args, capfd):
 
 
 def test_a_forked_child_still_dies_of_sigterm(trainer_args):
-    """Data loader workers inherit the handler; they must still end, and must print nothing."""
+    """Data loader workers inherit the handler. They must still end, and must print nothing."""
     with StopOnSignal() as stop:
         pid = os.fork()
         if pid == 0:
@@ -147,7 +147,7 @@ def rank_loop(rank, store, trainer_args, results):
 
 
 def test_all_processes_stop_when_one_gets_the_signal(tmp_path, trainer_args):
-    """Two gloo processes, only one of which gets the signal; if it left alone, the other would hang."""
+    """Two gloo processes, of which only one receives the signal. If it stopped alone, the other would wait forever."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     ranks = [
