@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 # Processes wait for each other where they exchange values. One whose worker writes long answers makes the others wait,
-# so the limit is two hours and not torch's ten minutes.
+# so the limit is two hours and not ten minutes.
 PATIENCE_SECONDS = 7200
 
 
