@@ -32,20 +32,30 @@ VLLM_INSTALL_SECONDS = 900
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "sentence_transformers", "bitsandbytes", "wandb", "numpy"}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests stay together when several processes test: a file's, for its fixtures, and all that need vLLM.
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With several test processes (`pytest -n`): all tests of one file run in one process, and so do all with vLLM.
 
-    Two processes would install vLLM at the same time, and its servers (4 GB each) would not fit into memory together.
-    These tests come first, because they take longest.
+    Two processes would install vLLM at the same time, and several servers (4 GB each) would not fit into memory.
     """
+    from xdist.scheduler import LoadScopeScheduling
 
-    def needs_vllm(item: pytest.Item) -> bool:
-        return "vllm_python" in getattr(item, "fixturenames", ())
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "vllm" if is_of_vllm(file) else file
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("vllm" if needs_vllm(item) else str(item.path.relative_to(ROOT))))
-    items.sort(key=lambda item: not needs_vllm(item))
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with vLLM come first, because they take longest."""
+    items.sort(key=lambda item: not is_of_vllm(item.nodeid.split("::")[0]))
+
+
+def is_of_vllm(file: str) -> bool:
+    """Whether a test file needs a vLLM server; those files have it in their names."""
+    return "vllm" in Path(file).name
 
 
 def free_port() -> int:
