@@ -12,7 +12,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.runs.adapters import safetensors_problem
-from common.runs.record import read_run_record
+from common.runs.files import read_json
+from common.runs.record import TRAINING_CONFIG
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -59,7 +60,7 @@ def _checkpoints(output_dir: Path) -> list[tuple[Path, str | None]]:
 def _processes(output_dir: Path) -> int:
     """The number of processes of the run. Each of them writes the states of its random generators."""
     try:
-        stored = read_run_record(output_dir).get("processes")
+        stored = (read_json(output_dir / TRAINING_CONFIG) or {}).get("processes")
     except UserError:  # a checkpoint without the run's record; assume one process
         return 1
     return stored if isinstance(stored, int) else 1
