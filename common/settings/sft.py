@@ -20,7 +20,7 @@ class SupervisedArgs:
     # fmt: off
     base_model: str = setting(MISSING, "model", "Hub id or folder of the base model", metavar="MODEL")
     use_4bit: bool | None = setting(None, "model", "NF4 double-quantised base; without either flag: 4-bit on a GPU")
-    cpu_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "model", "what matrix products are computed in on a CPU: float32; bfloat16, about 1.5 times as fast, where near ties in greedy answers may fall differently from batch to batch; or auto, which is bfloat16 if the processor multiplies it natively (AVX512-BF16, AMX) and weights are not quantised, else float32. A GPU does not read it")
+    cpu_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "model", "what matrix products are computed in on a CPU: float32; bfloat16, which is faster, most of all in forward and backward, but near ties in greedy answers may then fall differently from batch to batch; or auto, which is bfloat16 if the processor multiplies it natively (AVX512-BF16, AMX) and weights are not quantised, else float32. A GPU does not read it")
     lora_r: int = setting(16, "model", "LoRA rank", positive=True)
     lora_alpha: int = setting(32, "model", "LoRA scale numerator", positive=True)
     lora_dropout: float = setting(0.0, "model", "LoRA dropout", fraction=True)
