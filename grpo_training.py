@@ -158,7 +158,7 @@ def settle(options: argparse.Namespace) -> TrainingArgs:
     elif args.vllm_python is not None:
         args.vllm_url = None  # the address of a server that the earlier run started and stopped
     stored = read_run_record(output_dir)["settings"]
-    if (args.vllm_url or args.vllm_python) and not (stored.get("vllm_url") or stored.get("vllm_python")):
+    if args.samples_from_servers() and not (stored.get("vllm_url") or stored.get("vllm_python")):
         raise UserError(f"--vllm-url: the run in {output_dir} samples its plans itself: leave the flag out")
     # The server's address may have changed, but with or without a server the worker is another model.
     if args.worker_url is not None and stored.get("worker_url") is None:

@@ -82,10 +82,8 @@ def this_machine(args: TrainingArgs) -> Machine:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return Machine(True, torch.cuda.get_device_name(), total, free, four_bit)
-    served = (args.vllm_url or args.vllm_python) is not None
-    cpu_dtype = "float32" if served and args.cpu_dtype == "auto" else models.cpu_dtype(args)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Machine(False, "this machine", *_ram(), four_bit, cpu_dtype, processes)
+    return Machine(False, "this machine", *_ram(), four_bit, models.cpu_dtype(args), processes)
 
 
 def does_not_fit(args: TrainingArgs, parts: Sequence[Part], machine: Machine) -> list[str]:

@@ -18,6 +18,9 @@ class LoraSettings(Protocol):
     lora_dropout: float
     lora_layers: int | None
 
+    def samples_from_servers(self) -> bool:
+        """Whether vLLM servers sample the completions that are trained on."""
+
 
 def use_4bit(args: LoraSettings) -> bool:
     """Whether to quantise to 4 bits: the setting, or by default only on a GPU."""
@@ -50,6 +53,8 @@ def cpu_dtype(args: LoraSettings) -> Literal["auto", "float32", "bfloat16"]:
 
     if torch.cuda.is_available() or args.cpu_dtype == "float32":
         return args.cpu_dtype
+    if args.cpu_dtype == "auto" and args.samples_from_servers():
+        return "float32"  # the policy check compares with the servers' log-probabilities, most sharply in fp32
     four_bit, native = use_4bit(args), multiplies_bf16()
     if args.cpu_dtype == "bfloat16" and four_bit:
         raise UserError("--cpu-dtype bfloat16 is for weights that are not quantised: leave out --4bit")

@@ -139,6 +139,10 @@ class TrainingArgs:
         if problems:
             raise UserErrors(problems)
 
+    def samples_from_servers(self) -> bool:
+        """Whether vLLM servers sample the plans: running ones, or one that this run starts."""
+        return (self.vllm_url or self.vllm_python) is not None
+
     def vllm_urls(self) -> list[str]:
         """The addresses in `--vllm-url`, one per server."""
         return [url.strip() for url in (self.vllm_url or "").split(",") if url.strip()]

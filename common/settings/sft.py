@@ -51,6 +51,10 @@ class SupervisedArgs:
     wandb_run_name: str | None = setting(None, "output", "W&B run name", metavar="NAME")
     # fmt: on
 
+    def samples_from_servers(self) -> bool:
+        """Whether vLLM servers sample completions: never here, where completions are given."""
+        return False
+
     def validate(self) -> None:
         """Check every value.
 

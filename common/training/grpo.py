@@ -58,8 +58,6 @@ def train(
     Raises:
         UserError: if a model cannot be loaded, memory runs out, or the worker always fails.
     """
-    if args.vllm_url is not None and args.cpu_dtype == "auto":
-        args = replace(args, cpu_dtype="float32")  # because log-probabilities are compared with those of the servers
     args = replace(args, cpu_dtype=models.cpu_dtype(args))  # store the dtype that is used, so a resumed run keeps it
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)

@@ -56,6 +56,14 @@ def test_auto_is_bf16_only_where_it_pays_and_what_cannot_be_had_is_refused(
             models.cpu_dtype(args)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not read the setting")
+def test_auto_is_fp32_where_servers_sample_so_that_the_proof_of_who_wrote_a_plan_is_sharp(monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda: True)
+    for served in ({"vllm_url": "http://127.0.0.1:8000/v1"}, {"vllm_python": "python"}):
+        assert models.cpu_dtype(TrainingArgs(use_4bit=False, **served)) == "float32"
+        assert models.cpu_dtype(TrainingArgs(use_4bit=False, cpu_dtype="bfloat16", **served)) == "bfloat16"
+
+
 def test_answers_are_counted_alike_and_mostly_the_same(bf16, smollm2):
     model, tokenizer = smollm2
     requests = [prompts.direct_messages(group[0].question, "few-shot") for group in mix.load_groups()[:10]]
