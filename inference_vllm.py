@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(options: argparse.Namespace, given: dict[str, Any]) -> int:
-    """Check the files, lock the file of --output against other runs, connect and ask. Returns the exit code."""
+    """Check the files, connect and ask. Call it with --output locked against other runs. Returns the exit code."""
     asked: list[Asked] = []
     if options.input is not None:
         from common.inference.batch import already_answered, read_input

@@ -49,7 +49,7 @@ class PipelineItem:
         """The known answer as a number.
 
         Raises:
-            ValueError: if the answer is unknown.
+            ValueError: if the answer is unknown or holds no number.
         """
         return parse_gold(self.ground_truth or "")
 
@@ -66,6 +66,7 @@ class PipelineResult:
         correct: whether the final answer equals the known one.
         independence: of the subproblems, in [0, 1]; see `common.similarity.independence_score`.
         relevance: of the subproblems to the question, in [−1, 1]; see `common.similarity.relevance`.
+        plan_shown: whether the worker was shown the plan's text.
         error: why the worker failed; None if it did not.
     """
 
@@ -162,7 +163,7 @@ class PipelineExecutor:
         """The pipeline of the given settings with its models loaded, for use as a library without a trainer.
 
         Raises:
-            UserError: if a model cannot be loaded, or the server of `worker_url` cannot be used.
+            UserError: if a model cannot be loaded, or a server of `worker_url` or `vllm_url` cannot be used.
         """
         encoder = SentenceEncoder(args.embedding_model)
         encoder.load()

@@ -141,7 +141,7 @@ class PipelineRewardFunction:
         samples unequal weights, because the processes have unequal numbers of samples of each kind.
 
         Args:
-            prompts: unused; questions and answers travel as data set columns.
+            prompts: not used, because TRL also passes the columns of the data set (question and answer).
             completions: B texts, or B one-message conversations.
             completion_ids: B token lists.
             question, answer: B data set values.

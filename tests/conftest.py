@@ -111,7 +111,7 @@ def ask(server: MisbehavingServer, *flags: str) -> int:
 
 
 def failure(server: MisbehavingServer, *flags: str) -> tuple[int, str]:
-    """(exit code, the one line on stderr) of a run that cannot go on."""
+    """(exit code, error line) of a run that cannot continue."""
     with pytest.raises(UserError) as caught:
         ask(server, *flags)
     assert "\n" not in str(caught.value)

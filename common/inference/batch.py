@@ -130,7 +130,7 @@ def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
         output: the JSON Lines file for the answers.
 
     Returns:
-        The exit code: 0, or 1 if some questions failed.
+        The exit code: 0; 1 if some questions failed; 130 if Ctrl-C stopped it.
 
     Raises:
         UserError: with exit code 1, if the file cannot be written any more.

@@ -42,7 +42,7 @@ def check_scores_folder(path: Path) -> None:
     """Check that the files of a benchmark can be written to a folder and would not replace others.
 
     Raises:
-        UserError: if `path` is a file, or the folder already holds such files.
+        UserError: if `path` is a file or cannot be written, or the folder already holds such files.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {path} is a file: --benchmark writes into a folder, name one")

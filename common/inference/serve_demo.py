@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the flags, start the server, wait until it answers, say how to ask it, and wait for its end.
 
     Returns:
-        The server's exit code.
+        The server's exit code, or 130 if a signal stopped it.
 
     Raises:
         UserError: if the adapter or the Python of vLLM does not exist, or the port is in use.

@@ -13,7 +13,10 @@ from common.settings.grpo import PACKAGED_MODEL
 
 
 def cache_dir() -> Path:
-    """Folder for converted models: $RECURSIVE_REASONER_CACHE, or ~/.cache/recursive-reasoner if that is not set."""
+    """Folder of converted models and of the questions asked before (for line editing).
+
+    It is $RECURSIVE_REASONER_CACHE, or ~/.cache/recursive-reasoner if that is not set.
+    """
     default = Path.home() / ".cache" / "recursive-reasoner"
     return Path(os.environ.get("RECURSIVE_REASONER_CACHE", default))
 

@@ -38,7 +38,8 @@ def fingerprint(questions: Iterable[Question]) -> str:
 def check_source(dataset: str, split: str = "train", flag: str = "--dataset") -> None:
     """Check a source of questions without network, model or heavy import.
 
-    Files are read and checked completely. For generated problems only the name of the task is checked.
+    Files are read and checked completely. Of generated problems only the name is checked, and for `generated:` also the
+    options; nothing is generated.
 
     Args:
         dataset: see `load_questions`.
@@ -211,7 +212,11 @@ def _read(dataset: str, config: str | None, split: str) -> list[Question]:
 
 
 def _tell_kinds(questions: list[Question], dataset: str, limit: int) -> None:
-    """Print one line with the number of composed questions, and a note if the source gave fewer than `limit`."""
+    """Print one line with the number of composed questions, and a note if the source gave fewer than `limit`.
+
+    Raises:
+        UserError: if there is no question.
+    """
     if not questions:
         raise UserError(f"--dataset {dataset} gives no question: its source has too few problems that fit the options")
     counts = Counter(max(1, len(item.parts)) for item in questions)

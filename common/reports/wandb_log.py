@@ -197,7 +197,7 @@ class WandbCallback(TrainerCallback):
         import wandb
 
         if self._table is None:
-            # Cells are text or None, but a type check must never fail on a model's output.
+            # W&B checks the types of a column's cells. With mixed types allowed, no output of a model can fail it.
             self._table = wandb.Table(columns=list(self.COLUMNS), log_mode="INCREMENTAL", allow_mixed_types=True)
         by_step: dict[Any, list[Mapping[str, Any]]] = {}
         for sample in samples:

@@ -52,7 +52,7 @@ class Endpoint:
 
 
 class ServerError(UserError):
-    """A request that failed; it is not repeated any more.
+    """A request that failed. Callers of `Server` get this error only after its last attempt.
 
     Args:
         message: one line for the user.

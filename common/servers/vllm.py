@@ -111,7 +111,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
         if number is signal.SIGTERM:
-            continue  # the parent has ended already; other processes of the group are not waited for
+            continue  # the server has ended; the next signal kills what is left of its process group
 
 
 def server_command(

@@ -151,7 +151,9 @@ def _run(
 def build_trainer(
     args: TrainingArgs, questions: list[Question], tokenizer: Any, samples: SampleLog | None = None
 ) -> tuple[PlannerTrainer, PipelineExecutor]:
-    """TRL's trainer with the planner's adapter, and the pipeline whose worker is the trainer's own model.
+    """TRL's trainer with the planner's adapter, and the pipeline that carries out its plans.
+
+    The pipeline's worker is the trainer's own model, unless the settings name a server for it.
 
     Args:
         args: settings of the run.

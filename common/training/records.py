@@ -62,13 +62,13 @@ def add_to_record(output_dir: Path, **facts: Any) -> None:
 
 
 def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, *, script: str, **facts: Any) -> None:
-    """Move an older run aside, or cut its files back to a checkpoint; then store the settings.
+    """Move an older run aside for a new one, store the settings, and remove lines of steps after the checkpoint.
 
     Call it only after everything is loaded, so that an older run stays unchanged if loading fails.
 
     Args:
         args: settings of the run.
-        checkpoint: to resume from, or None for a new run. Lines of later steps are removed, as these steps run again.
+        checkpoint: to resume from, or None for a new run. The steps after it run again, so their lines are removed.
         script: name of the script.
         facts: additional entries of `training_config.json`, for example the data's fingerprint.
     """

@@ -88,10 +88,11 @@ class ServerModel:
         try:
             found = await task
         finally:
-            # Keep only finished, successful answers in the cache, and answers that are still awaited.
+            # Forget a failed, cancelled or interrupted answer, so that its prompt is asked again.
             if key is not None and (not task.done() or task.cancelled() or task.result().error is not None):
                 self._answers.pop(key, None)
         self._stats.failures += found.error is not None
+        # Answers that are still awaited stay, even if there are more than the cache may keep.
         while len(self._answers) > self._cache_size and next(iter(self._answers.values())).done():
             self._answers.popitem(last=False)
         return found
