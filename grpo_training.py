@@ -62,10 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="grpo_training.py", description=__doc__)
     run_flags = add_run_flags(parser)
     run_flags.add_argument(
-        "--eval-only", action="store_true", help="only the scoreboard of the trained run in --output-dir"
+        "--eval-only", action="store_true", help="only make the scoreboard of the trained run in --output-dir"
     )
     run_flags.add_argument(
-        "--check", action="store_true", help="only say whether the run would fit and what it lacks; loads no weights"
+        "--check", action="store_true", help="only say whether the run would fit and what is missing; loads no weights"
     )
     add_settings(parser, TrainingArgs)
     return parser

@@ -9,7 +9,7 @@ The server:             the command that grpo_training.py prints when it ends; o
 
 At start it is checked that the base model answers as itself also while the adapter is busy. Exit codes: 0 done,
 1 the server failed (or some questions of a file did), 2 wrong input, 3 the server answers with the wrong model.
---output FILE gets a line per question as it is answered; the same command goes on where it was stopped.
+Each answer is written to --output FILE as soon as it arrives; after a stop, the same command continues.
 """
 
 from __future__ import annotations
@@ -38,11 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to ask (default: a conversation)")
     what.add_argument("--question", metavar="TEXT", help="one question")
     what.add_argument("--json", action="store_true", help="with --question: the answer as one JSON object on stdout")
-    what.add_argument("--input", metavar="FILE", help="JSONL, objects with question (and perhaps answer, id)")
-    what.add_argument(
-        "--output", metavar="PATH", help="of --input: JSONL answers; of --benchmark: folder for its files"
-    )
-    what.add_argument("--benchmark", action="store_true", help="direct, untrained and trained planner, compared")
+    what.add_argument("--input", metavar="FILE", help="JSONL file of objects with question (and perhaps answer, id)")
+    what.add_argument("--output", metavar="PATH", help="with --input: JSONL file for answers; with --benchmark: folder")
+    what.add_argument("--benchmark", action="store_true", help="compare direct solving, untrained and trained planner")
     what.add_argument("--debug", action="store_true", help="show tracebacks")
     add_settings(parser, ServingArgs)
     return parser

@@ -6,9 +6,9 @@
         --no-push
 
 Writes to --local-save-path: the merged model (safetensors), tokenizer, chat template and generation config,
-certification.json (how far the merged model, loaded back from disk, lies from adapter on base) and README.md (the
-model card). A merge beyond the tolerance is not pushed: exit code 4. The same command given again continues an
-upload that broke off.
+certification.json (how much the merged model, loaded back from disk, differs from the base model with the adapter) and
+README.md (the model card). A merge beyond the tolerance is not pushed: exit code 4. The same command given again
+continues an interrupted upload.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="merge_and_push.py", description=__doc__)
     add_settings(parser, MergeArgs)
     parser.add_argument(
-        "--token", metavar="TOKEN", help="Hub token (default: HF_TOKEN or the login; safer, as commands are logged)"
+        "--token", metavar="TOKEN", help="Hub token (default: HF_TOKEN or the login, safer as commands are logged)"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and library warnings")
     return parser

@@ -8,7 +8,8 @@ The worker has three styles:
 - `few-shot`: solved turns with problems like those of the demo. A very small model needs these turns far more than
   instructions (measured in docs/results.md).
 
-The worker's context says what a subproblem's prompt shows besides it: the whole `question`, or `none` of it.
+The worker's context says what a subproblem's prompt shows besides the subproblem: the whole `question`, or `none` of
+it.
 
 No planner prompt contains an example of a subproblem. A small policy would copy it word for word and soon write
 nothing else (docs/architecture.md).

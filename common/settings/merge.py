@@ -27,11 +27,11 @@ class MergeArgs:
     adapter_path: str = setting(TrainingArgs.output_dir, "model", "folder of the LoRA adapter", metavar="DIR")
     merge_base: Literal["auto", "bf16", "nf4"] = setting("auto", "model", "merge into the unquantised weights (bf16) or into the dequantised NF4 weights that a 4-bit adapter was trained on (nf4); auto: as it was trained")
 
-    local_save_path: str | None = setting(None, "output", "where the merged model goes (default: beside the adapter, with -merged added to its name)", metavar="DIR")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "output", "of the merged weights; auto: the base model's own")
+    local_save_path: str | None = setting(None, "output", "folder for the merged model (default: beside the adapter, with -merged added to its name)", metavar="DIR")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "output", "number format of the merged weights; auto: that of the base model")
     max_shard_size: str = setting("5GB", "output", "largest weights file", metavar="SIZE")
-    model_card: str | None = setting(None, "output", "a model card to use instead of the generated one; what its metadata lacks is added", metavar="FILE")
-    overwrite: bool = setting(False, "output", "replace what --local-save-path holds")
+    model_card: str | None = setting(None, "output", "a model card to use instead of the generated one; missing metadata is added to it", metavar="FILE")
+    overwrite: bool = setting(False, "output", "replace the merged model in --local-save-path")
 
     repo_name: str = setting(MISSING, "hub", "Hub repo, user/name (required)", metavar="NAME")
     push: bool = setting(True, "hub", "push to the Hub")

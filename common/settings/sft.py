@@ -19,10 +19,10 @@ class SupervisedArgs:
 
     # fmt: off
     base_model: str = setting(MISSING, "model", "Hub id or folder of the base model", metavar="MODEL")
-    use_4bit: bool | None = setting(None, "model", "NF4 double-quantised base; without either flag: 4-bit on a GPU")
-    cpu_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "model", "what matrix products are computed in on a CPU: float32; bfloat16, which is faster, most of all in forward and backward, but near ties in greedy answers may then fall differently from batch to batch; or auto, which is bfloat16 if the processor multiplies it natively (AVX512-BF16, AMX) and weights are not quantised, else float32. A GPU does not read it")
+    use_4bit: bool | None = setting(None, "model", "base model in NF4 with double quantisation (default: 4-bit on a GPU, fp32 without a GPU)")
+    cpu_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "model", "number format of matrix products on a CPU. bfloat16 is faster, most of all in forward and backward; but where two tokens are almost equally likely, a greedy answer may then depend on the other prompts in its batch. auto: bfloat16 if the processor has instructions for it (AVX512-BF16, AMX) and weights are not quantised, else float32. Not used on a GPU")
     lora_r: int = setting(16, "model", "LoRA rank", positive=True)
-    lora_alpha: int = setting(32, "model", "LoRA scale numerator", positive=True)
+    lora_alpha: int = setting(32, "model", "LoRA scale numerator: the update is multiplied by alpha / r", positive=True)
     lora_dropout: float = setting(0.0, "model", "LoRA dropout", fraction=True)
     lora_layers: int | None = setting(None, "model", "adapt only the last N layers (default: all)", positive=True)
     adapter_path: str | None = setting(None, "model", "continue from this LoRA adapter", metavar="DIR")
@@ -31,10 +31,10 @@ class SupervisedArgs:
     dataset: str = setting(MISSING, "data", "Hub id, .jsonl/.parquet file or folder; for json-plan GSM8K's socratic variant, generated:shares, or several problems in one question: multi:SOURCE[?parts=2-3&single=0.3&max_steps=3&kind=sum|chained]")
     dataset_config: str | None = setting(None, "data", "configuration of a Hub data set ('socratic' for openai/gsm8k)", metavar="NAME")
     max_samples: int | None = setting(None, "data", "use at most this many rows (default: all)", positive=True)
-    max_seq_len: int = setting(MISSING, "data", "longer rows are cut", positive=True)
+    max_seq_len: int = setting(MISSING, "data", "longer rows are cut at the end", positive=True)
     planner_style: Literal["full", "short"] = setting("full", "data", "wording of the planner's system message (json-plan)")
 
-    worker_context: Literal["question", "none"] = setting("question", "data", "what the worker will see of a question when it solves a part (json-plan): the planner is told of it, as by grpo_training.py")
+    worker_context: Literal["question", "none"] = setting("question", "data", "what the worker will see of a question when it solves a part (json-plan); the planner's prompt says so, as in grpo_training.py")
     lr: float = setting(MISSING, "training", "peak learning rate (AdamW, linear decay)", positive=True)
     batch_size: int = setting(MISSING, "training", "rows per device and forward/backward pass", positive=True)
     grad_accum: int = setting(MISSING, "training", "passes per optimiser step", positive=True)
@@ -43,7 +43,7 @@ class SupervisedArgs:
     gradient_checkpointing: bool | None = setting(None, "training", "recompute activations to save memory (default: on a GPU only)")
     seed: int = setting(42, "training", "seed of initialisation, data order and demonstrated plans", minimum=0)
 
-    output_dir: str = setting(MISSING, "output", "where everything the run makes is written", metavar="DIR")
+    output_dir: str = setting(MISSING, "output", "folder for all files of the run", metavar="DIR")
     save_steps: int = setting(100, "output", "steps between checkpoints and evaluations", positive=True)
     save_total_limit: int = setting(3, "output", "checkpoints kept", positive=True)
     wandb: bool = setting(True, "output", "log to Weights & Biases (offline when not logged in)")
