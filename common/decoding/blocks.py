@@ -124,13 +124,19 @@ class Heads:
 
 
 class Block:
-    """KV cache of R rows that begin with one prefix. The prefix is stored once, each row's own tokens from the left.
+    """KV cache of R rows that begin with one prefix.
+
+    The prefix is stored once. Each row's own tokens start at column 0 of its cache; the columns after them are free.
 
     Args:
         prefix: keys and values of the prefix, one part per layer; empty without a prefix.
-        before: what is already cached of each row after prefix and head: one part per layer, or an empty list.
+        before: for each row, keys and values of own tokens that are already known: one part per layer, or [].
         room: tokens that each row's own cache can hold.
         heads: heads that groups of these rows share, or None.
+
+    Attributes:
+        shared: number of tokens of the prefix.
+        lengths: number of own tokens of each row (R) that are cached.
     """
 
     def __init__(self, prefix: list[Part], before: Sequence[list[Part]], room: int, heads: Heads | None) -> None:

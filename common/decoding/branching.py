@@ -1,7 +1,7 @@
 """Prefill and decoding of many prompts at once on a CPU, without padding and without repeating shared tokens.
 
-The tokens of all prompts form one line, one prompt after the other, with batch size 1. So the matrix products of the
-model process no padding. Only attention separates the prompts; `_branched_attention` replaces the model's own.
+The tokens of all prompts form one sequence (the "line" below), one prompt after the other, with batch size 1. So matrix
+products process no padding. Only attention separates the prompts; `_branched_attention` replaces the model's own.
 
 - The beginning that all prompts of a kind share (for example few-shot turns) is run once and stored once.
 - A beginning that only some prompts share (for example one question with its subproblems) is run once for them.
@@ -79,6 +79,7 @@ class _Pass:
             self._gather = torch.tensor(
                 [row * most + turn for row, count in enumerate(counts) for turn in range(count)]
             )
+        # Columns to set to 0 before writing: memory that was never written may hold NaN, and 0 · NaN is not 0.
         self._wiped = None if aligned and lengths[0] == block.clean else slice(block.clean, self._end)
         self._bias: torch.Tensor | None = None  # causal mask, added to the attention scores, (R, 1, Q, S)
         if not aligned or most > 1:

@@ -108,7 +108,7 @@ def _continue(
             odds = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, picked[:, None])
             for place, value in zip(open_rows, odds[:, 0].tolist(), strict=True):
                 log_probs[rows[place]].append(value)
-        chosen = picked.tolist()  # one token for each token that ran
+        chosen = picked.tolist()  # the model's choice after each token of this pass; with drafts, several per row
         wrong = [0] * len(rows)
         for place in open_rows:
             row = rows[place]
@@ -167,7 +167,7 @@ def _choose(
     # takes 3 to 10 times as long on a CPU (docs/performance.md).
     # Rounding the cumulative sums to fp32 changes probabilities by less than 1e-7.
     reached = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
-    if isinstance(generator, list):  # of the chosen ones
+    if isinstance(generator, list):  # one for each unfinished row
         drawn = torch.stack([torch.rand(1, generator=own) for own in generator]).to(logits.device)
     else:
         drawn = torch.rand(rows, 1, device=logits.device, generator=generator)[list(chosen)]

@@ -75,6 +75,7 @@ class Drafts:
         likely: list[tuple[float, int]] = []
         for place, (row, limit) in enumerate(zip(rows, most, strict=True)):
             self._guesses[row] = guess = self._looked_up(row)[:limit]
+            # Rule of succession (https://en.wikipedia.org/wiki/Rule_of_succession): 1/2 before the first draft.
             odds = (self._right[row] + 1) / (self._right[row] + self._wrong[row] + 2)
             likely += [(odds**length, place) for length in range(1, len(guess) + 1)]
         likely.sort(key=lambda found: -found[0])
@@ -95,7 +96,8 @@ class Drafts:
             else:
                 continue
             found = self._rows[source][start : start + LONGEST]
-            while source == row and len(found) < LONGEST:  # the match reaches the row's end: continue its repetition
+            # If the found tokens reach the end of the same row, the row repeats itself: draft the next repetition.
+            while source == row and len(found) < LONGEST:
                 found.append(found[start + len(found) - len(known)])
             return found
         return []

@@ -22,7 +22,7 @@ import torch
 
 # Expected number of rows, on which the layout depends. A layout for 16 serves 4 to 500 rows equally well.
 ROWS_HINT = 16
-# Reordering takes as long as about ten decoding steps save, so it does not pay below this many rows or steps.
+# Reordering takes as much time as about ten decoding steps save. With fewer rows or steps than these it costs more.
 MIN_ROWS = 4
 MIN_STEPS = 16
 
@@ -66,6 +66,7 @@ def packed_linears(model: Any, *, rows: int, steps: int, cpu_dtype: str = "float
 
 @contextmanager
 def _packed(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Context manager: replace `forward` of every suitable layer; the language-model head stays in fp32."""
     packed = []
     head = model.get_output_embeddings()
     try:

@@ -1,4 +1,6 @@
-"""Which leading tokens prompts share, and which prompts should run together. Needs only token lists, no model.
+"""Decide which leading tokens prompts share, and which prompts run together. Needs only token lists, no model.
+
+`common.decoding.branching` runs and stores the shared tokens.
 
 A head is a run of leading tokens that a group of rows shares. A block is a set of rows that attention processes
 together, padded to its longest row.
@@ -64,7 +66,7 @@ def shared_heads(rows: Sequence[Sequence[int]]) -> list[int]:
         return (saved, whole) if saved >= apart else (apart, [group for _, groups in parts for group in groups])
 
     heads = [0] * len(rows)
-    for low, high, head in best(0, len(rows), 50)[1]:
+    for low, high, head in best(0, len(rows), 50)[1]:  # at most 50 levels, so recursion is never too deep
         for at in range(low, high):
             heads[order[at]] = head
     return heads

@@ -28,6 +28,8 @@ def summarise_composed(
 ) -> dict[str, Any] | None:
     """The figures for composed and single questions in `evaluation.json`; None if no question is composed.
 
+    `gap_closed` is the share of direct solving's reasoning gap that the trained planner removes: 1 − trained / direct.
+
     Args:
         rows: records of each row, in the order of the questions.
         alone: records of the composed questions' problems, solved one by one, in order; None if they were not solved.
@@ -89,12 +91,15 @@ def expected_accuracy(solved: Sequence[Sequence[bool]]) -> float:
 def reasoning_gap(correct: Sequence[bool], solved: Sequence[Sequence[bool]]) -> dict[str, Any]:
     """The reasoning gap with its 95 % interval.
 
-    The interval is a percentile bootstrap over questions. Its random generator has a fixed seed, so the same input
-    gives the same interval.
+    The interval is a percentile bootstrap over questions (Efron 1979, https://doi.org/10.1214/aos/1176344552). Its
+    random generator has a fixed seed, so the same input gives the same interval.
 
     Args:
         correct: for each composed question, whether it was solved.
         solved: for each of them, which of its problems were solved alone.
+
+    Returns:
+        `gap`, a difference of shares in [−1, 1], and `interval_95`, its lower and upper end.
     """
     import numpy as np
 
@@ -160,6 +165,7 @@ def _by_question(values: Sequence[bool], counts: Sequence[int]) -> list[list[boo
 
 
 def _by_place(solved: Sequence[Sequence[bool]]) -> list[float]:
+    """Share of solved problems among the first problems of all questions, among the second ones, and so on."""
     longest = max(map(len, solved))
     found = [[parts[place] for parts in solved if len(parts) > place] for place in range(longest)]
     return [sum(values) / len(values) for values in found]

@@ -118,6 +118,7 @@ def planner_parts(asked: Any, limits: Sequence[int], embedding_model: str) -> Fi
 
 def vote_parts(count: int, temperature: float, seed: int) -> Fingerprint:
     """Influences on a majority vote besides the worker."""
+    # "a seed each" describes how seeds are drawn: every answer has its own. If that changes, change this text too.
     return {"votes": digest([count, temperature, seed, "a seed each"])}
 
 
@@ -151,14 +152,15 @@ def adapter_content(folder: Path) -> list[str]:
 def base_content(name: str, commit: str | None) -> str | None:
     """What identifies the content of a base model: its commit on the Hub, or else a digest of its files.
 
-    Of weights, the sizes and blocks across each file are read. Reading every byte would take as long as loading them.
+    Of a weights file, only its size and blocks at equal distances are used. Reading every byte would take as long as
+    loading the model.
 
     Args:
         name: Hub id or folder.
         commit: on the Hub, or None.
 
     Returns:
-        A text, or None if it cannot be known.
+        The commit or the digest; None if neither is known.
     """
     folder = Path(models.resolve_model(name)).expanduser()
     if not folder.is_dir():

@@ -42,7 +42,7 @@ ORDER = (DIRECT, VOTE, UNTRAINED, SUPERVISED, TRAINED)
 PARTS = "parts alone"  # not part of the comparison: the problems of composed questions, solved one by one
 RECORDS = "evaluation.jsonl"
 VOTE_TEMPERATURE = 0.7  # of the samples in a majority vote, as in the self-consistency paper (arXiv:2203.11171)
-MIN_VOTES = 3
+MIN_VOTES = 3  # see `votes_for`
 
 
 @dataclass(slots=True)
@@ -148,7 +148,8 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
 def votes_for(budget: float, direct: Row) -> int:
     """Number of direct answers per question that together reach a token budget, at least three.
 
-    With two votes the greedy answer would always win. So direct solving gets at least the budget, often more.
+    Two votes would not be enough, because the greedy answer would always win. So direct solving gets at least as many
+    tokens as the budget, and often more.
 
     Args:
         budget: tokens per question.
@@ -177,7 +178,7 @@ def _run(
         PipelineItem(plan.text, item.question, item.answer, plan.tokens, plan.finished)
         for item, plan in zip(questions, plans, strict=True)
     ]
-    # A failed planner gives no plan. That is not an invalid plan, for which the question would be solved directly.
+    # If the request for a plan failed, the question is not solved directly: that happens only for an invalid plan.
     written = iter(executor.execute_batch([i for i, plan in zip(items, plans, strict=True) if plan.error is None]))
     records = [
         _record(name, next(written))
@@ -325,7 +326,7 @@ def stored_rows(output_dir: Path) -> dict[str, Row]:
 
 
 def why_not_again(row: Row, now: Fingerprint, questions: Sequence[Question]) -> str | None:
-    """The reason why a stored row cannot replace a new one, or None if it can."""
+    """The reason why a stored row cannot replace a new one, as the end of "it was …"; None if it can."""
     others = difference(row.fingerprint, now)
     if others:
         return f"made with other {', '.join(others)}"

@@ -26,7 +26,7 @@ from common.fit.step import Step, Wave
 from common.settings.grpo import TrainingArgs
 
 MIB, GIB = 2**20, 2**30
-# Measured: memory of this program after its imports; and memory for encoder, tokenizer and data besides the weights.
+# Measured: this program after its imports; and sentence encoder, tokenizer and data together.
 CPU_LIBRARIES, ENCODER = 540 * MIB, 140 * MIB
 QUANTISING = 110 * MIB  # measured on a CPU: bitsandbytes, and its copies of the tensor that it is quantising
 CUDA_CONTEXT = 800 * MIB  # assumed: 0.5 to 0.8 GiB, depending on card and driver
@@ -153,7 +153,7 @@ def _weights(shape: ModelShape, machine: Machine) -> float:
 
 
 def _packed(shape: ModelShape, machine: Machine) -> float:
-    """Bytes of the copies of linear layers in oneDNN's layout (`common.decoding.packing`); the head's is in fp32."""
+    """Bytes of the copies of linear layers in oneDNN's layout (`common.decoding.packing`); the LM head's is fp32."""
     linear = 0 if machine.four_bit else shape.linear * (2 if machine.cpu_dtype == "bfloat16" else 4)
     return linear + 4 * shape.head
 
@@ -189,7 +189,7 @@ def _training(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machin
     checkpointing = machine.gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
     if checkpointing or machine.processes > 1:
         prompt_rows, per_row = 0, step.planner_prompt + answer
-    else:  # the prompt of a group is run once
+    else:  # a group's prompt is run once, except its last token, which is run with each answer
         prompt_rows, per_row = -(-rows // args.num_generations), answer + 1
     tokens = prompt_rows * step.planner_prompt + rows * per_row
     layer = _layer(shape, machine, tokens, prompt_rows, rows, step.planner_prompt, per_row)

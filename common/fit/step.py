@@ -12,7 +12,7 @@ from common.prompts import Message
 from common.settings.grpo import TrainingArgs
 
 LONGEST = 16  # the longest prompt is searched among this many questions with the most characters
-VOTES = 8  # direct solutions per question in the scoreboard's majority vote, for about the tokens of a plan
+VOTES = 8  # assumed votes per question in the scoreboard: direct solutions with as many tokens as a plan and its work
 
 
 @dataclass(frozen=True, slots=True)
