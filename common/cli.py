@@ -83,7 +83,7 @@ def add_settings(
     Args:
         parser: the flags are added here.
         settings: a dataclass whose fields come from `common.settings.fields`.
-        defaults: for the help text: defaults of fields that have none of their own.
+        defaults: defaults to show in the help text for fields that have no default of their own.
     """
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(settings)
@@ -196,15 +196,16 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     guard_streams()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     if "--debug" not in sys.argv:
-        # The outcome of missing kernels and of retries is told below. huggingface_hub sets its own level when imported.
+        # If missing kernels or failed retries matter, the script prints an error of its own. huggingface_hub sets its
+        # level when it is imported, so the variable is needed.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # torch reads this when it loads its thread library: waiting threads sleep instead of spinning. On a machine with
-    # other work, spinning costs several times the work itself (docs/results.md).
+    # torch reads this when it loads its thread library. Waiting threads then sleep. By default they run a busy loop,
+    # which makes products several times as slow if other programs use the processor (docs/results.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     program = os.path.basename(sys.argv[0])  # noqa: PTH119 - pathlib costs import time and gives the same
     if not is_first():
-        program += f" (process {rank()})"  # the same line of several, or of one alone
+        program += f" (process {rank()})"  # shows whether one process or all report an error
     try:
         code = main(None)
     except UserError as error:
@@ -236,7 +237,7 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
 
 
 def _limit_reached(error: BaseException) -> str | None:
-    """What to do about an error that only says how little the machine has to give; None for any other error."""
+    """What to do if a limit of the machine (open files, memory) caused the error; None for any other error."""
     seen: BaseException | None = error
     while seen is not None:
         number = seen.errno if isinstance(seen, OSError) else None

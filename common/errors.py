@@ -4,9 +4,10 @@ from __future__ import annotations
 
 
 def in_one_line(text: str) -> str:
-    """A message without line breaks and control characters, which texts from files and servers bring into it.
+    """A message without line breaks and control characters. Messages quote files and servers, which may contain them.
 
-    A terminal obeys them, and who reads the last line of a log shall find all of it there.
+    A terminal would execute control characters. And someone who reads only the last line of a log must find the whole
+    message there.
     """
     return "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
 

@@ -1,4 +1,7 @@
-"""Solved problems that the worker is shown before its own: texts, solution steps, results. Written for this project."""
+"""Solved problems that the worker is shown before its own: texts, solution steps, results.
+
+They were written for this project. `common.prompts` makes the few-shot turns of them.
+"""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class PipelineItem:
 
 @dataclass(slots=True)
 class PipelineResult:
-    """The result of one planner completion. Every sample counts all its tokens, also those of shared answers.
+    """The result of one planner completion. Its tokens include those of answers that other completions use too.
 
     Attributes:
         item: the completion.

@@ -98,9 +98,9 @@ def near_plan_credit(
 ) -> float:
     """Return how close `text` comes to a plan, in [0, 1]: 1.0 for a valid plan, less otherwise.
 
-    An invalid text earns 1/7 for each of: an opening brace; after it, each of the three keys in double quotes; after
-    it, a closing brace; a complete JSON object with the key `should_decompose`. So "" earns 0, "{}" 2/7, and a plan
-    with one bad value 6/7. Text inside the reasoning earns nothing.
+    An invalid text earns 1/7 for each of these six: an opening brace; after that brace, each of the three keys in
+    double quotes, and a closing brace; and a complete JSON object with the key `should_decompose`. So "" earns 0,
+    "{}" 2/7, and a plan with one bad value 6/7. Text inside the reasoning earns nothing.
 
     This is the optional format credit. It guides a planner that writes almost no valid JSON, but it also rewards
     texts that only look like a plan; so it is off by default. Never raises; takes linear time.
@@ -183,7 +183,7 @@ _LITERALS = {"true": True, "false": False, "null": None}
 
 # What may come next, as a set of token kinds: s a string, v another scalar, or the punctuation itself.
 _FIRST_KEY, _KEY, _COLON, _VALUE, _FIRST_ITEM = "s}", "s", ":", "sv{[", "sv{[]"
-_AFTER_VALUE = {True: ",}", False: ",]"}  # key: whether the container is an object
+_AFTER_VALUE = {True: ",}", False: ",]"}  # True: in an object; False: in a list
 
 
 class Located(NamedTuple):
@@ -305,7 +305,7 @@ def _decode(token: str) -> str | None:
 
 
 def plan_schema(max_subproblems: int, max_subproblem_chars: int) -> dict[str, Any]:
-    """JSON schema of a plan, for constrained decoding. Without its limits a small untrained model never ends the list.
+    """JSON schema of a plan, for constrained decoding. It limits the list, which a small model may otherwise never end.
 
     Args:
         max_subproblems: as for `parse_planner_output`.

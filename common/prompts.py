@@ -241,6 +241,7 @@ def _worked_composed(question: str) -> _WorkedComposed:
 
 @cache
 def _worked_turns(chained: bool, count: int) -> _WorkedComposed:
+    """The solved turns before a composed question of `count` problems: two examples of each kind of prompt."""
     turns: list[tuple[tuple[str, str], ...]] = []
     for place, start in enumerate((0, len(examples.SOLVED) // 2)):
         parts = examples.FOLLOWING[place] if chained else examples.SOLVED[start : start + count]
@@ -310,7 +311,10 @@ def accepts_system(tokenizer: Any) -> bool:
 
 
 def sendable(text: str) -> str:
-    """A text that UTF-8 can encode. Bytes of the command line that Python could not decode are read as UTF-8 again."""
+    """The text in a form that UTF-8 can encode, for a request to a server.
+
+    Bytes of the command line that Python could not decode are decoded again, as UTF-8.
+    """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     except UnicodeEncodeError:  # half of a surrogate pair; models can write one, and it then enters prompts

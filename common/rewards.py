@@ -22,7 +22,7 @@ from common.settings.grpo import TrainingArgs
 
 logger = logging.getLogger(__name__)
 
-FAILED_BATCHES_BEFORE_STOP = 3
+FAILED_BATCHES_BEFORE_STOP = 3  # consecutive batches in which every worker call failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ def _gaming_metrics(
 
 
 def _distinct_share(by_question: dict[str, set[Any]]) -> float | None:
-    """Share of entries that occur for one question only: 1 if all plans are tailored, 0 if all follow one template.
+    """Share of entries that occur for one question only: 1 if no two questions share an entry, 0 if all share theirs.
 
     None with fewer than two questions, because nothing can be compared.
     """

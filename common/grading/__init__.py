@@ -1,7 +1,7 @@
 r"""Grading: find the number in a gold answer and in a worker's text, and compare the two.
 
-The gold answer is the number after the one `####`. The worker's answer is read at the first of these places that
-exists in its text:
+The gold answer is the number after the only `####` in its text. The worker's answer is read at the first of these
+places that exists in the worker's text:
 
 1. The `final_answer` field; the last one if there are several. The text may be JSON or nearly JSON (single quotes, a
    trailing comma, no braces, a missing end).
@@ -9,9 +9,9 @@ exists in its text:
    problem with its own marker. A heading (`#### Step 2`) is not a marker. A label may come before the number
    (`#### Total: 18`).
 3. The last `\boxed{}` or `\fbox{}`.
-4. The rest of the sentence after the last "answer is" or "answer:", or else after the last "final answer" in other
-   words. A phrase that only introduces working does not count ("To get the final answer, we add 5 and 7",
-   "Answer: Let's see").
+4. The rest of the sentence after the last "answer is" or "answer:". If there is none: after the last "final answer" in
+   another phrase ("the final answer comes to 18"). A phrase that only introduces the working does not count ("To get
+   the final answer, we add 5 and 7", "Answer: Let's see").
 5. The last number in the text.
 
 The first four places are explicit. An answer that was cut off counts only if it is explicit, because its last number

@@ -103,7 +103,10 @@ _NEXT_PROBLEM = re.compile(
 
 
 def _without_next_problem(text: str) -> str:
-    """Return `text` up to a next problem that the model invented. One before any answer is the given one, restated."""
+    """Return `text` up to the heading of a next problem that the model invented.
+
+    A heading before any answer belongs to the given problem, which the model repeats; then all of `text` is returned.
+    """
     heading = _NEXT_PROBLEM.search(text)
     if heading is None:
         return text
@@ -173,7 +176,7 @@ def _last(pattern: re.Pattern[str], text: str, begin: int = 0) -> re.Match[str] 
 
 
 def _line(text: str, begin: int) -> str:
-    """Return the rest of the line from `begin` on. If it says nothing ("", markup, "as follows:"), the next."""
+    """Return the rest of the line from `begin` on; if it says nothing ("", markup, "as follows:"), the next line."""
     for _ in range(2):
         said = _SAYS_SOMETHING.search(text, begin)
         if said is None:

@@ -27,9 +27,9 @@ MAX_DIGITS = 40
 MAX_EXPONENT = 30
 _MAX_TOKEN_CHARS = 120  # longer than any accepted number; longer tokens are rejected without further checks
 _MAX_GAP = 60  # most characters between two numbers that an operator joins
-_NEAR = (
-    6  # characters before a number that determine its sign; one more than the patterns read, so that ^ means text start
-)
+# Characters before a number in which its sign is searched. The patterns match at most 5; with one character more, their
+# ^ matches only at the real start of the text.
+_NEAR = 6
 
 
 def parse_gold(answer: str) -> Decimal:
@@ -133,7 +133,7 @@ _COMMAND = re.compile(
     r"\\(?:(?P<sign>times|cdot|div|approx|pi|sqrt|[dtc]?frac)|text(?:bf|it|rm)?|math(?:bf|it|rm|sf)?|boxed|fbox|left|right"
     r"|q?quad)(?![A-Za-z])|\\(?P<char>[()\[\]{}$%#&_])|\\[ ;:]"
 )
-# A fraction with anything but plain digits is not a number, like a root; so it is written as one.
+# Signs for LaTeX commands. A fraction of anything but plain digits is replaced by √ too, because neither is a number.
 _SIGNS = {"times": "×", "cdot": "·", "div": "÷", "approx": "≈", "pi": "π"}
 _JOINED = re.compile(r"(?<=[0-9])[ ](?=[π√])")
 _NEGATIVE = re.compile(r"(?:\bnegative|(?P<lead>^\s{0,9}|(?<=\bis[ ])|(?<=:[ ]))minus)[ ](?=[$0-9])", re.IGNORECASE)
@@ -227,7 +227,8 @@ _OPERATION = re.compile(
     """,
     re.VERBOSE,
 )
-# Before an operand: x + 5, \sqrt{, or the denominator of a fraction that could not be read. At most 5 characters.
+# What stands directly before an operand: "x + " in x + 5, a root sign, or "}{" before the denominator of a fraction
+# that could not be read. At most 5 characters.
 _BEFORE_OPERAND = re.compile(rf"(?:[{_LATIN})](?:[ ]?[×·⋅∙÷^][ ]?|\+|[ ][+*][ ])[{_CURRENCY}]?|√[ (\[{{]|[\]}}]\{{)\Z")
 
 # Other ways in which two numbers form one term: 20% of 50, 5 apples at $2.

@@ -13,6 +13,13 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
     """The `peft.LoraConfig`: the one of `adapter_path`, or a new one for all attention and MLP projections.
 
     LoRA (arXiv:2106.09685) adds (lora_alpha / lora_r) · B A to each weight.
+
+    Args:
+        args: settings of the run.
+        model: the base model; it decides which of `LORA_TARGET_MODULES` exist.
+
+    Raises:
+        UserError: if the config of `adapter_path` cannot be loaded.
     """
     from peft import LoraConfig, PeftConfig
 

@@ -22,7 +22,11 @@ def cache_dir() -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """The name to pass to `from_pretrained`: the folder of the converted packaged model, or `name` unchanged."""
+    """The name to pass to `from_pretrained`: the folder of the converted packaged model, or `name` unchanged.
+
+    Raises:
+        UserError: if the packaged model is not installed.
+    """
     return str(_packaged_language_model()) if name == PACKAGED_MODEL else name
 
 

@@ -30,7 +30,7 @@ def use_4bit(args: LoraSettings) -> bool:
 
 
 def multiplies_bf16() -> bool:
-    """Whether this processor has instructions for bf16 products, and torch uses them."""
+    """Whether the CPU has instructions for bf16 products, and torch uses them (for a GPU: `has_native_bf16`)."""
     import torch
 
     has = torch.cpu.get_capabilities()
@@ -54,7 +54,7 @@ def cpu_dtype(args: LoraSettings) -> Literal["auto", "float32", "bfloat16"]:
     if torch.cuda.is_available() or args.cpu_dtype == "float32":
         return args.cpu_dtype
     if args.cpu_dtype == "auto" and args.samples_from_servers():
-        return "float32"  # the policy check compares with the servers' log-probabilities, most sharply in fp32
+        return "float32"  # the policy check (`PolicyCheck`) has its strictest limit in fp32
     four_bit, native = use_4bit(args), multiplies_bf16()
     if args.cpu_dtype == "bfloat16" and four_bit:
         raise UserError("--cpu-dtype bfloat16 is for weights that are not quantised: leave out --4bit")
@@ -78,8 +78,9 @@ def train_in_fp32(model: Any) -> None:
     """Convert every trainable parameter to fp32. Call it before the optimiser is created.
 
     TRL casts the LoRA weights of a quantised base model to bf16. With usual learning rates, Adam's updates are then
-    smaller than half the distance of two bf16 numbers, so most entries never change (docs/architecture.md). A resumed
-    run would also differ from an uninterrupted one, because PEFT loads adapters in fp32.
+    smaller than half the distance between neighbouring bf16 numbers, so most entries never change
+    (docs/architecture.md). A resumed run would also differ from an uninterrupted one, because PEFT loads adapters in
+    fp32.
     """
     import torch
 
@@ -89,7 +90,7 @@ def train_in_fp32(model: Any) -> None:
 
 
 def has_native_bf16() -> bool:
-    """Whether the GPU has bf16 instructions. Older ones (T4, V100) emulate bf16 slowly, so they use fp16."""
+    """Whether there is a GPU with bf16 instructions. Older ones (T4, V100) emulate bf16 slowly, so they use fp16."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

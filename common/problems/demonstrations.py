@@ -15,14 +15,14 @@ from common.plans import MAX_SUBPROBLEM_CHARS, Plan
 from common.problems import composed, generated
 from common.problems.questions import Question
 
-# Many sub-questions of GSM8K need the answer of another one. They stay, because the worker also sees the whole
-# question. Only lines that are not questions are dropped.
+# Between sub-question and step in a line of a socratic solution. Many sub-questions need the answer of another one.
+# They are kept, because the worker also sees the whole question.
 _MARKER = " ** "
 
 # Plans for composed questions. All kinds are equally frequent, and the parts are in random order.
 DIRECT, BY_REFERENCE, PARTIAL, SELF_CONTAINED = "direct", "by reference", "partial", "self-contained"
 COMPOSED_KINDS = (DIRECT, BY_REFERENCE, PARTIAL, SELF_CONTAINED)
-# Share of the single problems among them that are not split. The others get one part, which needs the whole question.
+# Share of single problems in composed data that are not split. The others get one part, which needs the whole question.
 SINGLE_DIRECT_SHARE = 0.8
 
 

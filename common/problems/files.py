@@ -139,9 +139,9 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 text, without byte-order marks. Some editors write such a mark at the beginning of a file.
+    """Lines of a UTF-8 text, without byte-order marks.
 
-    When files are joined, such marks are also found in the middle.
+    Some editors write such a mark at the beginning of a file. A file joined from several also has them in the middle.
 
     Raises:
         OSError: if the file cannot be read.

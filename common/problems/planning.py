@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.problems.files import data_files, read_records, split_files
 
 COLUMNS = ("SystemPrompt", "UserPrompt", "ExpectedOutput")
-# The first of these splits that exists is used for validation. Without one, rows of the training split are.
+# The first of these splits that exists is used for validation. If none exists, rows are taken from the training split.
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 Row = tuple[str, str, str]

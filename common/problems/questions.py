@@ -122,7 +122,7 @@ def check_enough(args: TrainingArgs, questions: int) -> None:
 
 
 def is_generated(dataset: str) -> bool:
-    """Whether a source generates its questions, or the problems they are composed of, and does not read them."""
+    """Whether the questions of a source, or the problems that they are composed of, are generated and not read."""
     return composed.inner_source(dataset).startswith((GENERATOR_PREFIX, generated.PREFIX))
 
 
