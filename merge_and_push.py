@@ -95,7 +95,7 @@ def start(
         args: settings of the merge.
         base: Hub id or folder of the base model.
         record: the adapter's training_config.json, or {} without one.
-        inputs: of `common.merging.certificate.merge_inputs`.
+        inputs: as `common.merging.certificate.merge_inputs` returns them.
 
     Raises:
         UserError: if a check fails; with exit code 4 if the merged model differs too much.

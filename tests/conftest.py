@@ -29,6 +29,7 @@ from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM_INSTALL_SECONDS = 900
+# Packages that take seconds to import. Light modules must not import them (test_architecture.py, test_cli.py).
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "sentence_transformers", "bitsandbytes", "wandb", "numpy"}
 
 

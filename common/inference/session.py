@@ -71,6 +71,14 @@ class Session:
 
     Args:
         given: settings from the command line; the adapter's own training settings supply the others.
+
+    Attributes:
+        args: all settings; complete after connecting, like the attributes below.
+        base: the base model on the server.
+        adapter: name of the planner's adapter on the server.
+        planner, worker: the models that answer.
+        executor: carries out the plans.
+        trained: settings of the adapter's training run; {} if they are not known.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
@@ -171,7 +179,7 @@ class Session:
         """The pipeline with this session's worker. A question with an invalid plan is solved directly.
 
         Args:
-            embeddings: of `common.similarity.Embeddings`, or None if independence is not needed.
+            embeddings: a `common.similarity.Embeddings`, or None if independence is not needed.
         """
         return PipelineExecutor(
             self.worker,

@@ -1,8 +1,8 @@
-"""Does a merged model predict the same as adapter on base? This is measured on planner prompts, before any upload.
+"""Does a merged model predict the same as before merging? This is measured on planner prompts, before any upload.
 
-The reference is the adapter on its base model. It writes greedy plans; then both models read each prompt with that
-plan, and their logits are compared at every token of the plan. The merged model, loaded back from disk, also writes
-its own plans.
+The reference is the base model with its adapter on, called "adapter on base". It writes greedy plans; then both models
+read each prompt with that plan, and their logits are compared at every token of the plan. The merged model, loaded
+back from disk, also writes its own plans.
 
 Two more figures are reported: how much the adapter changes the base model at all, and which share of its update the
 saved weights still hold. Rounding to bf16 can erase a small update, and the merged model is then the base model again.
@@ -369,7 +369,7 @@ def finished_merge(folder: Path, inputs: dict[str, Any], *, overwrite: bool) -> 
 
     Args:
         folder: of the merged model.
-        inputs: of `merge_inputs`.
+        inputs: as `merge_inputs` returns them.
         overwrite: whether any merge in the folder is to be replaced.
 
     Raises:

@@ -29,7 +29,7 @@ def api_for(token: str | None) -> HfApi:
     """A client of the Hub, with the given token, or else that of the environment or the login.
 
     Raises:
-        UserError: if there is no token, or it cannot be one.
+        UserError: if there is no token, or it contains characters that no token has.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -160,6 +160,7 @@ def repeated(request: Callable[[], T], what: str) -> T:
 
 
 def _passing(error: Exception) -> bool:
+    """Whether an error is temporary, and the library does not repeat the request itself."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 

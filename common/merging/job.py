@@ -71,7 +71,7 @@ def prepare(args: MergeArgs, base: str, record: dict[str, Any], inputs: dict[str
         args: settings of the merge.
         base: Hub id or folder of the base model.
         record: the adapter's training_config.json, or {} without one.
-        inputs: of `common.merging.certificate.merge_inputs`.
+        inputs: as `common.merging.certificate.merge_inputs` returns them.
 
     Raises:
         UserError: with the first problem.

@@ -233,7 +233,7 @@ def peak_memory() -> dict[str, int]:
 
 @contextmanager
 def _explained_failures(job: Job) -> Iterator[None]:
-    """Context manager: turn an error between loading and the finished folder into one line; leaves nothing behind."""
+    """Context manager: turn an error between loading and the finished folder into one line that says what to do."""
     place = job.target.parent
     try:
         yield

@@ -39,9 +39,8 @@ def read_card(path: str) -> ModelCard:
         text = Path(path).read_text(encoding="utf-8-sig")
         card = ModelCard(text)
         block = REGEX_YAML_BLOCK.search(text)
-        values = (
-            yaml.safe_load(block.group(2)) if block else None
-        ) or {}  # the metadata as written; ModelCard would split a text of tags
+        # The metadata as written in the file, because ModelCard would split tags that are one text.
+        values = (yaml.safe_load(block.group(2)) if block else None) or {}
     except (OSError, UnicodeDecodeError, ValueError, TypeError, yaml.YAMLError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"--model-card {path} is no valid model card ({first}): mend its metadata block") from error
@@ -99,7 +98,7 @@ def build(
 
     Args:
         repo_id: where the model is pushed.
-        facts: of `base_facts`.
+        facts: as `base_facts` returns them.
         base: the base model as the user named it.
         record: `training_config.json`, or {} without one.
         evaluation: `evaluation.json`, or None.

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Parts in their order within a step. The first belongs to the step before, but its log line is already written then.
-# `worker_seconds` is a metric of the reward function itself.
+# Parts in their order within a step. The first is time after the step before: that step's log line is already written,
+# so the time is logged with the next step. The reward function measures `worker_seconds` and `embedding_seconds`.
 PARTS = {
     "saving_seconds": "logs and checkpoint of the step before",
     "planner_seconds": "planner writes plans",

@@ -147,7 +147,7 @@ def online_problem() -> str | None:
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         settings = wandb_setup.singleton().settings
-    except Exception as error:  # pydantic's, UsageError or ValueError
+    except Exception as error:  # an error of pydantic, a UsageError or a ValueError
         raise UserError(f"W&B does not accept its settings: {_one_line(error)}") from error
     return None if settings.mode in {"offline", "dryrun", "disabled"} else _why_offline(settings)
 
@@ -191,6 +191,7 @@ def _init(
 
 
 def _why_offline(settings: Any) -> str | None:
+    """Why a run must be offline: set to it, no usable API key, or no connection to the server. None if it need not."""
     if settings.mode in {"offline", "dryrun"}:
         return "WANDB_MODE=offline" if os.environ.get("WANDB_MODE") else "wandb is set to offline"
     try:

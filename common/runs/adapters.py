@@ -63,7 +63,7 @@ def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict
 
     Args:
         adapter_path: the folder.
-        flag: that names it, for errors.
+        flag: the flag that names it, for errors.
 
     Raises:
         UserError: with what is missing or broken.

@@ -1,4 +1,7 @@
-"""Write files so that they are either complete or missing; a run uses it for everything. Nothing heavy is imported."""
+"""Write a file so that it is always the complete old or the complete new one; read, check and name files.
+
+Nothing heavy is imported.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ def check_writable(folder: Path, flag: str) -> Path:
     """Try to write in a folder, or in the nearest existing folder above it.
 
     Args:
-        folder: may not exist yet.
-        flag: that names it, for errors.
+        folder: the folder; it need not exist.
+        flag: the flag that names it, for errors.
 
     Returns:
         The folder itself, or the nearest existing one above it.
@@ -49,7 +52,7 @@ def check_file_writable(path: Path, flag: str) -> None:
 
     Args:
         path: the file.
-        flag: that names it, for errors.
+        flag: the flag that names it, for errors.
 
     Raises:
         UserError: if it cannot be written.

@@ -31,7 +31,7 @@ _RUN_FILES = (
 REPLACED = "replaced_run"  # the complete older run
 _MOVING = ".replacing-run"  # a part of the older run, while it is moved there or back; nothing of a new run exists then
 _REMOVED = f"{SAVING}replaced"  # a name that `remove_unfinished` removes
-SETTLING_SECONDS = 60.0
+SETTLING_SECONDS = 60.0  # how long the other processes wait until the first one has moved a run back
 _REPORTS = ("training_curves.png", "evaluation.json", "evaluation.jsonl", "evaluation.png", WANDB_RUN)
 
 
@@ -132,7 +132,9 @@ def put_back(output_dir: Path) -> None:
 
 
 def settle_replaced(output_dir: Path) -> None:
-    """Do as `put_back` before the settings of the run in a folder are read. Without a replacement it does nothing.
+    """End an unfinished replacement (`put_back`), so that the settings in the folder are those of the run that stays.
+
+    The first process does it, under the folder's lock; the others wait for it.
 
     Raises:
         UserError: if another run uses the folder, or if the first process does not move the run back in time.

@@ -35,8 +35,8 @@ class Endpoint:
     Attributes:
         url: base address, such as http://localhost:8000/v1.
         api_key: key of the server, or None for that of the environment.
-        timeout: limit of one attempt, in seconds. No attempt begins later than that after the first one, so a server
-            that hangs costs at most twice this time, for any number of `retries`.
+        timeout: limit of one attempt, in seconds. The last attempt begins at most this long after the first one began,
+            so a server that hangs costs at most twice this time, for any number of `retries`.
         retries: attempts after the first one.
         concurrency: most requests at once.
         flag, timeout_flag: flags that set address and timeout, for error messages.
@@ -113,7 +113,7 @@ class Server:
         self.endpoint = endpoint
         self.runner = runner or asyncio.Runner()
         self._key = api_key(endpoint.api_key) or "none"
-        # This class does retries and time limits: those of AsyncOpenAI do not cover invalid JSON or a slow trickle.
+        # This class does retries and time limits: those of AsyncOpenAI do not cover invalid JSON or slow replies.
         self._client = AsyncOpenAI(base_url=endpoint.url, api_key=self._key, max_retries=0, timeout=endpoint.timeout)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._waiting = 0  # requests that are in flight or wait for a slot

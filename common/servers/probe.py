@@ -26,7 +26,7 @@ from common.servers.replies import Reply
 EXIT_CODE = 3
 TOKENS = 4  # compared per answer
 ALTERNATIVES = 5  # per token: the largest number that every server returns
-ROUNDS = 3  # of base requests together with adapter requests; in one round they may not share a batch
+ROUNDS = 3  # of base requests together with adapter requests; in a single round they could miss each other's batch
 # A distance counts as real if it is this many times the noise. The floor is for servers whose noise happens to be 0:
 # fp32 kernels agree to about 1e-5.
 NOISE_FACTOR = 4.0
@@ -179,9 +179,9 @@ def distance(left: Reply, right: Reply) -> float:
 def _gap(p: dict[str, float], q: dict[str, float], token: str) -> float:
     """|p − q| of a token; if one side does not list it, a lower bound.
 
-    An unlisted token is at most as probable as the least probable listed token, and as the remaining probability. The
-    lower bound is needed for two nearly equal alternatives of which each side lists another one because of noise. Their
-    probabilities then differ by almost nothing.
+    An unlisted token is at most as probable as the least probable listed token, and as the remaining probability. With
+    two nearly equal alternatives, noise decides which of them each side lists. Taking 0 for the unlisted one would then
+    give a large distance, although the probabilities are almost equal.
     """
     if token not in p:
         p, q = q, p

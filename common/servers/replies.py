@@ -141,7 +141,7 @@ def _text(value: Any, *, reasoning: bool) -> str:
         return _text(inner, reasoning=True) if reasoning else ""
     if "text" in value:
         return _text(value["text"], reasoning=reasoning)
-    return "" if kind else json.dumps(value)  # another kind of part has no text; else: JSON that the server parsed
+    return "" if kind else json.dumps(value)  # without a type it is not a part, but an answer that the server parsed
 
 
 def is_about_roles(reason: str) -> bool:

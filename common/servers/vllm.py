@@ -35,7 +35,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 CONTEXT = 4096  # tokens of prompt and completion on a run's own server; less if the model's context is shorter
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent ends
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank
 
 

@@ -12,7 +12,7 @@ from dataclasses import field, fields
 from typing import Any
 from urllib.parse import urlsplit
 
-_LARGEST = 2**53  # what every library behind the settings can hold
+_LARGEST = 2**53  # up to here, every library behind the settings holds whole numbers exactly
 
 
 def setting(default: Any, group: str, help: str, **extra: Any) -> Any:

@@ -219,7 +219,7 @@ DEMO: dict[str, Any] = {
     "scale_rewards": "batch",
     "temperature": 0.8,
     "max_completion_length": 64,
-    "max_subproblems": 3,  # the few-shot worker combines three results and ignores a fourth: no reward for one
+    "max_subproblems": 3,  # the few-shot worker combines three results and ignores a fourth
     "planner_style": "short",
     "worker_style": "few-shot",
     "worker_max_tokens": 96,

@@ -141,7 +141,7 @@ def scrub(error: BaseException) -> None:
 
 
 def protect_process(argv: Sequence[str]) -> None:
-    """Protect every key in the environment, the command line and logins, and strip those of the environment.
+    """Protect every key in the environment, the command line and logins. Trim white space of those in the environment.
 
     An invalid key is reported by `clean_key` when it is used, not here, because not every command needs every key.
     """

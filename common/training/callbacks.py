@@ -98,7 +98,7 @@ class ReportCallback(TrainerCallback):
         self._plotted_at = step
         try:
             self.plot(self.metrics_path, self.plot_path)
-        except Exception as error:  # noqa: BLE001  (a picture is not worth a training run)
+        except Exception as error:  # noqa: BLE001  (a failed drawing must not end the run)
             logger.warning("could not draw %s: %s: %s", self.plot_path, type(error).__name__, error)
 
 
@@ -186,7 +186,7 @@ class StopOnSignal(TrainerCallback):
     remaining processes after the first one has ended. Neither counts as a second signal.
     """
 
-    REPEATED_SECONDS = 2.0
+    REPEATED_SECONDS = 2.0  # a signal this soon after the first one is the launcher's repetition of it
     _NOTICE = b"\nsaving a checkpoint after this step; press again to quit at once\n"
 
     def __init__(self) -> None:

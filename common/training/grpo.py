@@ -172,6 +172,7 @@ def build_trainer(
     base = models.load_base(args.base_model, four_bit=four_bit)
     announce_device(args)
     frozen = FrozenBase(base, tokenizer)
+    # The executor is needed to build the trainer, and uses the trainer's model; the trainer is put in here afterwards.
     holder: list[GRPOTrainer] = []
     clock = StepClock()
     executor = run_executor(args, lambda: holder[0].accelerator.unwrap_model(holder[0].model), tokenizer, encoder)

@@ -228,8 +228,8 @@ def tokenised(tokenizer: Any, rows: list[Demonstration], end_ids: frozenset[int]
     """Rows as token ids: the prompt as in GRPO and on a server, the completion unchanged, an end-of-sequence token.
 
     TRL could render whole conversations instead. But the chat templates of reasoning models remove the reasoning from
-    an answer and begin it in the prompt. So the model would learn another target, in another context, than it meets
-    later.
+    an answer and begin it in the prompt. So the model would be trained on prompts and answers that differ from those in
+    GRPO and on a server.
 
     Args:
         tokenizer: of the model.

@@ -272,7 +272,7 @@ class PlannerTrainer(GRPOTrainer):
         """
         whole = batch_size is None or batch_size >= len(input_ids)
         plain = all(value is None or value is False for value in others.values())  # no images, no auxiliary loss
-        # The prompt's last token runs with the completion, because it predicts the completion's first token.
+        # `head` tokens of the prompt run alone. Its last token runs with the completion, whose first token it predicts.
         head = input_ids.shape[1] - logits_to_keep - 1
         masked = torch.where(attention_mask[:, :head] == 1, input_ids[:, :head], -1)  # padding can have any token id
         distinct, member = torch.unique(masked, dim=0, return_inverse=True)
@@ -314,7 +314,7 @@ class PlannerTrainer(GRPOTrainer):
         )
 
     def _own_head(self) -> torch.Tensor | None:
-        """Weights of the head (V, H) if `token_log_probs` can be used: frozen, of a plain layer, in bf16 on a CPU."""
+        """Weights of the LM head (V, H), if it is plain and frozen and products are in bf16 on a CPU; else None."""
         model = self.accelerator.unwrap_model(self.model).get_base_model()
         head = model.get_output_embeddings()
         plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad

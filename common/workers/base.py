@@ -1,4 +1,4 @@
-"""The interface that the pipeline needs of a worker, and the three documented calls."""
+"""What the pipeline needs of a worker, and a worker's three calls for use as a library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Worker(Protocol):
-    """A worker, local or on a server: `style` of its prompts, answers, and counters."""
+    """A worker, local or on a server: answers, counters, and the `style` and `context` of its prompts."""
 
     style: str
     context: str
@@ -27,7 +27,7 @@ class Worker(Protocol):
 
 @runtime_checkable
 class ConcurrentWorker(Worker, Protocol):
-    """A worker that answers each prompt separately and many at a time, so batches bring no gain (a server)."""
+    """A worker that answers many prompts at the same time, each by itself (a server), so it needs no batches."""
 
     async def answer(self, request: Sequence[Message]) -> Generation:
         """Answer one prompt; the `error` of the result says why there is no answer."""
@@ -37,14 +37,14 @@ class ConcurrentWorker(Worker, Protocol):
 
 
 class WorkerCalls:
-    """The three documented calls as a mix-in; each calls the worker's `generate` with one prompt."""
+    """A mix-in with three calls: for a subproblem, for combining, for a whole question. Each generates one answer."""
 
     style: str
     context: str
     generate: Callable[[Sequence[Sequence[Message]]], list[Generation]]
 
     def solve_subproblem(self, subproblem: str, question: str) -> Generation:
-        """Answer one subproblem of a question; what is shown of the question is the worker's `context`."""
+        """Answer one subproblem of a question. The worker's `context` decides whether the question is shown."""
         return self.generate([prompts.subproblem_messages(subproblem, question, self.style, self.context)])[0]
 
     def combine_solutions(self, question: str, subproblems: Sequence[str], solutions: Sequence[str]) -> Generation:

@@ -3,7 +3,7 @@
 `ServedPlanner` replaces TRL's own vLLM client. TRL calls its `sync_weights()` before the first rollouts of a step, and
 then `generate()`. Prompts and completions are sent as token ids, with the log-probability of each sampled token. The
 trainer compares these with its own on every step (`PolicyCheck`). A server that answers with the base model, or with
-an older version of the adapter, returns other log-probabilities and is found out.
+an older version of the adapter, returns other log-probabilities and so is detected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # token. If one of them does not: the mean over all tokens of a step.
 FP32_LIMIT = 1e-3
 HALF_LIMIT = 0.1
-ADMIN_SECONDS = 60.0  # that loading an adapter may take at least, on a busy server
+ADMIN_SECONDS = 60.0  # smallest time limit for loading an adapter, because a busy server needs long
 
 
 class RunStoppedError(UserError):
@@ -109,7 +109,8 @@ class ServedPlanner:
         Raises:
             UserError: if a server does not answer.
         """
-        # Whether a server is back is asked for `--vllm-patience` seconds: one that hangs must not take longer.
+        # For `--vllm-patience` seconds these clients ask whether a server is back. Their time limit ends a request to a
+        # server that hangs.
         admin = vllm_servers(args, retries=0, timeout=max(args.vllm_patience, ADMIN_SECONDS))
         servers = vllm_servers(args, retries=TRAINING_RETRIES, runner=admin[0].runner)
         folder = Path(args.vllm_adapter_dir or Path(args.output_dir) / "vllm_adapters")
@@ -159,7 +160,7 @@ class ServedPlanner:
 
         Args:
             prompts: B lists of token ids; the equal prompts of a group stand next to each other.
-            images: must be None.
+            images: must be None; TRL passes it.
             num_generations: size of a group (G).
             profiler: context manager around the servers' work.
 
@@ -277,7 +278,7 @@ class ServedPlanner:
 def vllm_servers(
     args: TrainingArgs, *, retries: int, runner: asyncio.Runner | None = None, timeout: float | None = None
 ) -> list[Server]:
-    """Clients for the servers of `--vllm-url`; all share one runner. `timeout` may lower that of one attempt."""
+    """Clients for the servers of `--vllm-url`; all share one runner. `timeout` (seconds) can lower `--vllm-timeout`."""
     servers: list[Server] = []
     seconds = min(args.vllm_timeout, timeout or args.vllm_timeout)
     for url in args.vllm_urls():
