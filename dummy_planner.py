@@ -68,7 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the flags, check everything that is quick to check, train and save. Returns the exit code."""
+    """Parse the flags, check everything that is quick to check, train and save. Returns the exit code.
+
+    Raises:
+        UserError: if a flag, a file or the machine does not allow the run.
+    """
     options = build_parser().parse_args(argv)
     check_run_flags(options)
     given = given_settings(options, SupervisedArgs)

@@ -47,7 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the flags, check everything that is quick to check, connect and ask. Returns the exit code."""
+    """Parse the flags, check everything that is quick to check, connect and ask. Returns the exit code.
+
+    Raises:
+        UserError: if a flag, a file or the server does not allow it; with exit code 3 if a wrong model answers.
+    """
     options = build_parser().parse_args(argv)
     given = given_settings(options, ServingArgs)
     args = ServingArgs(**given)

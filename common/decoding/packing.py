@@ -53,7 +53,8 @@ def packed_linears(model: Any, *, rows: int, steps: int, cpu_dtype: str = "float
     Args:
         model: a Hugging Face causal LM.
         rows: most sequences that are generated at once.
-        steps: most tokens per sequence. If rows or steps are too few to pay for reordering, fp32 copies are not made.
+        steps: most tokens per sequence. If rows or steps are too few for reordering to save time, fp32 copies are not
+            made.
         cpu_dtype: "bfloat16" for copies in bf16, except that of the language-model head. They are made for any number
             of rows, so that a prompt always has the same answer. Any other value means fp32.
     """

@@ -108,7 +108,13 @@ def direct_parts(
 
 
 def planner_parts(asked: Any, limits: Sequence[int], embedding_model: str) -> Fingerprint:
-    """Influences on a planner's row besides the planner: its prompt, the limits of plans, the sentence encoder."""
+    """Influences on a planner's row besides the planner.
+
+    Args:
+        asked: its prompt, in the form it receives.
+        limits: of a plan: tokens, number of subproblems, characters of a subproblem.
+        embedding_model: name of the sentence encoder.
+    """
     return {
         "planner prompts": digest(asked),
         "planner's limits": digest(limits),
@@ -117,13 +123,24 @@ def planner_parts(asked: Any, limits: Sequence[int], embedding_model: str) -> Fi
 
 
 def vote_parts(count: int, temperature: float, seed: int) -> Fingerprint:
-    """Influences on a majority vote besides the worker."""
+    """Influences on a majority vote besides the worker.
+
+    Args:
+        count: votes per question.
+        temperature: of the sampled votes.
+        seed: of the sampled votes.
+    """
     # "a seed each" describes how seeds are drawn: every answer has its own. If that changes, change this text too.
     return {"votes": digest([count, temperature, seed, "a seed each"])}
 
 
 def worker_prompts(style: str, context: str = "question", plan_to_worker: bool = False) -> list[list[Message]]:
-    """One prompt of each kind that the worker receives."""
+    """One prompt of each kind that the worker receives, with placeholders such as `{question}`.
+
+    Args:
+        style, context: of the worker, see `common.prompts`.
+        plan_to_worker: whether the worker is shown the plan's text.
+    """
     advice = "{plan}" if plan_to_worker else ""
     asked = ["{question}"]
     if style == "worked":  # other examples for questions made of several problems

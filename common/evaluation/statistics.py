@@ -26,8 +26,8 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 def mcnemar_exact(left: Sequence[bool], right: Sequence[bool]) -> tuple[int, int, float]:
     """McNemar's exact test for two solvers on the same questions (McNemar 1947, https://doi.org/10.1007/BF02295996).
 
-    Only questions that exactly one of the two solved count. If both solvers are equally good, each of them falls on
-    either side with probability 1/2, so the count follows a binomial distribution.
+    Only questions that exactly one of the two solved count. If both solvers are equally good, each such question was
+    solved by the first one with probability 1/2. So the number that it solved follows a binomial distribution.
 
     Args:
         left: per question, whether the first solver was right.

@@ -87,7 +87,13 @@ def this_machine(args: TrainingArgs) -> Machine:
 
 
 def does_not_fit(args: TrainingArgs, parts: Sequence[Part], machine: Machine) -> list[str]:
-    """One line if memory is too small, with advice for the part that takes most of it; [] if the run fits."""
+    """One line if memory is too small, with advice for the part that takes most of it; [] if the run fits.
+
+    Args:
+        args: settings of the run.
+        parts: as `common.fit.memory.estimate` returns them.
+        machine: on which the run would train.
+    """
     needed = peak(parts, machine)
     if needed <= min(machine.free, machine.total):
         return []

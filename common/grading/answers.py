@@ -46,7 +46,13 @@ def extract_prediction(text: str, *, finished: bool = True) -> Decimal | None:
 
 
 def is_correct(prediction_text: str, gold: Decimal, *, finished: bool = True) -> bool:
-    """Return whether the answer in a worker's text is exactly equal to `gold`; see `predict`."""
+    """Return whether the answer in a worker's text is exactly equal to `gold`.
+
+    Args:
+        prediction_text: the whole completion; its answer is found as by `predict`.
+        gold: the known answer.
+        finished: False for a completion that was cut off; see `predict`.
+    """
     prediction = extract_prediction(prediction_text, finished=finished)
     return prediction is not None and prediction == gold
 

@@ -20,7 +20,7 @@ The number to replace:
 
 The other numbers:
 
-- Each number in the annotations has a known origin: an earlier step, or the question, in digits or as such a word. Any
+- Each number in the annotations has a known origin: an earlier step, or the question, in digits or as a word. Any
   other number might depend on the replaced one. For example, the six people in "he and five friends" do so.
 - No number has two possible origins of which only one depends on the replaced number.
 

@@ -34,7 +34,7 @@ ADMIN_SECONDS = 60.0  # smallest time limit for loading an adapter, because a bu
 
 
 class RunStoppedError(UserError):
-    """Training cannot continue in any process. A checkpoint of the steps done so far is worth saving."""
+    """Training cannot continue in any process. The trainer then saves a checkpoint of the steps done so far."""
 
 
 @dataclass(frozen=True, slots=True)
