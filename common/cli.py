@@ -1,7 +1,8 @@
 """Build a script's flags from a settings dataclass, and run its main function.
 
 All entry scripts use it, so that flags, defaults, error lines and exit codes are the same everywhere. Exit codes:
-0 done, 1 the run failed, 2 bad input, 130 or 143 stopped by a signal.
+0 done, 1 the run failed, 2 bad input, 3 a server answers with the wrong model, 4 a merged model differs too much,
+130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ class UserError(Exception):
 
     Args:
         message: that line.
-        exit_code: of the script: 2 for bad input; 1 if the input was fine but the run could not go on (no network, no
-            memory, a worker that always fails).
+        exit_code: of the script: 2 for bad input; 1 if the input was fine but the run could not continue (no network,
+            no memory, a worker that always fails). `common.cli` lists all exit codes.
     """
 
     def __init__(self, message: str, *, exit_code: int = 2) -> None:

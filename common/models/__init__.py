@@ -1,4 +1,7 @@
-"""Models, tokenizers, encoders and adapters. This module holds the names that the rest of the project uses."""
+"""Models, tokenizers, encoders and adapters.
+
+The rest of the project uses the names in this module, and `common.models.chat_date`.
+"""
 
 from common.models.loading import check_base_model as check_base_model
 from common.models.loading import explained as explained

@@ -1,7 +1,11 @@
 """The processes of one run: the number of this one, its share of the work, and how they exchange values.
 
-A launcher (torchrun, accelerate) numbers the processes in environment variables. Only this module reads them. torch is
-imported only where the processes exchange values.
+A launcher (torchrun, accelerate) numbers the processes in environment variables. Other modules get number and count
+from here; only what depends on one machine (LOCAL_RANK, LOCAL_WORLD_SIZE) is read where it is used. torch is imported
+only where the processes exchange values.
+
+An error in one process is not passed on here. torchrun ends the others (`launcher.is_elastic`), and failed rollouts are
+told to all (`workers/rollouts.py`). A signal stops all at the same step (`StopOnSignal` in `training/callbacks.py`).
 """
 
 from __future__ import annotations

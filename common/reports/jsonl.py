@@ -4,7 +4,7 @@ append_jsonl(path, record)            adds one line, usually one per training st
 read_jsonl(path)                      reads all lines; an incomplete last line is dropped
 truncate_jsonl_after(path, step)      before a resumed run writes steps that the file already has
 
-Only the standard library is imported here.
+Nothing heavy is imported here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Aligned text tables for the terminal. Only the standard library is imported here."""
+"""Aligned text tables for the terminal. Nothing heavy is imported here."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class ServingArgs:
     concurrency: int = setting(32, "server", "largest number of requests at the same time", positive=True)
     probe: bool = setting(True, "server", "check at start that the base model is not answered by the adapter")
 
-    max_tokens: int = setting(512, "planner", "longest plan", positive=True)
+    max_tokens: int = setting(512, "planner", "longest plan, in tokens", positive=True)
     temperature: float = setting(0.7, "planner", "sampling temperature of plans (--benchmark: 0, as in training's scoreboard, unless given); the worker is greedy", minimum=0)
     structured: bool = setting(True, "planner", "ask for plans that match a JSON schema, if the server accepts one")
 
@@ -38,9 +38,9 @@ class ServingArgs:
     worker_style: Literal["instruct", "worked", "few-shot"] = setting("instruct", "prompts", "wording the worker had in training")
     worker_context: Literal["question", "none"] = setting("question", "prompts", "what a subproblem's prompt shows besides the subproblem, as in training: the whole question, or none of it")
     plan_to_worker: bool = setting(False, "prompts", "show the worker the plan's text, as in training")
-    worker_max_tokens: int = setting(256, "prompts", "longest answer of the worker to one call", positive=True)
-    max_subproblems: int = setting(MAX_SUBPROBLEMS, "prompts", "a plan with more is invalid", positive=True)
-    max_subproblem_chars: int = setting(MAX_SUBPROBLEM_CHARS, "prompts", "a plan with a longer subproblem is invalid", positive=True)
+    worker_max_tokens: int = setting(256, "prompts", "longest answer of the worker to one prompt, in tokens", positive=True)
+    max_subproblems: int = setting(MAX_SUBPROBLEMS, "prompts", "a plan with more subproblems is invalid", positive=True)
+    max_subproblem_chars: int = setting(MAX_SUBPROBLEM_CHARS, "prompts", "a plan with a subproblem of more characters is invalid", positive=True)
 
     dataset: str | None = setting(None, "benchmark", "held-out questions: as in grpo_training.py (default: what the adapter was trained for, else openai/gsm8k)", metavar="SOURCE")
     samples: int = setting(100, "benchmark", "number of held-out questions", positive=True)

@@ -5,7 +5,7 @@ DropReplacedRun    removes the run that --overwrite replaces, after the first ch
 CollapseWarning    warns if the reward rises while all plans become the same
 StopOnSignal       ends the run after a checkpoint on Ctrl-C and SIGTERM
 
-They need only the trainer's logs, which they receive in `on_log`. The callback for W&B is in
+The first and the third need only the trainer's logs, which they receive in `on_log`. The callback for W&B is in
 `common.reports.wandb_log`, the one for progress lines in `common.training.progress`.
 """
 
