@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "processes": "errors",
     "plans": "",
     "generation": "",
-    "decoding": "",
+    "decoding": "processes",
     "grading": "plans",
     "settings": "errors plans processes",
     "cli": "errors processes settings",

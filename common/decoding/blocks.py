@@ -178,3 +178,54 @@ class Block:
             self.lengths = [self.lengths[row] for row in rows]
             if self.heads is not None and rows:
                 self.heads = self.heads.select(rows)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix: Part | None,
+    shared_by_some: tuple[Heads, int] | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention over three sets of keys: the prefix of all rows, the heads of groups of rows, and each row's own.
+
+    One matrix product per key-value head compares the queries of all rows with the prefix. So the prefix is read once,
+    not once per row. Query heads that share a key-value head (grouped-query attention, arXiv:2305.13245) share that
+    product too; their keys and values are not repeated.
+
+    Args:
+        query: (R, Hkv, G, Q, D), already scaled.
+        key, value: the rows' own, each (R, Hkv, S, D).
+        prefix: keys and values of the prefix, each (Hkv, P, D), or None.
+        shared_by_some: the rows' heads and the index of the layer, or None.
+        bias: causal mask of the rows' own keys, added to the scores, (R, 1, Q, S), or None.
+
+    Returns:
+        (R, Q, Hkv · G, D).
+    """
+    rows, heads, group, queries, size = query.shape
+    together = group * queries
+    grouped = query.reshape(rows, heads, together, size)
+    scores = grouped @ key.transpose(2, 3)  # (R, Hkv, GQ, S)
+    if bias is not None:
+        scores.view(rows, heads, group, queries, -1).add_(bias.unsqueeze(1))
+    parts = [scores]
+    if shared_by_some is not None:
+        of_some, layer = shared_by_some
+        parts.insert(0, of_some.scores(layer, grouped))
+    if prefix is not None:
+        prefix_key, prefix_value = prefix  # each (Hkv, P, D)
+        flat = grouped.transpose(0, 1).reshape(heads, rows * together, size)
+        shared = (flat @ prefix_key.transpose(1, 2)).view(heads, rows, together, -1).transpose(0, 1)
+        parts.insert(0, shared)
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    odds = torch.softmax(joined, dim=-1, dtype=torch.float32).to(query.dtype)
+    *before, own = odds.split([part.shape[-1] for part in parts], dim=-1)
+    mixed = own @ value
+    if shared_by_some is not None:
+        mixed += of_some.mixed(layer, before.pop())
+    if prefix is not None:
+        shared_odds = before.pop().transpose(0, 1).reshape(heads, rows * together, -1)
+        mixed += (shared_odds @ prefix_value).view(heads, rows, together, size).transpose(0, 1)
+    return mixed.view(rows, heads * group, queries, size).transpose(1, 2)

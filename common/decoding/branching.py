@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from common.decoding.blocks import Block, Heads, Part, tokens_in
+from common.decoding.blocks import Block, Heads, Part, attend, tokens_in
 from common.decoding.sharing import (
     MIN_KEPT_APART,
     MIN_SHARED_PREFIX,
@@ -118,7 +118,7 @@ class _Pass:
             now = slice(start, start + PIECE_QUERIES)
             end = min(self._end, first + now.stop)
             bias = None if self._bias is None else self._bias[:, :, now, :end]
-            found.append(_attend(grouped[..., now, :], keys[:, :, :end], values[:, :, :end], prefix, heads, bias))
+            found.append(attend(grouped[..., now, :], keys[:, :, :end], values[:, :, :end], prefix, heads, bias))
         mixed = (found[0] if len(found) == 1 else torch.cat(found, dim=1)).flatten(0, 1)  # (R · Q, Hq, D)
         return mixed if self._gather is None else mixed[self._gather]
 
@@ -133,57 +133,6 @@ class _Pass:
         else:
             row, place = self._place
             store[row, :, place] = states.transpose(0, 1)
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    prefix: Part | None,
-    shared_by_some: tuple[Heads, int] | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention over three sets of keys: the prefix of all rows, the heads of groups of rows, and each row's own.
-
-    One matrix product per key-value head compares the queries of all rows with the prefix. So the prefix is read once,
-    not once per row. Query heads that share a key-value head (grouped-query attention, arXiv:2305.13245) share that
-    product too; their keys and values are not repeated.
-
-    Args:
-        query: (R, Hkv, G, Q, D), already scaled.
-        key, value: the rows' own, each (R, Hkv, S, D).
-        prefix: keys and values of the prefix, each (Hkv, P, D), or None.
-        shared_by_some: the rows' heads and the index of the layer, or None.
-        bias: causal mask of the rows' own keys, added to the scores, (R, 1, Q, S), or None.
-
-    Returns:
-        (R, Q, Hkv · G, D).
-    """
-    rows, heads, group, queries, size = query.shape
-    together = group * queries
-    grouped = query.reshape(rows, heads, together, size)
-    scores = grouped @ key.transpose(2, 3)  # (R, Hkv, GQ, S)
-    if bias is not None:
-        scores.view(rows, heads, group, queries, -1).add_(bias.unsqueeze(1))
-    parts = [scores]
-    if shared_by_some is not None:
-        of_some, layer = shared_by_some
-        parts.insert(0, of_some.scores(layer, grouped))
-    if prefix is not None:
-        prefix_key, prefix_value = prefix  # each (Hkv, P, D)
-        flat = grouped.transpose(0, 1).reshape(heads, rows * together, size)
-        shared = (flat @ prefix_key.transpose(1, 2)).view(heads, rows, together, -1).transpose(0, 1)
-        parts.insert(0, shared)
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    odds = torch.softmax(joined, dim=-1, dtype=torch.float32).to(query.dtype)
-    *before, own = odds.split([part.shape[-1] for part in parts], dim=-1)
-    mixed = own @ value
-    if shared_by_some is not None:
-        mixed += of_some.mixed(layer, before.pop())
-    if prefix is not None:
-        shared_odds = before.pop().transpose(0, 1).reshape(heads, rows * together, -1)
-        mixed += (shared_odds @ prefix_value).view(heads, rows, together, size).transpose(0, 1)
-    return mixed.view(rows, heads * group, queries, size).transpose(1, 2)
 
 
 class Branched:
@@ -223,8 +172,7 @@ class Branched:
             Logits of each prompt's next token (B, V).
         """
         logits: list[torch.Tensor] = []
-        for kind, group in groupby(zip(kinds, prompts, strict=True), key=lambda pair: pair[0]):
-            rows = [row for _, row in group]
+        for kind, rows in _by_kind(prompts, kinds):
             prefix = self._prefix(kind, rows)
             shared = tokens_in(prefix)
             parts, found, heads = self._read_shared(prefix, [row[shared:] for row in rows])
@@ -234,6 +182,11 @@ class Branched:
                 mine = None if heads is None else heads.select(range(start, end))
                 self._blocks.append(Block(prefix, parts[start:end], max(lengths[start:end]) + room, mine))
         return torch.stack(logits)
+
+    def keep_prefixes(self, prompts: Sequence[list[int]], kinds: Sequence[Hashable]) -> None:
+        """Read only what all prompts of a kind share, as `read` does first, so that later calls find it."""
+        for kind, rows in _by_kind(prompts, kinds):
+            self._prefix(kind, rows)
 
     def run(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Decode: append each row's new tokens (maybe none). Returns the logits after each of them, (T, V)."""
@@ -356,6 +309,12 @@ class Branched:
         for one in passes:
             one.done()
         return logits[0]
+
+
+def _by_kind(prompts: Sequence[list[int]], kinds: Sequence[Hashable]) -> Iterator[tuple[Hashable, Sequence[list[int]]]]:
+    """Each kind with its prompts, which stand next to each other."""
+    for kind, group in groupby(zip(kinds, prompts, strict=True), key=lambda pair: pair[0]):
+        yield kind, [prompt for _, prompt in group]
 
 
 _NAME = "branched"

@@ -7,7 +7,8 @@ It gives the same tokens as one padded `generate` call, with less work:
 - The language-model head runs only at positions whose logits are needed.
 
 On a CPU there is also no padding, and shared keys and values are not copied (`common.decoding.branching`). There,
-greedy decoding also drafts the next tokens, so that one forward pass may add several (`common.decoding.drafts`).
+greedy decoding also drafts the next tokens, so that one forward pass may add several (`common.decoding.drafts`), and
+a large batch is divided among copies of the process (`common.processes.forked`).
 
 Letters in shapes: B prompts, T tokens, S width of the padded batch, P tokens of the shared prefix, V vocabulary.
 """
@@ -23,9 +24,13 @@ from transformers import DynamicCache
 from common.decoding.branching import Branched, Prefixes, can_branch
 from common.decoding.drafts import Drafts
 from common.decoding.sharing import MIN_SHARED_PREFIX, matching, shared_prefix_length
+from common.processes.forked import CAN_FORK, forked
 
 # Finished rows are dropped only when they are this share of the batch, because dropping copies the others' KV cache.
 DROP_SHARE = 1 / 8
+# A batch is divided among processes if each gets at least so many prompts: below that, reading the weights is most of
+# a pass, and each process reads them.
+MIN_ROWS_EACH = 4
 
 
 @torch.inference_mode()
@@ -52,7 +57,7 @@ def decode(
         pad_id: token id that fills shorter prompts on the left; it may equal an end-of-sequence token.
         temperature: 0 takes the most likely token; above 0 tokens are sampled at this temperature.
         generator: random generator for sampling, on the model's device; or one for each prompt, on the CPU, so that a
-            prompt's sample does not depend on the rest of the batch.
+            prompt's sample does not depend on the rest of the batch. On a CPU, a single one seeds one for each prompt.
         kinds: B labels, equal for prompts that begin alike. Without it all prompts count as one kind.
         prefixes: shared beginnings kept between calls (CPU only). Only for a model whose weights do not change.
         log_probs: an empty list. It is filled with B lists: the log-probability of each sampled token at this
@@ -61,42 +66,88 @@ def decode(
     Returns:
         B lists of token ids; each ends with an end-of-sequence token unless it was cut off.
     """
+    labels = list(kinds or [None] * len(prompts))
     by_kind: dict[Hashable, list[int]] = {}
-    for index, kind in enumerate(kinds or [None] * len(prompts)):
+    for index, kind in enumerate(labels):
         by_kind.setdefault(kind, []).append(index)
     branches = can_branch(model)
     if branches:
-        batches = [[(kind, index) for kind, mine in by_kind.items() for index in mine]]
+        if temperature > 0 and not isinstance(generator, Sequence):
+            generator = _one_each(len(prompts), generator)
+        parts = _parts(list(by_kind.values()))
+        if len(parts) > 1:  # read what all prompts of a kind share here, once, and not in each process
+            prefixes = {} if prefixes is None else prefixes
+            order = [index for mine in by_kind.values() for index in mine]
+            with Branched(model, prefixes) as cache:
+                cache.keep_prefixes([list(prompts[index]) for index in order], [labels[index] for index in order])
     else:
-        batches = [[(kind, index) for index in mine] for kind, mine in by_kind.items()]
+        parts = list(by_kind.values())
+
+    def run(part: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
+        rows = [list(prompts[index]) for index in part]
+        cache = Branched(model, prefixes) if branches else _Repeated(model, pad_id)
+        drafts = Drafts(rows) if isinstance(cache, Branched) and temperature == 0 else None
+        source = [generator[index] for index in part] if isinstance(generator, Sequence) else generator
+        found: list[list[int]] = [[] for _ in part]
+        odds: list[list[float]] = [[] for _ in part if log_probs is not None]
+        with cache:
+            logits = cache.read(rows, [labels[index] for index in part], max_new_tokens)
+            _continue(cache, logits, found, odds, max_new_tokens, eos_ids, drafts, temperature, source)
+        return found, odds
+
+    results = forked(run, parts) if branches and len(parts) > 1 else list(map(run, parts))
     outputs: list[list[int]] = [[] for _ in prompts]
     if log_probs is not None:
         log_probs += [[] for _ in prompts]
-    for batch in batches:
-        rows = [list(prompts[index]) for _, index in batch]
-        cache = Branched(model, prefixes) if branches else _Repeated(model, pad_id)
-        drafts = Drafts(rows) if isinstance(cache, Branched) and temperature == 0 else None
-        found = [outputs[index] for _, index in batch]
-        odds = None if log_probs is None else [log_probs[index] for _, index in batch]
-        source = [generator[index] for _, index in batch] if isinstance(generator, Sequence) else generator
-        with cache:
-            logits = cache.read(rows, [kind for kind, _ in batch], max_new_tokens)
-            _continue(cache, logits, found, odds, max_new_tokens, eos_ids, drafts, temperature, source)
+    for part, (found, odds) in zip(parts, results, strict=True):
+        for place, index in enumerate(part):
+            outputs[index] = found[place]
+            if log_probs is not None:
+                log_probs[index] = odds[place]
     return outputs
+
+
+def _one_each(count: int, generator: torch.Generator | None) -> list[torch.Generator]:
+    """Generators for prompts, seeded by another, so that a sample does not depend on how a batch is divided."""
+    seeds = torch.randint(2**32, (count,), generator=generator).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _parts(groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Divide prompts among processes, one for each torch thread, if each gets enough; otherwise there is one part.
+
+    Args:
+        groups: indices of prompts, those of one kind side by side.
+
+    Returns:
+        Parts of almost equal size. Each has its share of every group, because kinds differ in length, and neighbours
+        stay together, because they share most.
+    """
+    count = torch.get_num_threads()
+    if not CAN_FORK or sum(map(len, groups)) < count * MIN_ROWS_EACH:
+        count = 1
+    parts: list[list[int]] = [[] for _ in range(count)]
+    offset = 0
+    for group in groups:
+        bounds = [(len(group) * number + offset % count) // count for number in range(count + 1)]
+        for part, start, end in zip(parts, bounds, bounds[1:], strict=False):
+            part += group[start:end]
+        offset += len(group)
+    return parts
 
 
 def _continue(
     cache: Branched | _Repeated,
     logits: torch.Tensor,
     outputs: Sequence[list[int]],
-    log_probs: Sequence[list[float]] | None,
+    log_probs: Sequence[list[float]],
     most: int,
     eos_ids: frozenset[int],
     drafts: Drafts | None,
     temperature: float,
     generator: torch.Generator | list[torch.Generator] | None,
 ) -> None:
-    """Fill the empty `outputs` of all rows, and `log_probs` if given, starting from the first token's logits (B, V)."""
+    """Fill the rows' `outputs`, and `log_probs` if there are some, starting from the first token's logits (B, V)."""
     rows = list(range(len(outputs)))  # row of the cache → index in outputs
     guesses: list[list[int]] = [[] for _ in rows]  # drafted tokens that ran after the last token of each row
     done = [False] * len(rows)
@@ -104,7 +155,7 @@ def _continue(
         open_rows = [place for place, row in enumerate(rows) if not done[row]]
         source = [generator[rows[place]] for place in open_rows] if isinstance(generator, list) else generator
         picked = _choose(logits, temperature, source, len(rows), open_rows)
-        if log_probs is not None:  # sampling drafts nothing, so there is one token per row
+        if log_probs:  # sampling drafts nothing, so there is one token per row
             odds = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, picked[:, None])
             for place, value in zip(open_rows, odds[:, 0].tolist(), strict=True):
                 log_probs[rows[place]].append(value)

@@ -274,3 +274,33 @@ def test_sampled_tokens_follow_the_models_odds(tiny_planner):
     spread = (expected * (1 - expected / draws)).sqrt().clamp(min=1)
     assert ((found - expected).abs() < 4 * spread).all(), (found, expected)
     assert (expected > 0).sum() >= 2, "the tiny model's odds are spread over several classes"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_divided_among_processes_gives_the_tokens_of_one(smollm2, monkeypatch, temperature):
+    """In fp32; with prompts of two kinds, each of which has a beginning that is read once and kept."""
+    model, tokenizer = smollm2
+    requests = [prompts.direct_messages(question, "few-shot") for question in SUMS]
+    requests += [prompts.planner_messages(question, "short") for question in SUMS]
+    ids = tokenizer([prompts.render(tokenizer, request) for request in requests], add_special_tokens=False).input_ids
+    kinds = ["worker"] * len(SUMS) + ["planner"] * len(SUMS)
+
+    def found(threads: int) -> tuple[list[list[int]], list[list[float]], dict]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        kept, log_probs = {}, []
+        outputs = decode(
+            model, ids, max_new_tokens=16, eos_ids=end_token_ids(model, tokenizer), pad_id=tokenizer.pad_token_id,
+            temperature=temperature, generator=torch.Generator().manual_seed(5), kinds=kinds, prefixes=kept,
+            log_probs=log_probs if temperature else None,
+        )  # fmt: skip
+        return outputs, log_probs, kept
+
+    (one, odds_of_one, kept_by_one), (two, odds, kept) = found(1), found(2)
+    assert one == two and len({tuple(row) for row in one}) > 5
+    assert [len(row) for row in odds] == ([len(row) for row in two] if temperature else [])
+    for mine, theirs in zip(odds, odds_of_one, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+    assert {kind: tokens for kind, (tokens, _) in kept.items()} == {k: t for k, (t, _) in kept_by_one.items()}
+    assert {len(tokens) > 20 for tokens, _ in kept.values()} == {True}, (
+        "what a copy reads is lost, so it is read before"
+    )
