@@ -12,13 +12,15 @@ too: the difference of the two most likely tokens is often smaller than the prec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
+
+from common.processes.heap import return_freed_memory
 
 # Expected number of rows, on which the layout depends. A layout for 16 serves 4 to 500 rows equally well.
 ROWS_HINT = 16
@@ -72,16 +74,21 @@ def _packed(model: Any, dtype: torch.dtype) -> Iterator[None]:
     head = model.get_output_embeddings()
     try:
         for module in filter(_packable, model.modules()):
-            kept = torch.float32 if module is head else dtype
-            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(kept), ROWS_HINT)
-            bias = None if module.bias is None else module.bias.detach().to(kept)
             # Set on the instance, where `Module.__call__` looks first, so that class and parameters stay unchanged.
-            module.forward = partial(_linear if kept == torch.float32 else _linear_bf16, weight, bias)
+            module.forward = _with_copy(module, torch.float32 if module is head else dtype)
             packed.append(module)
         yield
     finally:
         for module in packed:
             del module.forward
+        return_freed_memory()  # training cannot reuse the gaps that the copies leave
+
+
+def _with_copy(module: torch.nn.Linear, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The layer's forward function, with a reordered copy of its weight in this dtype."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(dtype), ROWS_HINT)
+    bias = None if module.bias is None else module.bias.detach().to(dtype)
+    return partial(_linear if dtype == torch.float32 else _linear_bf16, weight, bias)
 
 
 def _packable(module: Any) -> bool:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
-import sys
 from typing import Any
 
 import datasets
@@ -13,6 +10,7 @@ import torch
 
 from common import models
 from common.cli import say
+from common.processes.heap import keep_freed_memory
 from common.settings.grpo import TrainingArgs
 from common.settings.sft import SupervisedArgs
 from common.training.trainer import compact_fused_head
@@ -32,17 +30,13 @@ def tune_for_cpu() -> None:
     """Make a training step on a CPU cheaper without changing its result; no effect with a GPU.
 
     First, TRL's fused head skips prompt and padding positions only where Triton runs; `compact_fused_head` makes it do
-    so on a CPU too. Second, glibc returns the large buffers of each step to the system and requests them again page by
-    page; here it is told to keep them.
+    so on a CPU too. Second, the C library keeps the large buffers of each step (`common.processes.heap`). What is free
+    between generating and training, and after a step, is given back (`packed_linears`, `ReturnMemory`).
     """
     if torch.cuda.is_available():
         return
     compact_fused_head()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library: there is nothing to tune
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large buffer
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
+    keep_freed_memory()
 
 
 def announce_device(args: models.LoraSettings) -> None:

@@ -192,6 +192,7 @@ def build_trainer(
         peft_config=models.lora_config(args, base),
         callbacks=[
             callbacks.ReportCallback(Path(args.output_dir)),
+            callbacks.ReturnMemory(),
             callbacks.DropReplacedRun(Path(args.output_dir)),
             callbacks.CollapseWarning(),
             progress.ProgressCallback(),

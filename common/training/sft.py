@@ -77,6 +77,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
         peft_config=models.lora_config(args, base),
         callbacks=[
             callbacks.ReportCallback(output_dir, plot=plot_loss_curves),
+            callbacks.ReturnMemory(),
             callbacks.DropReplacedRun(output_dir),
             progress.ProgressCallback(),
         ],
