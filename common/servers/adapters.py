@@ -48,8 +48,8 @@ class AdapterServers:
         """Save a new version, load it on all servers, and unload the version before it.
 
         Args:
-            save: writes adapter_config.json and adapter_model.safetensors into a folder.
             save: writes adapter_config.json and adapter_model.safetensors into the folder that it receives.
+
         Returns:
             Name of the new version.
 
