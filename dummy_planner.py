@@ -33,6 +33,7 @@ from common.models import check_base_model
 from common.problems.planning import load_planning_data
 from common.problems.questions import check_source
 from common.processes.engines import check_engine
+from common.processes.launcher import check_not_alone
 from common.runs.adapters import check_adapter_base, check_adds_to_base
 from common.runs.checkpoints import newest_checkpoint
 from common.runs.folder import own_output_dir, settle_replaced
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = SupervisedArgs.from_dict({**DEFAULTS, **values})
     args.validate()
     check_engine()
+    check_not_alone()
     prepare_gpu("dummy_planner.py")
     with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume):
         return start(options, args)

@@ -38,6 +38,7 @@ from common.models import check_base_model
 from common.pipeline import PipelineExecutor, PipelineResult
 from common.problems.questions import check_source, fingerprint, load_held_out, load_questions
 from common.processes.engines import check_engine
+from common.processes.launcher import check_not_alone
 from common.rewards import PipelineRewardFunction
 from common.runs.adapters import check_adapter_base, check_adds_to_base, read_adapter_config
 from common.runs.checkpoints import newest_checkpoint
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = settle(options)
     args.validate()
     check_engine()
+    check_not_alone()
     prepare_gpu("grpo_training.py")
     if options.check:
         from common.fit.check import check_run

@@ -109,8 +109,11 @@ def does_not_fit(args: TrainingArgs, parts: Sequence[Part], machine: Machine) ->
     if largest.name == SERVER:
         ways["always"] = "lower --vllm-gpu-memory" if machine.gpu else "serve elsewhere, and name it with --vllm-url"
     what = f"memory: {needed / GIB:.1f} GiB are needed, {machine.name} has {machine.total / GIB:.1f}"
-    taken = f", of which {machine.free / GIB:.1f} are free" if needed <= machine.total else ""
-    return [f"{what}{taken}; most of it is for {largest.name}: {ways[largest.when]}"]
+    way = ways[largest.when]
+    if needed <= machine.total:
+        what += f", of which {machine.free / GIB:.1f} are free"
+        way = f"end other programs, or {way}"
+    return [f"{what}; most of it is for {largest.name}: {way}"]
 
 
 def _questions(args: TrainingArgs) -> list[Question]:

@@ -70,7 +70,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
         say(f"{longer} of {len(training)} rows are longer than --max-seq-len {args.max_seq_len} and are cut at the end")
     trainer = SFTTrainer(
         model=base,
-        args=sft_config(args),
+        args=sft_config(args, base.config),
         train_dataset=training,
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -156,8 +156,11 @@ def _run(
     return 0
 
 
-def sft_config(args: SupervisedArgs) -> SFTConfig:
-    """The settings of TRL's trainer for a run. The rows contain labels, so the loss is on the completion only."""
+def sft_config(args: SupervisedArgs, base: Any) -> SFTConfig:
+    """The settings of TRL's trainer for a run; `base` is the base model's config.
+
+    The rows contain labels, so the loss is on the completion only.
+    """
     return SFTConfig(
         output_dir=args.output_dir,
         learning_rate=args.lr,
@@ -176,7 +179,7 @@ def sft_config(args: SupervisedArgs) -> SFTConfig:
         save_total_limit=args.save_total_limit,
         report_to=[],
         disable_tqdm=True,
-        **device_options(args),
+        **device_options(args, base),
     )
 
 
