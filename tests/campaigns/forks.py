@@ -220,6 +220,7 @@ class Forks:
 
 def serve() -> None:
     """Fork a run for every order on stdin. Report every start and end on stdout."""
+    import gc
     import importlib
 
     orders, replies = os.dup(0), os.dup(1)
@@ -228,6 +229,8 @@ def serve() -> None:
     sys.modules["wandb"] = None  # type: ignore[assignment]  # as --no-wandb has it; TRL would import it
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else every run's collections go through all imported objects, and copy their pages
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)

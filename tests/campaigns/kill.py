@@ -102,6 +102,7 @@ def reference(stage: Stage, forks: Forks, place: Path, subject: Subject) -> None
     """Run a subject without a kill. Store its outcome, its duration and its changes."""
     folder = place / f"reference-{subject.name.replace(' ', '-')}"
     subject.prepare(folder)
+    subject.first(folder)  # makes the model and the questions, which is no part of the run's time
     log = place / f"changes-{folder.name}"
     started = time.monotonic()
     run = forks.start(subject.script, *subject.first(folder), trigger=Trigger(folder, log=log), ranks=subject.ranks)
@@ -124,6 +125,20 @@ def one_life(stage: Stage, forks: Forks, place: Path, subject: Subject, most: in
     subject.prepare(folder)
     found: list[str] = []
     history: list[str] = []
+    try:
+        live(stage, forks, subject, folder, most, found, history)
+    except (AssertionError, TimeoutError, OSError, ValueError, KeyError) as error:
+        found.append(f"{type(error).__name__}: {error}")
+    for problem in found:
+        stage.fails(f"{subject.name}, {folder.name} ({'; '.join(history)}): {problem}")
+    if not found:
+        shutil.rmtree(folder)
+
+
+def live(
+    stage: Stage, forks: Forks, subject: Subject, folder: Path, most: int, found: list[str], history: list[str]
+) -> None:
+    """One life of a subject in a folder. Append what is wrong to `found`, and each kill to `history`."""
     started = False
     for _ in range(stage.dice.randint(1, max(1, most))):
         how, trigger, moment = aim(stage, subject, folder)
@@ -149,10 +164,6 @@ def one_life(stage: Stage, forks: Forks, place: Path, subject: Subject, most: in
     else:
         found += difference(subject.expected, subject.outcome(folder))
         found += [f"left behind: {path.name}" for path in folder.rglob(".*") if path.name.startswith(".")]
-    for problem in found:
-        stage.fails(f"{subject.name}, {folder.name} ({'; '.join(history)}): {problem}")
-    if not found:
-        shutil.rmtree(folder)
 
 
 def aim(stage: Stage, subject: Subject, folder: Path) -> tuple[str, Trigger | None, float | None]:
@@ -182,7 +193,7 @@ def start(forks: Forks, subject: Subject, folder: Path, started: bool, trigger: 
     told = forks.start(subject.script, *subject.again(folder))
     code = told.wait()
     text = told.text()
-    assert code == 2 and ("start anew with --overwrite" in text or "there is none" in text), f"{code}: {text}"
+    assert code == 2 and "start anew" in text, f"{code}: {text}"
     return forks.start(subject.script, *first, "--overwrite", trigger=trigger, ranks=subject.ranks)
 
 
