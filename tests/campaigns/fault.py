@@ -19,7 +19,7 @@ from typing import Any
 
 from misbehaving import MisbehavingServer, hang
 
-from . import kill, networks
+from . import kill, networks, served
 from .cgroup import memory_limit, place_for_groups
 from .forks import Forks, Run, Trigger
 from .kill import Subject, difference
@@ -65,14 +65,23 @@ def campaign(stage: Stage, faults: int | None = None, only: str = "") -> None:
     place.mkdir(parents=True)
     server = MisbehavingServer()
     server.fault = hang(networks.LATE)
-    with Forks(place / "logs", PLANTED) as forks, small_disk(place / "disk") as disk:
+    with (
+        Forks(place / "logs", PLANTED) as forks,
+        small_disk(place / "disk") as disk,
+        served.all_subjects(stage, place) as on_vllm,
+    ):
         if place_for_groups() is None:
             print("no cgroup can be made here: its memory limit is left out", flush=True)
         if disk is None:
             print("no file system can be mounted here: full and read-only disks are left out", flush=True)
         subjects = list(kill.all_subjects(stage, place, server.url))
         alone = [each for each in subjects if each.ranks == 1]
-        cases = [case for case in all_cases(stage, forks, place, alone, server, disk) if re.search(only, case.name)]
+        every = [
+            *all_cases(stage, forks, place, alone, server, disk),
+            *(Case(f"server killed: {each.name}", each, served.server_killed(forks, each))
+              for each in on_vllm if "own" in each.name),
+        ]  # fmt: skip
+        cases = [case for case in every if re.search(only, case.name)]
         stage.dice.shuffle(cases)
         seen: Counter[str] = Counter()
         cases.sort(key=lambda case: seen.update([case.name]) or seen[case.name])  # each name once, then again

@@ -80,8 +80,14 @@ def campaign(stage: Stage, kills: int | None = None, only: str = "") -> None:
     place = stage.folder / "kill"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    with slow_server() as url, Forks(place / "logs", PLANTED) as forks:
-        everyone = list(all_subjects(stage, place, url))
+    from . import served
+
+    with (
+        slow_server() as url,
+        Forks(place / "logs", PLANTED) as forks,
+        served.all_subjects(stage, place) as on_vllm,
+    ):
+        everyone = [*all_subjects(stage, place, url), *on_vllm]
         subjects = [subject for subject in everyone if re.search(only, subject.name)]
         while stage.time_left() and (kills is None or stage.counts["kills"] < kills):
             (subject,) = stage.dice.choices(subjects, [each.weight for each in subjects])
