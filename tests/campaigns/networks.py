@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from hub_server import WRITE, Fault, HubServer
 from misbehaving import FAULTS, MisbehavingServer, hang
+from wandb_server import WandbServer
 
 from .forks import Forks, Run
 from .kill import Subject
@@ -124,56 +123,6 @@ def hub_breaks(stage: Stage, place: Path) -> None:
                     sent = {path.name for path in merged.iterdir()}
                     if not sent <= hub.repos[f"user/planner-{number}-{action}"].files.keys():
                         stage.fails(f"Hub, {method} {part} {action}: files are missing there")
-
-
-class WandbServer(ThreadingHTTPServer):
-    """As much of W&B's server as starts a run, on 127.0.0.1. Use it as a context manager.
-
-    Args:
-        starts: whether it starts runs; it does not answer anything else.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, starts: bool) -> None:
-        over = self._over = threading.Event()
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                if starts and b"mutation UpsertBucket" in sent:
-                    given = json.loads(sent)["variables"]
-                    project = {"id": "p", "name": given["project"], "entity": {"id": "e", "name": "someone"}}
-                    bucket = {"id": "b", "name": given["name"], "displayName": "a run", "config": "{}",
-                              "historyLineCount": 0, "project": project}  # fmt: skip
-                    reply = json.dumps({"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}).encode()
-                    self.send_response(200)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(reply)))
-                    self.end_headers()
-                    self.wfile.write(reply)
-                else:
-                    over.wait()
-                    self.close_connection = True
-
-            do_GET = do_PUT = do_POST
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def __enter__(self) -> WandbServer:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self.shutdown()
-        self.server_close()
 
 
 def wandb_hangs(place: Path, subject: Subject, starts: bool) -> Callable[[Path], Run]:
