@@ -108,6 +108,7 @@ def one_case(stage: Stage, forks: Forks, place: Path, case: Case, disk: Path | N
     try:
         run = case.meet(folder)
         found += misfit(case, run)
+        print(f"{case.name}, {name}: exit code {run.wait()}", flush=True)
         stage.counts["faults survived" if run.wait() == 0 else "faults told"] += 1
         case.heal(folder)
         found += list(case.subject.broken(folder))

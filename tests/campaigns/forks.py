@@ -35,7 +35,7 @@ PRELOADED = (
     "trl.trainer.grpo_trainer", "trl.trainer.sft_trainer", "sentence_transformers", "matplotlib.pyplot",
     "matplotlib.backends.backend_agg", "openai", "httpx", "huggingface_hub", "tqdm", "scipy.stats",
 )  # fmt: skip
-SECONDS = 300  # longer than any run of a campaign takes on a busy core
+SECONDS = 900  # longer than any run of a campaign takes on a busy core
 
 
 @dataclass(frozen=True)

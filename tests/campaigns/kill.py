@@ -135,8 +135,9 @@ def one_life(stage: Stage, forks: Forks, place: Path, subject: Subject, most: in
         live(stage, forks, subject, folder, most, found, history)
     except (AssertionError, TimeoutError, OSError, ValueError, KeyError) as error:
         found.append(f"{type(error).__name__}: {error}")
+    print(f"{folder.name}: {'; '.join(history)}", flush=True)
     for problem in found:
-        stage.fails(f"{subject.name}, {folder.name} ({'; '.join(history)}): {problem}")
+        stage.fails(f"{subject.name}, {folder.name}: {problem}")
     if not found:
         shutil.rmtree(folder)
 
