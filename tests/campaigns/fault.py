@@ -26,7 +26,8 @@ from .kill import Subject, difference
 from .stage import PLANTED, Stage
 
 DISK = 96  # MB; more than any subject needs
-KILLED = -9
+KILLED = -9  # by the kernel
+ABORTED = -6  # by a library written in Rust, whose allocator gives up
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def misfit(case: Case, run: Run) -> Iterator[str]:
         return
     elif code not in case.codes:
         yield f"exit code {code}: {run.tail()}"
-    elif code == KILLED:  # by the kernel, so it could not say anything
+    elif code in (KILLED, ABORTED):  # nothing could be said
         return
     elif len(told) != 1 and "failed and are asked again" not in text and " of them: " not in text:
         yield f"{len(told)} lines of error: {run.tail()}"
@@ -181,7 +182,7 @@ def all_cases(
                        begin(subject, limits={"RLIMIT_NOFILE": handles}), codes=(1, 2))  # fmt: skip
         for megabytes in (20, 60, 150, 400):
             yield Case(f"memory limit: {subject.name}", subject,
-                       begin(subject, limits={"RLIMIT_AS": megabytes << 20}))  # fmt: skip
+                       begin(subject, limits={"RLIMIT_AS": megabytes << 20}), codes=(1, ABORTED))  # fmt: skip
             if place_for_groups() is not None:
                 yield Case(f"memory limit of a cgroup: {subject.name}", subject, grouped(forks, subject, megabytes),
                            codes=(KILLED, 1))  # fmt: skip
