@@ -69,11 +69,11 @@ class Run:
     _forks: Forks
     codes: dict[int, int] = field(default_factory=dict)
 
-    def kill(self, which: Sequence[int] | None = None) -> None:
-        """Send SIGKILL to the processes and to all processes that they started."""
+    def kill(self, number: int = signal.SIGKILL, which: Sequence[int] | None = None) -> None:
+        """Send a signal to the processes and to all processes that they started."""
         for pid in self.pids if which is None else which:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+                os.killpg(pid, number)
 
     def wait(self, seconds: float = SECONDS) -> int:
         """Wait for the end. Returns the first exit code that is not 0, else 0; negative for a signal.

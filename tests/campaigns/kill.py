@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,12 @@ from common.reports.jsonl import read_jsonl
 from common.runs.adapters import safetensors_problem
 from common.runs.checkpoints import checkpoint_step, complete_checkpoints
 
-from .forks import Forks, Run, Trigger
+from .forks import SECONDS, Forks, Run, Trigger
 from .stage import PER_STEP, PLANTED, SAVE_STEPS, Stage, digest
 
 MOST = 10  # largest number of kills of one run
 ROOMS = (0, 10, 2_000, 40_000, 150_000, 400_000, 2_000_000)
+TORCHRUN_SECONDS = 30  # from torchrun's SIGTERM to its SIGKILL
 TIMELESS = (
     "step",
     "reward",
@@ -151,8 +153,8 @@ def live(
         how, trigger, moment = aim(stage, subject, folder)
         run = start(forks, subject, folder, started, trigger)
         if moment is not None and not run.ended(moment):
-            run.kill(stage.dice.sample(run.pids, stage.dice.randint(1, len(run.pids))))
-        code = finish(stage, run, found)
+            run.kill(which=stage.dice.sample(run.pids, stage.dice.randint(1, len(run.pids))))
+        code = finish(stage, run)
         started = True
         history.append(f"{how}: {code}")
         if code >= 0:  # the run was already finished, or ended before the moment of the kill
@@ -204,12 +206,17 @@ def start(forks: Forks, subject: Subject, folder: Path, started: bool, trigger: 
     return forks.start(subject.script, *first, "--overwrite", trigger=trigger, ranks=subject.ranks)
 
 
-def finish(stage: Stage, run: Run, found: list[str]) -> int:
-    """Wait for the end. With several processes, those that were not killed have a minute to notice it and end."""
-    if len(run.pids) > 1 and not run.ended(60):
-        if any(code < 0 for code in run.codes.values()):
-            found.append("a rank goes on a minute after another was killed")
-        run.kill()
+def finish(stage: Stage, run: Run) -> int:
+    """Wait for the end. Where one of several processes fails, do as torchrun: tell the others to end, then kill them."""
+    end = time.monotonic() + SECONDS
+    while len(run.pids) > 1 and not any(run.codes.values()) and time.monotonic() < end:
+        if run.ended(0.5):
+            break
+    if any(run.codes.values()) and not run.ended(0):
+        run.kill(signal.SIGTERM)
+        if not run.ended(TORCHRUN_SECONDS):
+            stage.counts["ranks that had to be killed as another was"] += 1
+            run.kill()
     code = run.wait()
     killed = [number for number in run.codes.values() if number < 0]
     return killed[0] if killed else code
