@@ -244,6 +244,8 @@ def _limit_reached(error: BaseException) -> str | None:
             return "too many open files: raise the limit, such as with `ulimit -n 4096`, then the same command again"
         if number == errno.ENOMEM or isinstance(seen, MemoryError) or _NO_MEMORY.search(str(seen)):
             return f"memory ran out: {_MORE_MEMORY}"
+        if "can't start new thread" in str(seen):  # pthreads gives one reason for both
+            return f"memory or the number of processes (`ulimit -u`) ran out: {_MORE_MEMORY}"
         if "could not create a primitive" in str(seen):  # oneDNN gives no reason
             return f"oneDNN says this mostly when memory ran out: {_MORE_MEMORY}"
         seen = seen.__cause__ or seen.__context__
