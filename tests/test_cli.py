@@ -292,6 +292,8 @@ def test_a_resumed_run_keeps_its_servers_and_a_run_without_does_not_get_any(tmp_
             "memory ran out: use smaller batches",
         ),
         ("MemoryError()", "memory ran out"),
+        ('RuntimeError("can\'t start new thread")', "memory or the number of processes"),
+        ("RuntimeError('could not create a primitive')", "oneDNN says this mostly when memory ran out"),
         ("KeyError('x')", "--debug shows where"),
     ],
 )

@@ -111,7 +111,8 @@ def _run(
     """Train, save, and say what the result is; see `train`. `facts` are further entries of `training_config.json`."""
     output_dir, four_bit = Path(args.output_dir), models.use_4bit(args)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.accelerator.is_main_process:
+    main_process = trainer.accelerator.is_main_process
+    if main_process:
         start_records(
             args,
             checkpoint,
@@ -122,19 +123,21 @@ def _run(
             dtype=str(model.get_base_model().dtype),
             frozen_worker=frozen.record(),
         )
-        if args.wandb:
-            add_wandb(args, trainer, resumes=checkpoint is not None)
-
-    with callbacks.StopOnSignal() as stopper:
-        trainer.add_callback(stopper)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stopper.received is not None:
-        return callbacks.stopped_early("dummy_planner.py", stopper.received, trainer.state, output_dir)
-    # The trainer evaluates after its last step, but not if the run was resumed at that step.
-    done = [record for record in trainer.state.log_history if "eval_loss" in record]
-    final = done[-1] if done and done[-1]["step"] == trainer.state.global_step else trainer.evaluate()
+    wandb_callback = add_wandb(args, trainer, resumes=checkpoint is not None) if main_process and args.wandb else None
+    try:
+        with callbacks.StopOnSignal() as stopper:
+            trainer.add_callback(stopper)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if stopper.received is not None:
+            return callbacks.stopped_early("dummy_planner.py", stopper.received, trainer.state, output_dir)
+        # The trainer evaluates after its last step, but not if the run was resumed at that step.
+        done = [record for record in trainer.state.log_history if "eval_loss" in record]
+        final = done[-1] if done and done[-1]["step"] == trainer.state.global_step else trainer.evaluate()
+    finally:
+        if wandb_callback is not None:
+            wandb_callback.close()
     frozen.measure(model, step=trainer.state.global_step, adapter_path=args.adapter_path)
-    if trainer.accelerator.is_main_process:
+    if main_process:
         add_to_record(output_dir, frozen_worker=frozen.record())
         save_adapter(model, tokenizer, output_dir)
         plot_loss_curves(output_dir / "metrics.jsonl", output_dir / "training_curves.png")
