@@ -31,9 +31,10 @@ from common.cli import (
 from common.fit.devices import prepare_gpu
 from common.models import check_base_model
 from common.problems.planning import load_planning_data
-from common.problems.questions import check_source
+from common.problems.questions import check_source, tell_other_family
 from common.processes.engines import check_engine
-from common.runs.adapters import check_adapter_base, check_adds_to_base
+from common.processes.launcher import check_not_alone
+from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base
 from common.runs.checkpoints import newest_checkpoint
 from common.runs.folder import own_output_dir, settle_replaced
 from common.runs.record import check_same_processes, stored_settings
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = SupervisedArgs.from_dict({**DEFAULTS, **values})
     args.validate()
     check_engine()
+    check_not_alone()
     prepare_gpu("dummy_planner.py")
     with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume):
         return start(options, args)
@@ -100,6 +102,8 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
     if args.adapter_path is not None:
         check_adapter_base(args.adapter_path, args.base_model)
         check_adds_to_base(args.adapter_path)
+        if args.format == "json-plan":
+            tell_other_family(check_adapter_prompts(args.adapter_path, args.planner_prompt()), args.dataset)
     if args.format == "json-plan":
         check_source(args.dataset)
     elif Path(args.dataset).expanduser().exists():

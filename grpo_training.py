@@ -36,10 +36,11 @@ from common.errors import UserError
 from common.fit.devices import prepare_gpu
 from common.models import check_base_model
 from common.pipeline import PipelineExecutor, PipelineResult
-from common.problems.questions import check_source, fingerprint, load_held_out, load_questions
+from common.problems.questions import check_source, fingerprint, load_held_out, load_questions, tell_other_family
 from common.processes.engines import check_engine
+from common.processes.launcher import check_not_alone
 from common.rewards import PipelineRewardFunction
-from common.runs.adapters import check_adapter_base, check_adds_to_base, read_adapter_config
+from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base, read_adapter_config
 from common.runs.checkpoints import newest_checkpoint
 from common.runs.folder import own_output_dir, settle_replaced
 from common.runs.record import check_same_data, check_same_processes, read_run_record, stored_settings
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = settle(options)
     args.validate()
     check_engine()
+    check_not_alone()
     prepare_gpu("grpo_training.py")
     if options.check:
         from common.fit.check import check_run
@@ -104,6 +106,7 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
     if args.adapter_path is not None:
         check_adapter_base(args.adapter_path, args.base_model)
         check_adds_to_base(args.adapter_path)
+        tell_other_family(check_adapter_prompts(args.adapter_path, args.planner_prompt()), args.dataset)
     if options.eval_only:
         read_adapter_config(args.output_dir, "--output-dir")
     check_source(args.dataset, args.dataset_split)

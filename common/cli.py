@@ -245,11 +245,16 @@ def _limit_reached(error: BaseException) -> str | None:
         if number in (errno.EMFILE, errno.ENFILE):
             return "too many open files: raise the limit, such as with `ulimit -n 4096`, then the same command again"
         if number == errno.ENOMEM or isinstance(seen, MemoryError) or _NO_MEMORY.search(str(seen)):
-            return "memory ran out: use smaller batches or a machine with more, then --resume or the same command again"
+            return f"memory ran out: {_MORE_MEMORY}"
+        if "can't start new thread" in str(seen):  # pthreads gives one reason for both
+            return f"memory or the number of processes (`ulimit -u`) ran out: {_MORE_MEMORY}"
+        if "could not create a primitive" in str(seen):  # oneDNN gives no reason
+            return f"oneDNN says this mostly when memory ran out: {_MORE_MEMORY}"
         seen = seen.__cause__ or seen.__context__
     return None
 
 
+_MORE_MEMORY = "use smaller batches or a machine with more, then --resume or the same command again"
 _NO_MEMORY = re.compile(
     r"can't allocate memory|[Cc]annot allocate memory|bad_alloc|not enough memory|failed to map segment"
 )

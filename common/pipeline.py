@@ -11,7 +11,7 @@ from typing import Any
 
 from common import models, prompts
 from common.generation import Generation
-from common.grading import extract_prediction, numbers_in, parse_gold
+from common.grading import extract_prediction, numbers_in, numbers_in_words, parse_gold, values_in
 from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS, Plan, after_reasoning, parse_planner_output
 from common.settings.grpo import TrainingArgs
 from common.similarity import NEUTRAL_INDEPENDENCE, Embeddings, SentenceEncoder, independence_score, relevance
@@ -87,11 +87,22 @@ class PipelineResult:
 
     @property
     def contains_answer(self) -> bool:
-        """Whether the plan contains the known answer, as a number that the question does not contain."""
-        if self.plan is None:
+        """Whether the plan contains the known answer, as a number that the question does not contain.
+
+        It may be in digits, in words ("forty-two"), or, in the plan's text, an expression with that value ("6 * 7").
+        A subproblem may be such an expression, because the worker computes it. Words that count the parts ("add the
+        two answers") do not tell an answer.
+        """
+        gold, question = self.item.gold, self.item.question
+        if self.plan is None or gold in numbers_in(question) | numbers_in_words(question):
             return False
         written = "\n".join([*self.plan.subproblems, self.plan.plan])
-        return self.item.gold not in numbers_in(self.item.question) and self.item.gold in numbers_in(written)
+        counts_parts = 0 < gold <= max(2, len(self.plan.subproblems))
+        return (
+            gold in numbers_in(written)
+            or (not counts_parts and gold in numbers_in_words(written))
+            or gold in values_in(self.plan.plan)
+        )
 
     @property
     def earned(self) -> bool:

@@ -247,14 +247,18 @@ def _worked_turns(chained: bool, count: int) -> _WorkedComposed:
         parts = examples.FOLLOWING[place] if chained else examples.SOLVED[start : start + count]
         texts = [text for text, _, _ in parts]
         solved = [examples.worked_answer(*steps, number=number) for _, steps, number in parts]
-        marked = ["\n".join((f"({letter}) {s[0]}", *s[1:])) for letter, (_, s, _) in zip("ABCD", parts, strict=False)]
+        # Without a line for each result, a small model adds up other numbers than those that it found.
+        marked = [
+            "\n".join((f"({letter})", *steps, f"Answer to ({letter}): {result}"))
+            for letter, (_, steps, result) in zip("ABCD", parts, strict=False)
+        ]
         if chained:
             whole, known, number = composed.chained_text(texts[0], texts[1]), 1, parts[1][2]
             last = parts[1][1]
         else:
             whole, known, number = composed.sum_text(texts), count, sum(n for _, _, n in parts)
             last = (f"{' + '.join(str(n) for _, _, n in parts)} = {number}",)
-            marked += last
+            marked.append(f"Sum: {last[0]}")
         turns.append(
             (
                 (_asked_directly(whole), examples.worked_answer(*marked, number=number)),

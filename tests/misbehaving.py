@@ -75,9 +75,11 @@ class MisbehavingServer:
             def handle_error(self, request, client_address):
                 """Print no traceback: a client that closes the connection is expected."""
 
-        self._server = Listener(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._listener: Callable[[int], ThreadingHTTPServer] = lambda port: Listener(("127.0.0.1", port), Handler)
+        self._server: ThreadingHTTPServer | None = None
+        self._port = 0
+        self.listen_again()
+        self.url = f"http://127.0.0.1:{self._port}/v1"
 
     @property
     def asked(self) -> list[dict[str, Any]]:
@@ -85,9 +87,20 @@ class MisbehavingServer:
         return [request for request in self.requests if request["max_tokens"] > 1]
 
     def close(self) -> None:
-        """Stop the server."""
-        self._server.shutdown()
-        self._server.server_close()
+        """Stop the server: new connections are refused. It answers on those that exist until they are closed."""
+        with self._lock:
+            server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+
+    def listen_again(self) -> None:
+        """After `close`, accept connections again at the same address. Without one it does nothing."""
+        with self._lock:
+            if self._server is None:
+                self._server = self._listener(self._port)
+                self._port = self._server.server_address[1]
+                threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def completion(self, request: dict[str, Any], text: str | None = None) -> dict[str, Any]:
         """A correct reply to a chat request; without `text` a plan, or an answer of the worker."""

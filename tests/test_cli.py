@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,12 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     whole = len(header).to_bytes(8, "little") + header + b"\0\0\0\0"
     (other / "adapter_model.safetensors").write_bytes(whole)
     cases["adapter of another base"] = (["--adapter-path", str(other)], "x/Other-7B")
+    told = tmp_path / "told-otherwise"
+    shutil.copytree(other, told)
+    (told / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    stored = {"format": "json-plan", "planner_style": "full", "worker_context": "none", "dataset": "multi:a.jsonl"}
+    (told / "training_config.json").write_text(json.dumps({"settings": stored}))
+    cases["a planner that was told otherwise"] = (["--adapter-path", str(told)], "--worker-context none, this run has")
     cut = tmp_path / "cut-adapter"
     cut.mkdir()
     (cut / "adapter_config.json").write_text((other / "adapter_config.json").read_text())
@@ -285,6 +292,8 @@ def test_a_resumed_run_keeps_its_servers_and_a_run_without_does_not_get_any(tmp_
             "memory ran out: use smaller batches",
         ),
         ("MemoryError()", "memory ran out"),
+        ('RuntimeError("can\'t start new thread")', "memory or the number of processes"),
+        ("RuntimeError('could not create a primitive')", "oneDNN says this mostly when memory ran out"),
         ("KeyError('x')", "--debug shows where"),
     ],
 )

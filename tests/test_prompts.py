@@ -44,7 +44,7 @@ def test_composed_questions_are_preceded_by_solved_ones_of_their_kind(question):
         assert count_parts(turn["content"]) == count
         assert ("X in (B)" in turn["content"]) == (question == CHAINED)
     for letter in "ABCD"[:count]:
-        assert all(f"({letter}) " in turn["content"] for turn in direct[2:-1:2]), "solved part by part"
+        assert all(f"Answer to ({letter}): " in turn["content"] for turn in direct[2:-1:2]), "solved part by part"
     single = prompts.direct_messages("How many are left?", "worked")
     assert prompts.direct_messages(question, "worked", like_question=False)[:-1] == single[:-1] != direct[:-1]
     named = prompts.subproblem_messages(by_reference("A"), question, "worked")[1]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from common.errors import UserError
 from common.generation import Generation, WorkerStats
-from common.pipeline import PipelineExecutor, PipelineItem
+from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import Plan
 from common.rewards import (
     PipelineRewardFunction,
@@ -326,6 +326,27 @@ def test_an_answer_that_a_shown_plan_tells_is_not_paid_as_correct(decompose):
     assert right and not wrong and told == advised, "right, but told: paid like a wrong one"
     assert reward("It is 7", shown=True, gate=True) == (0.0, True)
     assert reward("It is 7", shown=False)[1] is False, "nobody reads it"
+
+
+@pytest.mark.parametrize(
+    ("parts", "advice", "gold", "told"),
+    [
+        ((), "It comes to forty-two.", 42, True),
+        ((), "Compute 6 * 7.", 42, True),
+        ((), "Take six times seven.", 42, True),
+        (("How many pens?", "How many cups?"), "(15 + 28) - 1", 42, True),
+        (("Is it forty-two?",), "", 42, True),
+        # the worker computes a subproblem; words that count the parts tell nothing; the question tells it itself
+        (("What is 6 * 7?",), "Add.", 42, False),
+        (("How many pens?", "How many cups?"), "Add the two answers.", 2, False),
+        ((), "Add what all twelve have.", 12, False),
+        # a single step that is left to do
+        ((), "Multiply the boxes by the pens in a box.", 42, False),
+    ],
+)
+def test_a_plan_can_tell_the_answer_in_words_and_as_an_expression(parts, advice, gold, told):
+    item = PipelineItem("", "Twelve people count 3 boxes.", f"#### {gold}")
+    assert PipelineResult(item, Plan(bool(parts), parts, advice)).contains_answer is told
 
 
 def test_a_cut_off_answer_counts_only_if_it_is_explicit():

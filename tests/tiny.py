@@ -7,13 +7,14 @@ from pathlib import Path
 QUESTIONS = [f"What is {a} + {b} + {c}?" for a, b, c in [(2, 3, 4), (5, 6, 7), (8, 2, 5), (9, 4, 3)]]
 
 
-def teach_planner(folder: Path) -> None:
+def teach_planner(folder: Path, head_dim: int = 16) -> None:
     """Make a model that, when sampled, writes a few kinds of valid plans and some invalid ones.
 
     Its base weights are trained on such plans. So rewards differ within a group after only seconds of training.
 
     Args:
         folder: to save model and tokenizer in.
+        head_dim: of attention; vLLM needs 32 or more.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,6 +33,7 @@ def teach_planner(folder: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,

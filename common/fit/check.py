@@ -14,9 +14,16 @@ from common.fit import missing
 from common.fit.memory import GIB, SERVER, Machine, Part, estimate, peak
 from common.fit.shape import ModelShape, model_shape
 from common.fit.step import Step, step_of
-from common.problems.questions import Question, check_enough, check_source, load_held_out, load_questions
+from common.problems.questions import (
+    Question,
+    check_enough,
+    check_source,
+    load_held_out,
+    load_questions,
+    tell_other_family,
+)
 from common.processes.ranks import is_first, world_size
-from common.runs.adapters import check_adapter_base, check_adds_to_base
+from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base
 from common.runs.folder import check_output_dir
 from common.settings.grpo import TrainingArgs
 
@@ -109,8 +116,11 @@ def does_not_fit(args: TrainingArgs, parts: Sequence[Part], machine: Machine) ->
     if largest.name == SERVER:
         ways["always"] = "lower --vllm-gpu-memory" if machine.gpu else "serve elsewhere, and name it with --vllm-url"
     what = f"memory: {needed / GIB:.1f} GiB are needed, {machine.name} has {machine.total / GIB:.1f}"
-    taken = f", of which {machine.free / GIB:.1f} are free" if needed <= machine.total else ""
-    return [f"{what}{taken}; most of it is for {largest.name}: {ways[largest.when]}"]
+    way = ways[largest.when]
+    if needed <= machine.total:
+        what += f", of which {machine.free / GIB:.1f} are free"
+        way = f"end other programs, or {way}"
+    return [f"{what}; most of it is for {largest.name}: {way}"]
 
 
 def _questions(args: TrainingArgs) -> list[Question]:
@@ -136,6 +146,7 @@ def _base(args: TrainingArgs) -> tuple[Any, Any]:
     if args.adapter_path is not None:
         check_adapter_base(args.adapter_path, args.base_model)
         check_adds_to_base(args.adapter_path)
+        tell_other_family(check_adapter_prompts(args.adapter_path, args.planner_prompt()), args.dataset)
     source, options = models.unconverted(args.base_model)
     with models.explained(args.base_model):
         config = AutoConfig.from_pretrained(source, **options)

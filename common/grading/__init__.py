@@ -31,6 +31,7 @@ Numbers are compared exactly, as decimals. `common.grading.numbers` defines what
 
 from common.grading.answers import GRADER_VERSION, Prediction, extract_prediction, is_correct, predict
 from common.grading.numbers import numbers_in, parse_gold, parse_number
+from common.grading.written import numbers_in_words, values_in
 
 __all__ = [
     "GRADER_VERSION",
@@ -38,7 +39,9 @@ __all__ = [
     "extract_prediction",
     "is_correct",
     "numbers_in",
+    "numbers_in_words",
     "parse_gold",
     "parse_number",
     "predict",
+    "values_in",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from common.runs.files import remove
+from common.merging.certificate import REPORT
+from common.runs.files import remove, remove_unfinished
 
 MODEL, REPLACED = "model", "replaced"  # folders in it: the new model, and the old model that it replaces
 
@@ -16,10 +17,10 @@ def workplace_prefix(target: Path) -> str:
 
 
 def remove_unfinished_merges(target: Path) -> None:
-    """Remove the temporary folders of killed merges into this target. Call it only while the target is locked.
+    """Remove what killed merges into this target have left. Call it only while the target is locked.
 
-    A merge may be killed after it moved the old model away and before the new one is in place. Then the old model is
-    moved back.
+    That is their temporary folders, and in a finished merge the model card that was being written. A merge may be
+    killed after it moved the old model away and before the new one is in place. Then the old model is moved back.
     """
     if not target.parent.is_dir():
         return
@@ -29,3 +30,5 @@ def remove_unfinished_merges(target: Path) -> None:
             if (folder / REPLACED).exists() and not target.exists():
                 (folder / REPLACED).rename(target)
             remove(folder)
+    if (target / REPORT).is_file():  # else the folder is not one of ours
+        remove_unfinished(target)

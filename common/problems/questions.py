@@ -133,6 +133,24 @@ def kind_of_source(dataset: str) -> str:
     return "local" if is_local(composed.inner_source(dataset)) else "hub"
 
 
+def family(dataset: str) -> str:
+    """What kind of questions a source has, in words: a planner learns one kind and may know nothing of another."""
+    if composed.is_composed(dataset):
+        return f"composed questions ({composed.parse_source(dataset).kind})"
+    return f"{dataset.partition('?')[0]} questions" if is_generated(dataset) else "single word problems"
+
+
+def tell_other_family(trained_on: str | None, dataset: str) -> None:
+    """Say so if an adapter was trained on questions of another kind than those of this run.
+
+    Args:
+        trained_on: the adapter's data set; None if unknown.
+        dataset: of this run.
+    """
+    if trained_on is not None and family(trained_on) != family(dataset):
+        say(f"note: the adapter was trained on {family(trained_on)}, this run has {family(dataset)}")
+
+
 def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question]:
     """Questions for the scoreboard that training does not use.
 

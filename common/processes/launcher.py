@@ -8,6 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from common.errors import UserError
 from common.processes.ranks import world_size
 
 # Programs and modules that start a script in several processes.
@@ -27,8 +28,7 @@ def is_elastic() -> bool:
 @functools.cache
 def launcher() -> tuple[str, ...]:
     """The launcher's command line up to the script, as words; () if plain Python started the script."""
-    parent = Path(f"/proc/{os.getppid()}/cmdline")  # this file exists only on Linux
-    words = parent.read_bytes().decode(errors="replace").split("\0")[:-1] if parent.is_file() else []
+    words = _of_parent("cmdline").decode(errors="replace").split("\0")[:-1]
     script = Path(sys.argv[0]).name
     before = next((words[:place] for place, word in enumerate(words) if Path(word).name == script), [])
     if any(Path(word).name in _LAUNCHERS for word in before):
@@ -46,9 +46,28 @@ def start_command(script: str) -> str:
     words = launcher()
     if not words:
         return shlex.join([sys.executable, given])
-    # accelerate sets this variable from its own flags, so it is repeated only for other launchers.
-    told = os.environ.get("ACCELERATE_USE_CPU") if not any("accelerate" in Path(w).name for w in words) else None
-    return (f"ACCELERATE_USE_CPU={shlex.quote(told)} " if told else "") + shlex.join([*words, given])
+    # `accelerate launch` sets this variable too, to "False", or to "True" because of its flag --cpu.
+    told = os.environ.get("ACCELERATE_USE_CPU", "False")
+    repeated = "" if told == "False" or "--cpu" in words else f"ACCELERATE_USE_CPU={shlex.quote(told)} "
+    return repeated + shlex.join([*words, given])
+
+
+def check_not_alone() -> None:
+    """Refuse the single process that `accelerate launch` starts with fewer than two GPUs, whatever it was told.
+
+    It leaves the others to mpirun, whose numbering of processes `common.processes.ranks` does not know.
+
+    Raises:
+        UserError: if several processes were asked for; the message says how to start them.
+    """
+    alone = "WORLD_SIZE" not in os.environ and any("accelerate" in Path(word).name for word in launcher())
+    # accelerate sets this variable for several processes; here it must not come from the user's own environment.
+    if alone and "MASTER_ADDR" in os.environ and b"\0MASTER_ADDR=" not in b"\0" + _of_parent("environ"):
+        raise UserError(
+            "accelerate launch was told of several processes and started one, as it does with fewer than two GPUs: "
+            "use `torchrun --nproc_per_node N`, or `accelerate launch --multi_gpu --num_processes N` without --cpu, "
+            "which works without a GPU too"
+        )
 
 
 def patience_hint() -> str | None:
@@ -59,3 +78,9 @@ def patience_hint() -> str | None:
         "a signal ends the run after its step and a checkpoint, for which the launcher waits 30 seconds: set "
         f"{_PATIENCE}=600 where a step takes longer"
     )
+
+
+def _of_parent(what: str) -> bytes:
+    """A file of /proc about the parent process; empty on systems other than Linux."""
+    file = Path(f"/proc/{os.getppid()}/{what}")
+    return file.read_bytes() if file.is_file() else b""

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from common.reports.metrics import step_metrics
-from common.reports.wandb_run import Progress
+from common.reports.wandb_run import Progress, not_uploaded
 from common.settings.secrets import redact, redact_logs
 
 logger = logging.getLogger(__name__)
@@ -159,11 +160,18 @@ class WandbCallback(TrainerCallback):
                 self._log(self._take_table())
 
     def close(self) -> None:
-        """Send the rest and finish the run. Meant for `finally`, so also after an interrupted training."""
+        """Send the rest and finish the run. Meant for `finally`, so also after an interrupted training.
+
+        If the server does not take the rest in time, one line on stderr says how to upload it later.
+        """
         self.flush()
         with self._never_fatal():
-            self.run.finish()
-            redact_logs(Path(self.run.settings.wandb_dir))
+            try:
+                self.run.finish()
+            except TimeoutError:
+                print(not_uploaded(self.run), file=sys.stderr)
+            finally:  # the logs may hold requests and answers with the key
+                redact_logs(Path(self.run.settings.wandb_dir))
 
     def _log(self, data: dict[str, Any]) -> None:
         if not data:

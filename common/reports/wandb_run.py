@@ -152,6 +152,12 @@ def online_problem() -> str | None:
     return None if settings.mode in {"offline", "dryrun", "disabled"} else _why_offline(settings)
 
 
+def not_uploaded(run: Any) -> str:
+    """What to print if the server did not take everything of a run within the limit."""
+    upload = shlex.join(["wandb", "sync", str(Path(run.settings.sync_dir).resolve())])
+    return f"wandb: the server did not take the rest of the run within {FINISH_SECONDS:g} s; upload it with: {upload}"
+
+
 def _not_uploaded(output_dir: Path, run_id: str) -> list[Path]:
     """Folders of a run's offline parts that `wandb sync` has not marked as uploaded, oldest first."""
     parts = sorted((output_dir / "wandb").glob(f"offline-run-*-{glob.escape(run_id)}"))
@@ -172,6 +178,7 @@ def _init(
         console="off",  # capturing stdout breaks progress bars
         init_timeout=INIT_SECONDS,
         finish_timeout=FINISH_SECONDS,
+        finish_timeout_raises=True,  # else nobody is told that something is left
     )
     run = wandb.init(
         project=project,

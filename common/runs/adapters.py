@@ -11,7 +11,8 @@ from typing import Any
 from common.errors import UserError
 from common.models import check_base_model
 from common.runs.files import SAVING, publish_folder, read_json, write_json
-from common.runs.record import TRAINING_CONFIG
+from common.runs.record import BEFORE, TRAINING_CONFIG
+from common.settings.fields import flag_of
 
 
 def save_adapter(model: Any, tokenizer: Any, output_dir: Path) -> None:
@@ -141,6 +142,39 @@ def check_adds_to_base(adapter_path: str) -> None:
                 "model left as the worker: start from an adapter that only adds to it (init_lora_weights true, bias "
                 "'none'; PEFT's path_initial_model_for_weight_conversion converts PiSSA and OLoRA)"
             )
+
+
+def check_adapter_prompts(adapter_path: str, told: dict[str, Any]) -> str | None:
+    """Check that an adapter's planner was trained with the prompts of this run, as far as its record says.
+
+    A planner that was told that the worker sees the whole question writes other parts than one that was told that it
+    sees a part alone. Nothing else would show the mistake: the run would only learn less.
+
+    Args:
+        adapter_path: folder of the adapter.
+        told: the settings that change the planner's prompt, with the values of this run.
+
+    Returns:
+        The data set that the adapter was trained on. None if there is no record, or one of published planning data,
+        which have prompts of their own.
+
+    Raises:
+        UserError: if a setting differs; the message names both ways out.
+    """
+    record = read_json(Path(adapter_path) / TRAINING_CONFIG) or {}
+    settings = record.get("settings")
+    if not isinstance(settings, dict) or settings.get("format") == "planning-data":
+        return None
+    for name, value in told.items():
+        trained = settings.get(name, BEFORE.get(name, value))
+        if trained != value:
+            flag = flag_of(name)
+            raise UserError(
+                f"--adapter-path {adapter_path} was trained with {flag} {trained}, this run has {value}: its planner "
+                f"would get other instructions: use {flag} {trained}, or train the adapter anew with {flag} {value}"
+            )
+    dataset = settings.get("dataset")
+    return dataset if isinstance(dataset, str) else None
 
 
 # Values of PEFT's init_lora_weights, besides true and false, that do not change the base weights.

@@ -15,7 +15,7 @@ from common.settings.fields import flag_of
 TRAINING_CONFIG = "training_config.json"
 WANDB_RUN = "wandb_run.json"  # id of the W&B run that a resumed run continues
 # Values of settings in runs that were stored before the setting existed.
-BEFORE = {"cpu_dtype": "float32"}
+BEFORE = {"cpu_dtype": "float32", "worker_context": "question"}
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 

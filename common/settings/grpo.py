@@ -143,6 +143,10 @@ class TrainingArgs:
         """Whether vLLM servers sample the plans: running ones, or one that this run starts."""
         return (self.vllm_url or self.vllm_python) is not None
 
+    def planner_prompt(self) -> dict[str, str]:
+        """The settings that change the planner's prompt."""
+        return {"planner_style": self.planner_style, "worker_context": self.worker_context}
+
     def vllm_urls(self) -> list[str]:
         """The addresses in `--vllm-url`, one per server."""
         return [url.strip() for url in (self.vllm_url or "").split(",") if url.strip()]

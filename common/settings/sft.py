@@ -55,6 +55,10 @@ class SupervisedArgs:
         """Whether vLLM servers sample completions: never here, where completions are given."""
         return False
 
+    def planner_prompt(self) -> dict[str, str]:
+        """The settings that change the planner's prompt (json-plan)."""
+        return {"planner_style": self.planner_style, "worker_context": self.worker_context}
+
     def validate(self) -> None:
         """Check every value.
 

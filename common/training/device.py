@@ -51,13 +51,23 @@ def announce_device(args: models.LoraSettings) -> None:
     say(f"no GPU found: running on {torch.get_num_threads()} CPU threads, {kind}")
 
 
-def device_options(args: TrainingArgs | SupervisedArgs) -> dict[str, Any]:
-    """Arguments of a transformers trainer that depend on the device."""
+def device_options(args: TrainingArgs | SupervisedArgs, config: Any) -> dict[str, Any]:
+    """Arguments of a transformers trainer that depend on the device, or on the base model's config."""
     gpu = torch.cuda.is_available()
     checkpointing = args.gradient_checkpointing
     return {
+        "ddp_find_unused_parameters": None if _may_skip_parameters(config) else False,
         "use_cpu": not gpu,
         "bf16": models.has_native_bf16() if gpu else models.cpu_dtype(args) == "bfloat16",
         "fp16": gpu and not models.has_native_bf16(),
         "activation_checkpointing": gpu if checkpointing is None else checkpointing,
     }
+
+
+def _may_skip_parameters(config: Any) -> bool:
+    """Whether a forward pass may leave out trained parameters: those of experts, or those of a part for images.
+
+    If not, DDP need not search for them, which would cost a pass through the graph in every micro-batch, and a warning.
+    """
+    text = config.get_text_config()
+    return text is not config or any("expert" in name and value for name, value in text.to_dict().items())

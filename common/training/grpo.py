@@ -186,7 +186,7 @@ def build_trainer(
         cpu_dtype=models.cpu_dtype(args),
         model=base,
         reward_funcs=[reward],
-        args=grpo_config(args),
+        args=grpo_config(args, base.config),
         train_dataset=Dataset.from_list([planner_row(item, args, fold) for item in questions]),
         processing_class=tokenizer,
         peft_config=models.lora_config(args, base),
@@ -231,8 +231,8 @@ def planner_row(item: Question, args: TrainingArgs, fold_system: bool) -> dict[s
     return {"prompt": prompt, "question": item.question, "answer": item.answer}
 
 
-def grpo_config(args: TrainingArgs) -> GRPOConfig:
-    """The settings of TRL's trainer for a run."""
+def grpo_config(args: TrainingArgs, base: Any) -> GRPOConfig:
+    """The settings of TRL's trainer for a run. `base` is the base model's config."""
     return GRPOConfig(
         output_dir=args.output_dir,
         learning_rate=args.lr,
@@ -260,7 +260,7 @@ def grpo_config(args: TrainingArgs) -> GRPOConfig:
         report_to=[],
         disable_tqdm=True,
         ddp_timeout=PATIENCE_SECONDS,
-        **device_options(args),
+        **device_options(args, base),
     )
 
 

@@ -70,7 +70,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
         say(f"{longer} of {len(training)} rows are longer than --max-seq-len {args.max_seq_len} and are cut at the end")
     trainer = SFTTrainer(
         model=base,
-        args=sft_config(args),
+        args=sft_config(args, base.config),
         train_dataset=training,
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -112,7 +112,8 @@ def _run(
     """Train, save, and say what the result is; see `train`. `facts` are further entries of `training_config.json`."""
     output_dir, four_bit = Path(args.output_dir), models.use_4bit(args)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.accelerator.is_main_process:
+    main_process = trainer.accelerator.is_main_process
+    if main_process:
         start_records(
             args,
             checkpoint,
@@ -123,19 +124,21 @@ def _run(
             dtype=str(model.get_base_model().dtype),
             frozen_worker=frozen.record(),
         )
-        if args.wandb:
-            add_wandb(args, trainer, resumes=checkpoint is not None)
-
-    with callbacks.StopOnSignal() as stopper:
-        trainer.add_callback(stopper)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stopper.received is not None:
-        return callbacks.stopped_early("dummy_planner.py", stopper.received, trainer.state, output_dir)
-    # The trainer evaluates after its last step, but not if the run was resumed at that step.
-    done = [record for record in trainer.state.log_history if "eval_loss" in record]
-    final = done[-1] if done and done[-1]["step"] == trainer.state.global_step else trainer.evaluate()
+    wandb_callback = add_wandb(args, trainer, resumes=checkpoint is not None) if main_process and args.wandb else None
+    try:
+        with callbacks.StopOnSignal() as stopper:
+            trainer.add_callback(stopper)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if stopper.received is not None:
+            return callbacks.stopped_early("dummy_planner.py", stopper.received, trainer.state, output_dir)
+        # The trainer evaluates after its last step, but not if the run was resumed at that step.
+        done = [record for record in trainer.state.log_history if "eval_loss" in record]
+        final = done[-1] if done and done[-1]["step"] == trainer.state.global_step else trainer.evaluate()
+    finally:
+        if wandb_callback is not None:
+            wandb_callback.close()
     frozen.measure(model, step=trainer.state.global_step, adapter_path=args.adapter_path)
-    if trainer.accelerator.is_main_process:
+    if main_process:
         add_to_record(output_dir, frozen_worker=frozen.record())
         save_adapter(model, tokenizer, output_dir)
         plot_loss_curves(output_dir / "metrics.jsonl", output_dir / "training_curves.png")
@@ -157,8 +160,11 @@ def _run(
     return 0
 
 
-def sft_config(args: SupervisedArgs) -> SFTConfig:
-    """The settings of TRL's trainer for a run. The rows contain labels, so the loss is on the completion only."""
+def sft_config(args: SupervisedArgs, base: Any) -> SFTConfig:
+    """The settings of TRL's trainer for a run; `base` is the base model's config.
+
+    The rows contain labels, so the loss is on the completion only.
+    """
     return SFTConfig(
         output_dir=args.output_dir,
         learning_rate=args.lr,
@@ -177,7 +183,7 @@ def sft_config(args: SupervisedArgs) -> SFTConfig:
         save_total_limit=args.save_total_limit,
         report_to=[],
         disable_tqdm=True,
-        **device_options(args),
+        **device_options(args, base),
     )
 
 

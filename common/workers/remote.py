@@ -12,6 +12,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 from common.cli import say
@@ -19,6 +20,7 @@ from common.errors import UserError
 from common.generation import Generation, WorkerStats
 from common.processes.ranks import is_first
 from common.prompts import Message
+from common.runs.files import check_writable
 from common.servers.client import TRAINING_CONCURRENCY, TRAINING_RETRIES, Endpoint, Server, ServerError
 from common.servers.instructions import fold_if_dropped
 from common.servers.model_list import adapter_of, base_model
@@ -211,6 +213,8 @@ def check_worker(args: TrainingArgs) -> None:
     if not is_first():
         return  # once is enough; a process that stops ends the others
     if args.worker_url is None:
+        if args.vllm_adapter_dir is not None:
+            check_writable(Path(args.vllm_adapter_dir), "--vllm-adapter-dir")
         servers = vllm_servers(args, retries=0)
         for server in servers:
             server.contact()

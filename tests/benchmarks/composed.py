@@ -7,11 +7,14 @@ The arms, all with the `worked` prompts, greedy:
 
     direct-single     the whole question, after two solved single problems
     direct-composed   the whole question, after two solved composed ones: the fair baseline
+    direct-votes      the majority of --votes answers like those: the greedy one, and samples
     by-hand           split into the problems' own texts, each solved without the question, then combined
     by-reference      split into "What is the answer to (A)?", …, each with the question, then combined
 
-Where by-hand is not well above direct-composed, no planner can learn to split. With --out each answer is a line as
-soon as its batch is done, and the same command goes on where it was stopped.
+Where by-hand is not well above direct-composed, no planner can learn to split. A planner would also have to write the
+plan: the column "with plan" counts the worker's tokens and those of the plan in JSON. With --out each answer is a line
+as soon as its batch is done, and the same command goes on where it was stopped. With --server-url an OpenAI-compatible
+server answers instead of a local model.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from common import prompts
 from common.cli import run, say
 from common.errors import UserError
 from common.evaluation.fingerprint import digest, worker_prompts
+from common.evaluation.scoreboard import VOTE_TEMPERATURE, Answerer, run_direct, run_vote
 from common.grading import extract_prediction, parse_gold
 from common.pipeline import PipelineExecutor, PipelineItem
 from common.plans import Plan
@@ -34,10 +38,13 @@ from common.problems.questions import Question, fingerprint, load_questions
 from common.reports.jsonl import append_jsonl, read_jsonl
 from common.reports.tables import format_table
 from common.settings.grpo import PACKAGED_MODEL
+from common.workers.base import Worker
 
 STYLE = "worked"
-SINGLE, COMPOSED, BY_HAND, BY_REFERENCE = "direct-single", "direct-composed", "by-hand", "by-reference"
-ARMS = (SINGLE, COMPOSED, BY_HAND, BY_REFERENCE)
+CONTEXTS = ("none", "question")
+SINGLE, COMPOSED, VOTES = "direct-single", "direct-composed", "direct-votes"
+BY_HAND, BY_REFERENCE = "by-hand", "by-reference"
+ARMS = (SINGLE, COMPOSED, VOTES, BY_HAND, BY_REFERENCE)
 Record = dict[str, Any]
 Arm = Callable[[Sequence[Question]], list[Record]]
 
@@ -57,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = f"{PREFIX}{options.source}?parts={options.parts}{steps}{kind}"
     questions = load_questions(source, limit=options.questions, split=options.split, seed=options.seed)
     settings = {"model": options.model, "max_tokens": options.max_tokens, "cpu_dtype": options.cpu_dtype}
+    settings |= {"server": options.server_url is not None, "votes": options.votes}
     settings["prompts"] = digest([worker_prompts(STYLE, context) for context in ("none", "question")])
     records = answered(options.out, questions, settings)
     missing = [arm for arm in arms if any((arm, item.question) not in records for item in questions)]
@@ -71,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         append_jsonl(options.out, {"arm": arm, **record, **settings})
                 done = len(questions) - len(left) + min(start + options.batch, len(left))
                 say(f"{arm}: {done} of {len(questions)}")
-    print(f"{source}, {len(questions)} questions ({fingerprint(questions)}), {options.model}, {options.cpu_dtype}")
+    dtype = "on a server" if options.server_url else options.cpu_dtype
+    print(f"{source}, {len(questions)} questions ({fingerprint(questions)}), {options.model}, {dtype}")
     print(table({arm: [records[arm, item.question] for item in questions] for arm in arms}))
     return 0
 
@@ -87,10 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-steps", type=int, help="of a problem's solution, at most")
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--votes", type=int, default=3, help="answers of direct-votes (default: 3)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=320, help="of one answer")
     parser.add_argument("--batch", type=int, default=20, help="questions answered together")
     parser.add_argument("--cpu-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--server-url", help="server of the same model, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--server-model", help="name of the base model there, if it has several")
     parser.add_argument("--out", type=Path, help="JSONL file of the answers, to go on from")
     return parser
 
@@ -116,29 +128,12 @@ def answered(path: Path | None, questions: Sequence[Question], settings: Record)
 
 def load_arms(options: argparse.Namespace) -> dict[str, Arm]:
     """Functions that answer a batch of questions, one per arm. One worker sees a part alone, the other the question."""
-    import torch
-
     from common import models
-    from common.settings.grpo import TrainingArgs
-    from common.training.device import quiet_libraries, tune_for_cpu
-    from common.workers.local import FrozenWorker
 
-    quiet_libraries(debug=False)
-    tune_for_cpu()
-    torch.set_grad_enabled(False)
     tokenizer = models.load_tokenizer(options.model)
-    model = models.load_base(options.model, four_bit=False).eval()
-    dtype = models.cpu_dtype(TrainingArgs(cpu_dtype=options.cpu_dtype, use_4bit=False))
-
-    def worker(context: str) -> FrozenWorker:
-        return FrozenWorker(
-            model, tokenizer, style=STYLE, context=context, max_tokens=options.max_tokens, cpu_dtype=dtype
-        )
-
+    (nothing, everything), sampler = _served(options) if options.server_url else _local(options, tokenizer)
     # A plan written by hand is valid even if one of its problems is long.
-    alone, shown = (
-        PipelineExecutor(worker(context), None, max_subproblem_chars=10_000) for context in ("none", "question")
-    )
+    alone, shown = (PipelineExecutor(each, None, max_subproblem_chars=10_000) for each in (nothing, everything))
 
     def single(batch: Sequence[Question]) -> list[Record]:
         asked = [prompts.direct_messages(item.question, STYLE, like_question=False) for item in batch]
@@ -149,9 +144,22 @@ def load_arms(options: argparse.Namespace) -> dict[str, Arm]:
             found.append(_record(item, right, answer.tokens, answer.text, [], [], answer.error))
         return found
 
+    def votes(batch: Sequence[Question]) -> list[Record]:
+        row = run_vote(batch, run_direct(batch, alone), sampler, STYLE, options.votes)
+        return [
+            _record(item, vote["correct"], vote["total_tokens"], vote["answer"], list(vote["votes"]), [], vote["error"])
+            for item, vote in zip(batch, row.records, strict=True)
+        ]
+
     def planned(executor: PipelineExecutor, plan: Callable[[Question], Plan]) -> Arm:
         def solve(batch: Sequence[Question]) -> list[Record]:
-            items = [PipelineItem(plan(item).to_json(), item.question, item.answer) for item in batch]
+            written = [plan(item).to_json() for item in batch]
+            # One more token for the end of the completion.
+            lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) + 1 for text in written]
+            items = [
+                PipelineItem(text, item.question, item.answer, length)
+                for text, item, length in zip(written, batch, lengths, strict=True)
+            ]
             found = []
             for item, result in zip(batch, executor.execute_batch(items), strict=True):
                 solutions = [solution.text for solution in result.solutions]
@@ -160,7 +168,8 @@ def load_arms(options: argparse.Namespace) -> dict[str, Arm]:
                     for part, solution in zip(item.parts, result.solutions, strict=False)
                 ]
                 final = None if result.final is None else result.final.text
-                found.append(_record(item, result.correct, result.worker_tokens, final, solutions, parts, result.error))
+                record = _record(item, result.correct, result.worker_tokens, final, solutions, parts, result.error)
+                found.append({**record, "plan_tokens": result.item.planner_tokens})
             return found
 
         return solve
@@ -168,9 +177,47 @@ def load_arms(options: argparse.Namespace) -> dict[str, Arm]:
     return {
         SINGLE: single,
         COMPOSED: planned(alone, lambda item: Plan(False, ())),
+        VOTES: votes,
         BY_HAND: planned(alone, by_hand),
         BY_REFERENCE: planned(shown, lambda item: Plan(True, tuple(map(by_reference, LETTERS[: len(item.parts)])))),
     }
+
+
+def _local(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Worker], Answerer]:
+    """The workers that see a part alone and with its question, and the model that samples votes, in this process."""
+    import torch
+
+    from common import models
+    from common.settings.grpo import TrainingArgs
+    from common.training.device import quiet_libraries, tune_for_cpu
+    from common.workers.local import FrozenWorker, LocalModel
+
+    quiet_libraries(debug=False)
+    tune_for_cpu()
+    torch.set_grad_enabled(False)
+    model = models.load_base(options.model, four_bit=False).eval()
+    dtype = models.cpu_dtype(TrainingArgs(cpu_dtype=options.cpu_dtype, use_4bit=False))
+    limits = {"max_tokens": options.max_tokens, "cpu_dtype": dtype}
+    workers: list[Worker] = [
+        FrozenWorker(model, tokenizer, style=STYLE, context=context, **limits) for context in CONTEXTS
+    ]
+    sampler = LocalModel(model, tokenizer, adapter=False, temperature=VOTE_TEMPERATURE, seed=options.seed, **limits)
+    return workers, sampler.generate
+
+
+def _served(options: argparse.Namespace) -> tuple[list[Worker], Answerer]:
+    """The same on a server."""
+    from common.servers.client import Endpoint, Server
+    from common.servers.model_list import base_model
+    from common.workers.remote import ServerWorker
+
+    # A slow server first reads the prompts of a whole batch, and only then answers.
+    server = Server(Endpoint(options.server_url, timeout=1800.0, flag="--server-url"))
+    name = base_model(server.run(server.models()), options.server_model, flag="--server-model").name
+    workers = [
+        ServerWorker(server, name, style=STYLE, context=context, max_tokens=options.max_tokens) for context in CONTEXTS
+    ]
+    return list(workers), workers[0].sampler(VOTE_TEMPERATURE, options.seed).generate
 
 
 def by_hand(item: Question) -> Plan:
@@ -206,6 +253,7 @@ def table(records: dict[str, list[Record]]) -> str:
         low, high = wilson_interval(sum(right), len(right))
         parts = [part for record in found for part in record["parts_right"]]
         tokens = [record["tokens"] for record in found if record["error"] is None]
+        plans = [record["plan_tokens"] for record in found if record["error"] is None and "plan_tokens" in record]
         mine, theirs, p = mcnemar_exact(right, [record["correct"] for record in records[baseline]])
         rows.append(
             {
@@ -214,6 +262,7 @@ def table(records: dict[str, list[Record]]) -> str:
                 "accuracy": f"{100 * sum(right) / len(right):.0f}%",
                 "95%": f"{100 * low:.0f}-{100 * high:.0f}",
                 "tokens": f"{sum(tokens) / max(1, len(tokens)):.0f}",
+                "with plan": f"{(sum(tokens) + sum(plans)) / len(tokens):.0f}" if plans else "-",
                 "parts right": f"{100 * sum(parts) / len(parts):.0f}%" if parts else "-",
                 f"against {baseline}": "-" if arm == baseline else f"{mine} : {theirs}, p = {p:.2g}",
                 "failed": str(len(found) - len(tokens)),

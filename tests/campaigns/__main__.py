@@ -41,11 +41,13 @@ def main() -> int:
         "input": inputs.campaign,
         "soak": soak.campaign,
     }
-    if options.name != "secrets":
-        campaigns[options.name](stage, only=options.only)
-    for shown in shown_keys(stage.folder):
-        stage.fails(f"secrets: {shown}")
-    print(f"{options.name}: {stage.report()}", flush=True)
+    try:
+        if options.name != "secrets":
+            campaigns[options.name](stage, only=options.only)
+        for shown in shown_keys(stage.folder):
+            stage.fails(f"secrets: {shown}")
+    finally:  # what was counted so far, also after an error of the campaign itself
+        print(f"{options.name}: {stage.report()}", flush=True)
     return 1 if stage.findings else 0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import re
@@ -34,7 +35,7 @@ PRELOADED = (
     "trl.trainer.grpo_trainer", "trl.trainer.sft_trainer", "sentence_transformers", "matplotlib.pyplot",
     "matplotlib.backends.backend_agg", "openai", "httpx", "huggingface_hub", "tqdm", "scipy.stats",
 )  # fmt: skip
-SECONDS = 240  # longer than any run of a campaign takes on a busy core
+SECONDS = 900  # longer than any run of a campaign takes on a busy core
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class Run:
     _forks: Forks
     codes: dict[int, int] = field(default_factory=dict)
 
-    def kill(self, which: Sequence[int] | None = None) -> None:
-        """Send SIGKILL to the processes and to all processes that they started."""
+    def kill(self, number: int = signal.SIGKILL, which: Sequence[int] | None = None) -> None:
+        """Send a signal to the processes and to all processes that they started."""
         for pid in self.pids if which is None else which:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+                os.killpg(pid, number)
 
     def wait(self, seconds: float = SECONDS) -> int:
         """Wait for the end. Returns the first exit code that is not 0, else 0; negative for a signal.
@@ -85,6 +86,8 @@ class Run:
             reply = self._forks.reply(deadline - time.monotonic())
             if reply is None:
                 self.kill()
+                if not self.ended(60):
+                    raise RuntimeError(f"a killed run does not end: {self.tail()}")
                 raise TimeoutError(f"a run took more than {seconds:.0f} s: {self.tail()}")
             self.codes[reply["pid"]] = reply["code"]
         return next((self.codes[pid] for pid in self.pids if self.codes[pid] != 0), 0)
@@ -105,7 +108,7 @@ class Run:
 
     def tail(self) -> str:
         """The end of the printed text."""
-        return self.text()[-1500:]
+        return self.text()[-2500:]
 
     def left(self) -> list[int]:
         """Processes of the run's sessions that are still alive."""
@@ -125,18 +128,20 @@ class Forks:
     Args:
         logs: folder for the printed texts of the runs.
         env: additional environment variables of all runs.
+        wandb: whether runs may import wandb; else it is missing, as with --no-wandb. TRL looks for it when imported.
     """
 
-    def __init__(self, logs: Path, env: dict[str, str]) -> None:
+    def __init__(self, logs: Path, env: dict[str, str], wandb: bool = False) -> None:
         self._logs = logs
         self._env = env
+        self._first = ("wandb",) if wandb else ()
         self._number = 0
         self._read = b""
         logs.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Forks:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), *PRELOADED], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, str(Path(__file__)), *self._first, *PRELOADED], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, **self._env},
         )  # fmt: skip
         ready = self.reply(SECONDS)
@@ -159,6 +164,7 @@ class Forks:
         limits: dict[str, int] | None = None,
         clock: float = 0.0,
         privileged: bool = True,
+        group: Path | None = None,
         ranks: int = 1,
     ) -> Run:
         """Fork a run of a script.
@@ -172,6 +178,7 @@ class Forks:
                 that the imports already use.
             clock: seconds by which `time.time` is set back during the run.
             privileged: whether root may write files that permissions protect.
+            group: `cgroup.procs` of the cgroup that it joins.
             ranks: number of processes. They find each other as under `torchrun`.
         """
         self._number += 1
@@ -189,6 +196,7 @@ class Forks:
             order = {
                 "script": script, "flags": flags, "env": {**(env or {}), **own}, "printed": str(printed),
                 "limits": limits or {}, "clock": clock, "privileged": privileged, "trigger": armed,
+                "group": None if group is None else str(group),
             }  # fmt: skip
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
@@ -220,14 +228,18 @@ class Forks:
 
 def serve() -> None:
     """Fork a run for every order on stdin. Report every start and end on stdout."""
+    import gc
     import importlib
 
     orders, replies = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # texts that libraries print during import must not mix with the replies
-    sys.modules["wandb"] = None  # type: ignore[assignment]  # as --no-wandb has it; TRL would import it
+    if "wandb" not in sys.argv:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else every run's collections go through all imported objects, and copy their pages
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -286,10 +298,14 @@ def _run(order: dict[str, Any]) -> None:
         kind = getattr(resource, name)
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(kind, (value + (held if name == "RLIMIT_AS" else 0), resource.getrlimit(kind)[1]))
+    if order["group"] is not None:
+        Path(order["group"]).write_text(str(os.getpid()))
     if order["clock"]:
         _set_back(order["clock"])
     if not order["privileged"]:
         _obey_permissions()
+    # Where a run hangs is then in its printed text, before it is given up.
+    faulthandler.dump_traceback_later(0.8 * SECONDS)
     path = ROOT / order["script"]
     sys.argv = [str(path), *order["flags"]]
     sys.path[0] = str(ROOT)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,12 @@ from common.reports.jsonl import read_jsonl
 from common.runs.adapters import safetensors_problem
 from common.runs.checkpoints import checkpoint_step, complete_checkpoints
 
-from .forks import Forks, Run, Trigger
+from .forks import SECONDS, Forks, Run, Trigger
 from .stage import PER_STEP, PLANTED, SAVE_STEPS, Stage, digest
 
 MOST = 10  # largest number of kills of one run
 ROOMS = (0, 10, 2_000, 40_000, 150_000, 400_000, 2_000_000)
+TORCHRUN_SECONDS = 30  # from torchrun's SIGTERM to its SIGKILL
 TIMELESS = (
     "step",
     "reward",
@@ -80,8 +82,14 @@ def campaign(stage: Stage, kills: int | None = None, only: str = "") -> None:
     place = stage.folder / "kill"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    with slow_server() as url, Forks(place / "logs", PLANTED) as forks:
-        everyone = list(all_subjects(stage, place, url))
+    from . import served
+
+    with (
+        slow_server() as url,
+        Forks(place / "logs", PLANTED) as forks,
+        served.all_subjects(stage, place) as on_vllm,
+    ):
+        everyone = [*all_subjects(stage, place, url), *on_vllm]
         subjects = [subject for subject in everyone if re.search(only, subject.name)]
         while stage.time_left() and (kills is None or stage.counts["kills"] < kills):
             (subject,) = stage.dice.choices(subjects, [each.weight for each in subjects])
@@ -102,6 +110,7 @@ def reference(stage: Stage, forks: Forks, place: Path, subject: Subject) -> None
     """Run a subject without a kill. Store its outcome, its duration and its changes."""
     folder = place / f"reference-{subject.name.replace(' ', '-')}"
     subject.prepare(folder)
+    subject.first(folder)  # makes the model and the questions, which is no part of the run's time
     log = place / f"changes-{folder.name}"
     started = time.monotonic()
     run = forks.start(subject.script, *subject.first(folder), trigger=Trigger(folder, log=log), ranks=subject.ranks)
@@ -124,13 +133,28 @@ def one_life(stage: Stage, forks: Forks, place: Path, subject: Subject, most: in
     subject.prepare(folder)
     found: list[str] = []
     history: list[str] = []
+    try:
+        live(stage, forks, subject, folder, most, found, history)
+    except (AssertionError, TimeoutError, OSError, ValueError, KeyError) as error:
+        found.append(f"{type(error).__name__}: {error}")
+    print(f"{folder.name}: {'; '.join(history)}", flush=True)
+    for problem in found:
+        stage.fails(f"{subject.name}, {folder.name}: {problem}")
+    if not found:
+        shutil.rmtree(folder)
+
+
+def live(
+    stage: Stage, forks: Forks, subject: Subject, folder: Path, most: int, found: list[str], history: list[str]
+) -> None:
+    """One life of a subject in a folder. Append what is wrong to `found`, and each kill to `history`."""
     started = False
     for _ in range(stage.dice.randint(1, max(1, most))):
         how, trigger, moment = aim(stage, subject, folder)
         run = start(forks, subject, folder, started, trigger)
         if moment is not None and not run.ended(moment):
-            run.kill(stage.dice.sample(run.pids, stage.dice.randint(1, len(run.pids))))
-        code = finish(stage, run, found)
+            run.kill(which=stage.dice.sample(run.pids, stage.dice.randint(1, len(run.pids))))
+        code = finish(stage, run)
         started = True
         history.append(f"{how}: {code}")
         if code >= 0:  # the run was already finished, or ended before the moment of the kill
@@ -149,10 +173,6 @@ def one_life(stage: Stage, forks: Forks, place: Path, subject: Subject, most: in
     else:
         found += difference(subject.expected, subject.outcome(folder))
         found += [f"left behind: {path.name}" for path in folder.rglob(".*") if path.name.startswith(".")]
-    for problem in found:
-        stage.fails(f"{subject.name}, {folder.name} ({'; '.join(history)}): {problem}")
-    if not found:
-        shutil.rmtree(folder)
 
 
 def aim(stage: Stage, subject: Subject, folder: Path) -> tuple[str, Trigger | None, float | None]:
@@ -182,16 +202,21 @@ def start(forks: Forks, subject: Subject, folder: Path, started: bool, trigger: 
     told = forks.start(subject.script, *subject.again(folder))
     code = told.wait()
     text = told.text()
-    assert code == 2 and ("start anew with --overwrite" in text or "there is none" in text), f"{code}: {text}"
+    assert code == 2 and ("start anew" in text or "there is none" in text), f"{code}: {text}"
     return forks.start(subject.script, *first, "--overwrite", trigger=trigger, ranks=subject.ranks)
 
 
-def finish(stage: Stage, run: Run, found: list[str]) -> int:
-    """Wait for the end. With several processes, those that were not killed have a minute to notice it and end."""
-    if len(run.pids) > 1 and not run.ended(60):
-        if any(code < 0 for code in run.codes.values()):
-            found.append("a rank goes on a minute after another was killed")
-        run.kill()
+def finish(stage: Stage, run: Run) -> int:
+    """Wait for the end. Where one of several processes fails, do as torchrun: tell the others to end, then kill them."""
+    end = time.monotonic() + SECONDS
+    while len(run.pids) > 1 and not any(run.codes.values()) and time.monotonic() < end:
+        if run.ended(0.5):
+            break
+    if any(run.codes.values()) and not run.ended(0):
+        run.kill(signal.SIGTERM)
+        if not run.ended(TORCHRUN_SECONDS):
+            stage.counts["ranks that had to be killed as another was"] += 1
+            run.kill()
     code = run.wait()
     killed = [number for number in run.codes.values() if number < 0]
     return killed[0] if killed else code

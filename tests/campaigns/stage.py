@@ -49,13 +49,12 @@ class Stage:
     @property
     def model(self) -> Path:
         """The tiny planner. It is trained at the first access, which takes up to a minute."""
-        folder = self.folder / "tiny-planner"
-        if not folder.exists():
-            making = folder.with_name("making")
-            shutil.rmtree(making, ignore_errors=True)
-            teach_planner(making)
-            making.rename(folder)
-        return folder
+        return self._taught("tiny-planner")
+
+    @property
+    def served_model(self) -> Path:
+        """The tiny planner with attention heads that vLLM takes."""
+        return self._taught("served-planner", head_dim=32)
 
     @property
     def questions(self) -> Path:
@@ -96,6 +95,15 @@ class Stage:
         spent = (time.monotonic() - self.started) / 60
         counted = "\n".join(f"  {self.counts[name]:>9,}  {name}" for name in sorted(self.counts))
         return f"{spent:.1f} minutes, seed {self.seed}\n{counted}\n  {len(self.findings):>9,}  findings"
+
+    def _taught(self, name: str, **shape: int) -> Path:
+        folder = self.folder / name
+        if not folder.exists():
+            making = folder.with_name("making")
+            shutil.rmtree(making, ignore_errors=True)
+            teach_planner(making, **shape)
+            making.rename(folder)
+        return folder
 
     def _questions(self, name: str, texts: list[str]) -> Path:
         path = self.folder / name

@@ -29,8 +29,9 @@ def test_kills(stage: Stage) -> None:
 
 
 def test_faults(stage: Stage) -> None:
-    fault.campaign(stage, faults=6, only=r"^(disk full|read-only disk|file handles used up|network.*): (SFT|batch)")
-    assert not stage.findings and stage.counts["faults"] == 6, stage.report()
+    kinds = "disk full|read-only disk|file handles used up|memory limit of a cgroup|network.*"
+    fault.campaign(stage, faults=7, only=f"^({kinds}): (SFT|batch)")
+    assert not stage.findings and stage.counts["faults"] == 7, stage.report()
 
 
 def test_inputs(stage: Stage) -> None:

@@ -123,7 +123,8 @@ def test_a_run_that_does_not_fit_is_told_with_what_to_change():
     assert does_not_fit(args, parts, card) == [], f"{peak(parts, card) / GIB:.1f} GiB"
     plain = Machine(True, "a card", 24 * GIB, 16 * GIB, four_bit=False)
     (line,) = does_not_fit(args, estimate(args, shape, step, plain), plain)
-    assert "a card has 24.0" in line and "16.0 are free" in line and "--4bit" in line
+    assert "a card has 24.0" in line and "16.0 are free" in line and "end other programs, or " in line
+    assert "--4bit" in line
     args.gradient_checkpointing, args.batch_size = False, 16
     (line,) = does_not_fit(args, estimate(args, shape, step, card), card)
     assert "--gradient-checkpointing" in line and "lower --batch-size" in line

@@ -134,6 +134,16 @@ def test_a_finished_merge_is_not_done_again_and_replaced_when_asked(adapter, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+def test_a_kill_while_the_card_is_written_does_not_spoil_the_finished_merge(merged, adapter, tmp_path, capsys):
+    target = tmp_path / "merged"
+    shutil.copytree(merged, target)
+    whole = sorted(path.name for path in target.iterdir())
+    (target / "README.md").rename(target / ".README.md.a1b2c3_4.tmp")  # as `write_text_atomically` names it
+    assert merge(adapter, target, "--max-shard-size", "5MB") == 0
+    assert "holds this merge already" in capsys.readouterr().err
+    assert sorted(path.name for path in target.iterdir()) == whole
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A function that mounts a file system of a given size (bytes) in memory; needs the right to mount."""

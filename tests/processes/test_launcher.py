@@ -48,3 +48,16 @@ def test_a_launcher_is_named_with_its_own_flags(script):
     assert told(*patient, str(script)) == f"{shlex.join([*patient, str(script)])} None"
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     assert told(*accelerate, str(script)) == f"{shlex.join([*accelerate, str(script)])} None"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the launcher is found in /proc")
+def test_accelerate_that_starts_one_process_of_two_is_told(tmp_path):
+    """Otherwise a run would have half the completions a step, and a record of one process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+         str(ROOT / "dummy_planner.py"), "--demo", "--output-dir", str(tmp_path / "run")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("dummy_planner.py: error: ")]
+    assert "accelerate launch --multi_gpu --num_processes N" in line
+    assert done.returncode == 1 and not (tmp_path / "run").exists(), "accelerate's own code for any error"

@@ -108,7 +108,7 @@ def test_labels_are_the_whole_output_and_the_end_after_the_prompt_of_grpo(templa
     data = tokenised(tokenizer, rows, end_token_ids(base, tokenizer))
     trainer = SFTTrainer(
         model=base,
-        args=sft_config(args),
+        args=sft_config(args, base.config),
         train_dataset=data,
         eval_dataset=data,
         processing_class=tokenizer,

@@ -10,6 +10,7 @@ from misbehaving import LoraServer
 from common.errors import UserError
 from common.servers.client import Endpoint, Server
 from common.settings.grpo import TrainingArgs
+from common.workers.remote import check_worker
 from common.workers.rollouts import RunStoppedError, ServedPlanner, check_rollout_server
 
 PROMPTS = [[1, 1], [1, 1], [2, 2], [2, 2], [3, 3], [3, 3]]
@@ -93,3 +94,10 @@ def test_a_server_that_cannot_take_adapters_is_told_before_a_model_is_loaded(two
     with pytest.raises(UserError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1") as caught:
         server.run(check_rollout_server(server, "base", 1.0))
     assert caught.value.exit_code == 2
+
+
+def test_an_adapter_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(two, tmp_path):
+    (tmp_path / "file").write_text("")
+    args = TrainingArgs(vllm_url=two[0].url, vllm_adapter_dir=str(tmp_path / "file" / "adapters"))
+    with pytest.raises(UserError, match=r"--vllm-adapter-dir .* is a file: name a folder"):
+        check_worker(args)
