@@ -167,7 +167,7 @@ def settle(options: argparse.Namespace) -> TrainingArgs:
     if args.worker_url is not None and stored.get("worker_url") is None:
         raise UserError(f"--worker-url: the worker of the run in {output_dir} is no server's: leave the flag out")
     if options.eval_only and not args.eval_samples:
-        raise UserError("--eval-only needs to know how many questions: add --eval-samples 200, say")
+        raise UserError("--eval-only needs to know how many questions: for example --eval-samples 200")
     return args
 
 

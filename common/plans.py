@@ -16,6 +16,11 @@ MAX_SUBPROBLEMS = 8
 MAX_SUBPROBLEM_CHARS = 500
 
 
+def letters_of(text: str) -> str:
+    """The letters and digits of a text in lower case, to compare texts without spaces and punctuation."""
+    return "".join(char for char in text.casefold() if char.isalnum())
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The planner's decision: solve the question directly, or split it into subproblems and combine their solutions.

@@ -15,7 +15,7 @@ from typing import Any
 from common.errors import UserError
 from common.generation import total_stats
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
-from common.plans import near_plan_credit
+from common.plans import letters_of, near_plan_credit
 from common.processes import ranks
 from common.reports.step_clock import StepClock
 from common.settings.grpo import TrainingArgs
@@ -261,12 +261,8 @@ def _distinct_share(by_question: dict[str, set[Any]]) -> float | None:
 def _repeats_question(result: PipelineResult) -> bool:
     """Whether a subproblem contains the whole question, ignoring case, spaces and punctuation."""
     assert result.plan is not None
-    question = _letters(result.item.question)
-    return any(question in _letters(part) for part in result.plan.subproblems)
-
-
-def _letters(text: str) -> str:
-    return "".join(char for char in text.casefold() if char.isalnum())
+    question = letters_of(result.item.question)
+    return any(question in letters_of(part) for part in result.plan.subproblems)
 
 
 def sample_record(step: int, result: PipelineResult, reward: float | None, weights: RewardWeights) -> dict[str, Any]:

@@ -182,7 +182,7 @@ class Scoring:
         if reason is not None:
             say(f"  {name}: the earlier row is not used again, it was {reason}")
             return None
-        say(f"  {name}: as in {RECORDS} (--overwrite: anew)")
+        say(f"  {name}: as in {RECORDS} (--overwrite makes it again)")
         return earlier
 
     def _fingerprints(self, held_out: list[Question]) -> RunFingerprints:

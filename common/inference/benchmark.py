@@ -106,7 +106,7 @@ def benchmark(session: Session, temperature: float, output: Path | None) -> int:
             shares = plan_shares([{"plan_state": session.plan_state(plan)} for plan in written])
             print(f"plans of the {row.name}: {shares}{', asked for by JSON schema' if schema else ''}")
     if output is not None:
-        with storage.explained(output, lambda: "the table above is all there is of this benchmark"):
+        with storage.explained(output, lambda: "the results are not saved: only the table above is left"):
             save_scoreboard([row for row, _ in rows], output)
     alone = summary.get("composed", {}).get("parts_alone") or {"errors": 0}
     return 1 if alone["errors"] or any(row["errors"] for row in summary["rows"].values()) else 0
@@ -162,7 +162,7 @@ def _check_direct(direct: Row, worker: ServerModel) -> None:
         raise UserError(_all_failed(worker.model, direct.records[0]["error"]), exit_code=1)
     if all(record["total_tokens"] is None for record in answered):
         raise UserError(
-            f"{worker.server.endpoint.url} tells no token counts, so there is no fair scoreboard: direct "
+            f"{worker.server.endpoint.url} reports no token counts, so there is no fair scoreboard: direct "
             "solving would have to get the tokens that the planner costs: benchmark on another server, such as vLLM",
             exit_code=1,
         )

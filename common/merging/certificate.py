@@ -395,6 +395,6 @@ def finished_merge(folder: Path, inputs: dict[str, Any], *, overwrite: bool) -> 
     if report["files"] != file_hashes(folder):
         raise UserError(
             f"--local-save-path {folder} holds this merge, but its files were changed since they were certified: "
-            "merge anew with --overwrite"
+            "merge again with --overwrite"
         )
     return report

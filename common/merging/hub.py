@@ -215,7 +215,7 @@ def explain(error: BaseException, repo: str, endpoint: str) -> str:
     said = _reason(error)
     detail = f" ({secrets.redact(said)})" if said else ""
     known = {
-        400: f"the Hub refuses what was sent{detail}: mend it (--model-card for the card's metadata) and try again",
+        400: f"the Hub refuses what was sent{detail}: correct it (--model-card for the card's metadata) and try again",
         401: f"the Hub does not accept the token{detail}: check HF_TOKEN or --token, or run `hf auth login`",
         403: f"the token may not write to {repo}{detail}: use one with write permission, or another --repo-name",
         404: f"the Hub does not know {repo}, or hides it from this token{detail}: check --repo-name and the token",

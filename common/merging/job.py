@@ -141,9 +141,9 @@ def check_fit(config: Any, adapter: Path, base: str) -> tuple[int, int | None]:
             found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
             broken = next((n for n in found if not torch.isfinite(tensors.get_tensor(n)).all()), None)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({models.first_line(error)}): save the adapter anew") from error
+        raise UserError(f"{path} cannot be read ({models.first_line(error)}): save the adapter again") from error
     if broken is not None:
-        raise UserError(f"{path} is damaged: {broken} holds NaN or infinite values: save the adapter anew")
+        raise UserError(f"{path} is damaged: {broken} holds NaN or infinite values: save the adapter again")
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
         rows = _added_rows(empty, found)
@@ -179,7 +179,7 @@ def check_fit(config: Any, adapter: Path, base: str) -> tuple[int, int | None]:
             raise UserError(
                 f"the adapter in {adapter} does not fit {base}: it {what} {len(names)} tensors "
                 f"{'that its config promises' if what == 'lacks' else 'that the base has no place for'}, such as "
-                f"{example}: {remedy}, or save the adapter anew"
+                f"{example}: {remedy}, or save the adapter again"
             )
     return count, rows
 

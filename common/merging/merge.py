@@ -257,7 +257,7 @@ def _explained_failures(job: Job) -> Iterator[None]:
         ) from error
     except ValueError as error:
         raise UserError(
-            f"the adapter in {job.adapter} cannot be merged ({models.first_line(error)}): train it anew"
+            f"the adapter in {job.adapter} cannot be merged ({models.first_line(error)}): train it again"
             + (", or try --dtype float32" if job.dtype != torch.float32 else ""),
             exit_code=1,
         ) from error

@@ -43,7 +43,7 @@ def read_card(path: str) -> ModelCard:
         values = (yaml.safe_load(block.group(2)) if block else None) or {}
     except (OSError, UnicodeDecodeError, ValueError, TypeError, yaml.YAMLError) as error:
         first = " ".join(str(error).split())[:200]
-        raise UserError(f"--model-card {path} is no valid model card ({first}): mend its metadata block") from error
+        raise UserError(f"--model-card {path} is not a valid model card ({first}): correct its metadata") from error
     wrong = [key for key in _LISTS if key in values and not _texts(values[key])]
     wrong += [
         key for key in (*LICENSE_KEYS, "library_name", "pipeline_tag") if not isinstance(values.get(key, ""), str)

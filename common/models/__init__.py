@@ -5,7 +5,6 @@ The rest of the project uses the names in this module, and `common.models.chat_d
 
 from common.models.loading import check_base_model as check_base_model
 from common.models.loading import explained as explained
-from common.models.loading import first_line as first_line
 from common.models.loading import load_base as load_base
 from common.models.loading import load_sentence_encoder as load_sentence_encoder
 from common.models.loading import load_tokenizer as load_tokenizer
@@ -25,3 +24,4 @@ from common.models.precision import multiplies_bf16 as multiplies_bf16
 from common.models.precision import quantised_on as quantised_on
 from common.models.precision import train_in_fp32 as train_in_fp32
 from common.models.precision import use_4bit as use_4bit
+from common.settings.secrets import first_line as first_line

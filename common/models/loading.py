@@ -16,7 +16,7 @@ from common.models.packaged import packaged_encoder, resolve_model
 from common.models.precision import has_native_bf16
 from common.prompts import PLAIN_CHAT_TEMPLATE
 from common.settings.grpo import PACKAGED_MODEL
-from common.settings.secrets import hub_token, redact
+from common.settings.secrets import first_line, hub_token
 
 
 def quiet_transformers() -> None:
@@ -160,12 +160,6 @@ def explained(name: str) -> Iterator[None]:
             f"--base-model {PACKAGED_MODEL}",
             exit_code=1,
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line: its type and the first 160 characters of its message, without secrets."""
-    lines = redact(str(error)).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
 def check_base_model(base_model: str) -> None:

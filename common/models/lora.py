@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from common.errors import UserError
-from common.models.loading import explained, first_line
+from common.models.loading import explained
 from common.models.precision import LoraSettings
+from common.settings.secrets import first_line
 
 
 def lora_config(args: LoraSettings, model: Any) -> Any:

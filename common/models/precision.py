@@ -61,7 +61,7 @@ def cpu_dtype(args: LoraSettings) -> Literal["auto", "float32", "bfloat16"]:
     if args.cpu_dtype == "bfloat16" and not native:
         raise UserError(
             "--cpu-dtype bfloat16: this processor has no instructions for it (AVX512-BF16 or AMX), which makes it "
-            "slower than fp32: use --cpu-dtype float32, or go on where the run began"
+            "slower than fp32: use --cpu-dtype float32, or resume on the machine where the run began"
         )
     return "bfloat16" if native and not four_bit else "float32"
 

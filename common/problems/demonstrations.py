@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 
-from common.plans import MAX_SUBPROBLEM_CHARS, Plan
+from common.plans import MAX_SUBPROBLEM_CHARS, Plan, letters_of
 from common.problems import composed, generated
 from common.problems.questions import Question
 
@@ -41,7 +41,7 @@ def socratic_plan(item: Question, draw: random.Random) -> Plan | None:
         return Plan(False, ())
     lines = [line for line in item.answer.split("\n") if _MARKER in line]
     asked = (re.sub(r"\s+", " ", line.split(_MARKER, 1)[0]).strip() for line in lines)
-    distinct = {_letters(text): text for text in asked if text.endswith("?")}
+    distinct = {letters_of(text): text for text in asked if text.endswith("?")}
     parts = tuple(distinct.values())
     if len(parts) < 2:
         return None
@@ -98,7 +98,3 @@ def demonstrations(items: Iterable[Question], seed: int) -> Iterator[tuple[Quest
             plan = socratic_plan(item, draw) if _MARKER in item.answer else generated.demonstrate(item.question, draw)
         if plan is not None:
             yield item, plan
-
-
-def _letters(text: str) -> str:
-    return "".join(char for char in text.casefold() if char.isalnum())

@@ -17,12 +17,13 @@ from urllib.parse import parse_qsl
 
 from common.cli import say
 from common.errors import UserError
+from common.plans import letters_of
 from common.problems import composed, generated
 from common.problems.files import SUFFIXES, as_question, data_files, read_records, split_files
 from common.problems.files import Question as Question
 from common.processes.ranks import world_size
 from common.settings.grpo import TrainingArgs
-from common.settings.secrets import hub_token
+from common.settings.secrets import first_line, hub_token
 
 GENERATOR_PREFIX = "reasoning-gym:"
 
@@ -185,12 +186,8 @@ def check_disjoint(training: Iterable[str], held_out: Iterable[str]) -> None:
     Raises:
         UserError: with the number of shared questions, and one example.
     """
-
-    def letters(text: str) -> str:
-        return "".join(char for char in text.casefold() if char.isalnum())
-
-    known = {letters(text) for text in training}
-    shared = [text for text in held_out if letters(text) in known]
+    known = {letters_of(text) for text in training}
+    shared = [text for text in held_out if letters_of(text) in known]
     if shared:
         raise UserError(
             f"{len(shared)} held-out questions are in the training set too, such as {shared[0][:80]!r}: "
@@ -257,7 +254,7 @@ def _read_hub(dataset: str, config: str | None, split: str) -> list[Question]:
         table = datasets.load_dataset(dataset, config, split=split)
     except Exception as error:
         raise UserError(
-            f"data set {dataset!r} could not be loaded from the Hub ({_first_line(error)}): check its name and the "
+            f"data set {dataset!r} could not be loaded from the Hub ({first_line(error)}): check its name and the "
             "network (HF_TOKEN for a gated one), or pass a local file with --dataset FILE.jsonl",
             exit_code=1,
         ) from error
@@ -324,11 +321,6 @@ def _reasoning_gym(dataset: str, draws: int, seed: int) -> Iterator[tuple[str, s
     try:
         source = reasoning_gym.create_dataset(task, **{"seed": seed, **options, "size": draws})
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"--dataset {dataset}: {task} refuses these options: {_first_line(error)}") from error
+        raise UserError(f"--dataset {dataset}: {task} refuses these options: {first_line(error)}") from error
     for item in source:
         yield item["question"], f"#### {item['answer']}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

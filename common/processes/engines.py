@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.errors import UserError
 
-_WHOLE = "worker, adapter files and --vllm-url's versions are made from whole weights here"
+_WHOLE = "worker, adapter files and --vllm-url's versions need all weights in one process"
 
 
 def check_engine() -> None:

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from common.errors import UserError
 from common.runs.files import naming, temporary_beside
@@ -142,6 +142,11 @@ def _json_ready(value: Any) -> Any:
     return str(value)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value read from JSON is a number; true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether a value is a number that can be drawn: neither infinite nor not a number."""
+    return is_number(value) and math.isfinite(value)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.reports.jsonl import is_number, read_jsonl
+from common.reports.jsonl import is_finite, is_number, read_jsonl
 from common.runs.files import naming, temporary_beside
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def plot_loss_curves(metrics_path: str | os.PathLike[str], png_path: str | os.Pa
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
-        points = [(record["step"], record[key]) for record in records if _is_finite(record.get(key))]
+        points = [(record["step"], record[key]) for record in records if is_finite(record.get(key))]
         if points:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, style, label=f"{label} (last {values[-1]:.3f})")
@@ -164,7 +163,7 @@ def _draw_panel(ax: Axes, panel: _Panel, records: list[dict[str, Any]], window: 
 
     drawn, highest = 0, 0.0
     for curve in panel.curves:
-        points = [(r["step"], r[curve.key]) for r in records if _is_finite(r.get(curve.key))]
+        points = [(r["step"], r[curve.key]) for r in records if is_finite(r.get(curve.key))]
         if not points:
             continue
         drawn += 1
@@ -175,9 +174,9 @@ def _draw_panel(ax: Axes, panel: _Panel, records: list[dict[str, Any]], window: 
             banded = [
                 (step, mean, record[curve.band])
                 for (step, _), mean, record in zip(
-                    points, line, (r for r in records if _is_finite(r.get(curve.key))), strict=True
+                    points, line, (r for r in records if is_finite(r.get(curve.key))), strict=True
                 )
-                if _is_finite(record.get(curve.band))
+                if is_finite(record.get(curve.band))
             ]
             spread = _moving_average([std for _, _, std in banded], window)
             lower = [mean - std for (_, mean, _), std in zip(banded, spread, strict=True)]
@@ -251,11 +250,7 @@ def _draw_panel(ax: Axes, panel: _Panel, records: list[dict[str, Any]], window: 
 
 
 def _recorded(records: list[dict[str, Any]], curve: _Curve) -> bool:
-    return any(_is_finite(record.get(curve.key)) for record in records)
-
-
-def _is_finite(value: object) -> bool:
-    return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
+    return any(is_finite(record.get(curve.key)) for record in records)
 
 
 def _moving_average(values: list[float], window: int) -> list[float]:

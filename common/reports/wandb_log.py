@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from common.reports.jsonl import is_finite
 from common.reports.metrics import step_metrics
 from common.reports.wandb_run import Progress, not_uploaded
 from common.settings.secrets import redact, redact_logs
@@ -188,7 +189,7 @@ class WandbCallback(TrainerCallback):
     def _histogram(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
         import wandb
 
-        rewards = [float(s["reward"]) for s in samples if _is_finite(s.get("reward"))]
+        rewards = [float(s["reward"]) for s in samples if is_finite(s.get("reward"))]
         return {"reward/distribution": wandb.Histogram(rewards)} if rewards else {}
 
     def _examples(
@@ -221,7 +222,7 @@ class WandbCallback(TrainerCallback):
         other = {key: value for key, value in sample.items() if key not in self.COLUMNS}
         return [
             step,
-            float(reward) if reward is not None and _is_finite(reward) else None,
+            float(reward) if reward is not None and is_finite(reward) else None,
             None if correct is None else bool(correct),
             *(_cell(sample.get(name)) for name in self.COLUMNS[3:9]),
             _cell(other) if other else "",
@@ -242,16 +243,12 @@ class WandbCallback(TrainerCallback):
 
 
 def _numbers(logs: Mapping[str, Any]) -> dict[str, float]:
-    return {wandb_name(name): value for name, value in logs.items() if _is_finite(value)}
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return {wandb_name(name): value for name, value in logs.items() if is_finite(value)}
 
 
 def _spread(samples: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
     """Choose `count` samples, evenly from the lowest reward to the highest, so that failures and successes show."""
-    ordered = sorted(samples, key=lambda s: s["reward"] if _is_finite(s.get("reward")) else -math.inf)
+    ordered = sorted(samples, key=lambda s: s["reward"] if is_finite(s.get("reward")) else -math.inf)
     if len(ordered) <= count:
         return ordered
     if count <= 1:

@@ -79,7 +79,7 @@ def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{folder / 'adapter_config.json'} is not valid JSON ({error}): save the adapter anew"
+            f"{folder / 'adapter_config.json'} is not valid JSON ({error}): save the adapter again"
         ) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -89,7 +89,7 @@ def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict
         raise UserError(f"{flag} {adapter_path}: its base_model_name_or_path is {base!r:.60}, no name: save it anew")
     problem = safetensors_problem(folder / "adapter_model.safetensors")
     if problem is not None:
-        raise UserError(f"{flag}: {problem}: copy or save the adapter anew")
+        raise UserError(f"{flag}: {problem}: copy or save the adapter again")
     return config
 
 
@@ -128,7 +128,7 @@ def check_adds_to_base(adapter_path: str) -> None:
     config = read_adapter_config(adapter_path)
     start = config.get("init_lora_weights", True)
     reasons = {
-        f"init_lora_weights {start!r} takes the adapter's start out of the base weights": (
+        f"init_lora_weights {start!r} subtracts the adapter's first update from the base weights": (
             not isinstance(start, bool) and str(start).casefold() not in _KEEPING_STARTS
         ),
         f"bias {config.get('bias')!r} trains biases of the base": config.get("bias", "none") != "none",

@@ -257,7 +257,7 @@ class Server:
             self._told_of_counts = True
             known = self._count_tokens is not None
             outcome = "its answers are counted with the planner's tokenizer" if known else "they are unknown"
-            logger.warning("%s tells no token counts: %s", self.endpoint.url, outcome)
+            logger.warning("%s reports no token counts: %s", self.endpoint.url, outcome)
         if self._count_tokens is None:
             return reply
         tokens = self._count_tokens(reply.written) + reply.generation.finished  # plus the end-of-sequence token
@@ -375,7 +375,7 @@ class Server:
             )
         if status in (408, 409, 429) or status >= 500:
             return ServerError(
-                f"{self._where} is in trouble ({status}: {told}): look at the server's log",
+                f"{self._where} failed ({status}: {told}): look at the server's log",
                 retryable=not about_roles,  # some servers report a template's refusal as 500; it would repeat
                 wait=float(wait) if wait.isascii() and wait.isdigit() else 0.0,
                 rejected=status not in NOT_OF_THE_REQUEST,

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -106,12 +106,9 @@ def stop(server: subprocess.Popen[bytes]) -> None:
             os.killpg(server.pid, number)
         except ProcessLookupError:
             return
-        try:
+        # Also after the server itself has ended, the next signal kills what is left of its process group.
+        with suppress(subprocess.TimeoutExpired):
             server.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-        if number is signal.SIGTERM:
-            continue  # the server has ended; the next signal kills what is left of its process group
 
 
 def server_command(

@@ -115,6 +115,12 @@ def redact(text: str) -> str:
     return "".join([*pieces, text[end:]])
 
 
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type and the first 160 characters of its message, without secrets."""
+    lines = redact(str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
 def redact_logs(folder: Path) -> None:
     """Remove keys from the log files that a library's process wrote below a folder; no error if there are none."""
     for path in folder.rglob("*.log"):

@@ -276,5 +276,5 @@ def _cut(rows: list[Demonstration], seed: int) -> tuple[list[Demonstration], lis
     chosen = set(order[:count])
     training = [row for number, row in enumerate(rows) if number not in chosen]
     if not training:
-        raise UserError(f"one row is too few: a validation row has to be cut off it ({len(rows)} found)")
+        raise UserError(f"at least two rows are needed, one of them to validate on: {len(rows)} found")
     return training, [rows[number] for number in sorted(chosen)]

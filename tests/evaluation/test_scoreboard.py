@@ -105,7 +105,7 @@ def test_failures_are_told_and_left_out_of_the_averages():
     assert (found["errors"], found["planner_failures"], found["worker_failures"]) == (3, 2, 1)
     assert found["correct"] == 0 and found["total_tokens"] == 10 and found["invalid_plan_rate"] == 0
     table = scoreboard_table(summary)
-    assert f"\n{TRAINED}: 2 of 4 questions failed without a plan, 1 in the work\n" in table
+    assert f"\n{TRAINED}: 2 of 4 questions failed without a plan, 1 while the worker solved them\n" in table
     assert "\n  the first: planner: no connection at all\n" in table
     (line,) = [line for line in table.splitlines() if line.startswith("failed, so wrong")]
     assert line.split()[-2:] == ["0", "3"] and max(map(len, table.splitlines())) <= 120

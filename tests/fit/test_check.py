@@ -102,7 +102,7 @@ def test_every_missing_thing_is_a_line_of_its_own(tiny_args, tmp_path):
     for said in (
         "gives 4 questions, one step takes 8",
         "W&B would be offline",
-        "--embedding-model nobody/no-encoder is not here",
+        "--embedding-model nobody/no-encoder is not on this machine",
         "--worker-url",
     ):
         assert sum(said in line for line in lines) == 1, (said, lines)

@@ -28,7 +28,10 @@ def test_a_plan_that_was_never_written_is_an_error_and_not_an_invalid_plan(serve
     board = tmp_path / "board"
     assert ask(server, *FLAGS, "--output", str(board)) == 1
     shown = capsys.readouterr().out
-    assert "trained planner: 1 of 4 questions failed without a plan, 0 in the work\n  the first: planner: " in shown
+    assert (
+        "trained planner: 1 of 4 questions failed without a plan, 0 while the worker solved them\n  the first: planner: "
+        in shown
+    )
     assert "plans of the trained planner: 3 valid (100%)" in shown
     row = json.loads((board / "evaluation.json").read_text())["rows"]["trained planner"]
     assert (row["errors"], row["planner_failures"], row["invalid_plan_rate"]) == (1, 1, 0)

@@ -91,7 +91,7 @@ def test_tokens_are_counted_with_a_tokenizer_and_told_once(server, caplog):
     answers = ServerWorker(counting, "base").generate([direct_messages(f"Question {n}") for n in range(3)])
     assert [answer.tokens for answer in answers] == [3, 3, 3], "two words and the end token"
     assert [record.getMessage() for record in caplog.records if "token counts" in record.message] == [
-        f"{server.url} tells no token counts: its answers are counted with the planner's tokenizer"
+        f"{server.url} reports no token counts: its answers are counted with the planner's tokenizer"
     ]
 
 
