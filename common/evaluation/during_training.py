@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,18 @@ from common.models.chat_date import fix_date
 from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question
 from common.processes import ranks
+from common.processes.launcher import start_command
+from common.processes.signals import stoppable
 from common.runs import storage
+from common.runs.checkpoints import complete_checkpoints
 from common.runs.record import read_run_record, stored_date
 from common.settings.grpo import TrainingArgs
 from common.similarity import SentenceEncoder
 from common.workers.frozen import FrozenBase
 from common.workers.local import LocalModel
 from common.workers.remote import ServerModel, ServerWorker
+
+SCRIPT = "grpo_training.py"
 
 
 def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = False) -> int:
@@ -70,11 +76,21 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = F
     encoder = SentenceEncoder(args.embedding_model)
     encoder.load()
     scoring = Scoring(args, model, tokenizer, run_executor(args, model, tokenizer, encoder), anew=anew)
-    with storage.explained(Path(args.output_dir), lambda: "make room, then start the same command again"):
+    again = f"{start_command(SCRIPT)} --output-dir {shlex.quote(args.output_dir)} --eval-only"
+    with (
+        storage.explained(Path(args.output_dir), lambda: "make room, then start the same command again"),
+        stoppable(lambda: f"the scoreboard was stopped; continue after its finished rows with {again}"),
+    ):
         scoring.before(held_out)
         models.load_adapter_weights(model, args.output_dir)
         scoring.after(held_out)
     return 0
+
+
+def how_to_continue(output_dir: Path) -> str:
+    """What to tell a user who stopped the scoreboard of a run that trains."""
+    command = storage.resume_command(SCRIPT, output_dir) if complete_checkpoints(output_dir) else "the same command"
+    return f"the scoreboard was stopped; continue after its finished rows with {command}"
 
 
 class Scoring:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -164,9 +163,6 @@ def check_server(args: TrainingArgs) -> None:
             check_worker(args)
         return
     check_own_server(args)
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    if subprocess.run([args.vllm_python, "-c", look], capture_output=True, check=False).returncode:
-        raise UserError(f"--vllm-python {args.vllm_python} has no vLLM: pip install -r requirements-vllm.txt there")
 
 
 def _on_hub(name: str) -> bool:

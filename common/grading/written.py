@@ -42,6 +42,7 @@ _TERM = re.compile(
     | (?P<operator> [+×·⋅∙÷/\-−–] | \*(?!\*) | [xX](?=[ ]?[0-9($]) | plus\b | minus\b | times\b
                   | (?:multiplied|divided)[ ]by\b )
     | (?P<bracket> [()] )
+    | (?P<unit> (?<=[0-9][ ])(?:[A-Za-z]{{1,20}}[ ]){{1,3}}(?=[+×·⋅∙÷/*−]|-[ ]|(?:plus|minus|times)\b) )
     | (?P<skipped> [\s$€£]++ )
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -63,8 +64,10 @@ def values_in(text: str) -> set[Decimal]:
     """Values of all arithmetic expressions in a text, of digits or words: 42 in "6 * 7" and in "six times seven".
 
     An expression has at least two numbers and at most `MAX_TERMS` terms, joined by plus, minus, times or divided by,
-    with or without parentheses. Only its whole value is in the set, not those of its parts. Values that are no finite
-    decimal are left out. Never raises; takes linear time.
+    with or without parentheses. Up to three words may follow a number: "6 boxes * 7 pens a box". Only its
+    whole value is in the set, not those of its parts. Values that are no finite decimal are left out.
+
+    Never raises; takes linear time.
     """
     found = set()
     for terms in _runs(_in_digits(plain(text))):

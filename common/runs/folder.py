@@ -21,23 +21,21 @@ from common.runs.files import SAVING, check_writable, remove, remove_unfinished
 from common.runs.lock import LOCK_FILE, only_run
 from common.runs.record import TRAINING_CONFIG, WANDB_RUN
 
-_RUN_FILES = (
-    TRAINING_CONFIG,
-    "metrics.jsonl",
-    "samples.jsonl",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-)
+_TRAINED = ("metrics.jsonl", "samples.jsonl", "adapter_model.safetensors", "adapter_config.json")
 REPLACED = "replaced_run"  # the complete older run
 _MOVING = ".replacing-run"  # a part of the older run, while it is moved there or back; nothing of a new run exists then
 _REMOVED = f"{SAVING}replaced"  # a name that `remove_unfinished` removes
 SETTLING_SECONDS = 60.0  # how long the other processes wait until the first one has moved a run back
-_REPORTS = ("training_curves.png", "evaluation.json", "evaluation.jsonl", "evaluation.png", WANDB_RUN)
+_REPORTS = (TRAINING_CONFIG, "training_curves.png", "evaluation.json", "evaluation.jsonl", "evaluation.png", WANDB_RUN)
 
 
 def holds_run(output_dir: Path) -> bool:
-    """Whether a folder contains a file that a run made."""
-    return any((output_dir / name).exists() for name in _RUN_FILES) or any(output_dir.glob("checkpoint-*"))
+    """Whether a folder contains what training made.
+
+    A run that ended earlier left only its settings, and rows of its scoreboard. A new run can use these rows, because
+    each is stored with all that determines it.
+    """
+    return any((output_dir / name).exists() for name in _TRAINED) or any(output_dir.glob("checkpoint-*"))
 
 
 @contextmanager
@@ -90,14 +88,14 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
 
 def run_files(output_dir: Path) -> list[Path]:
     """The files that a run made. Other files in its folder are left out."""
-    named = [output_dir / name for name in (*_RUN_FILES, *_REPORTS)]
+    named = [output_dir / name for name in (*_TRAINED, *_REPORTS)]
     return [path for path in named if path.exists()] + sorted(output_dir.glob("checkpoint-*"))
 
 
 def set_aside(output_dir: Path) -> None:
     """Move an older run out of the way of a new one. After a kill at any moment, `put_back` can move it back."""
-    found = run_files(output_dir)
-    if found:
+    if holds_run(output_dir):
+        found = run_files(output_dir)
         (output_dir / _MOVING).mkdir()
         for path in found:
             path.rename(output_dir / _MOVING / path.name)

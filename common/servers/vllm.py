@@ -242,17 +242,34 @@ def serve_base(args: TrainingArgs) -> Iterator[TrainingArgs]:
 
 
 def check_own_server(args: TrainingArgs) -> None:
-    """Check that the server of `--vllm-python` can be started: its Python exists, and its port is free.
+    """Check that the server of `--vllm-python` can be started: its Python has what it needs, and its port is free.
 
     Raises:
         UserError: if it cannot be started.
     """
-    if not Path(args.vllm_python or "").is_file():
+    if args.vllm_python is None or not Path(args.vllm_python).is_file():
         raise UserError(
             f"--vllm-python {args.vllm_python} does not exist: name the Python of an environment that has vLLM"
         )
     if not port_is_free(args.vllm_port):
         raise UserError(f"--vllm-port {args.vllm_port} is in use: name another")
+    import torch
+
+    from common import models
+
+    # Since 0.28 vLLM quantises with bitsandbytes only by a plugin.
+    quantised = torch.cuda.is_available() and models.use_4bit(args)
+    wanted = ["vllm", *(["vllm_bnb_plugin", "bitsandbytes"] if quantised else [])]
+    look = "import sys; from importlib.util import find_spec; print(*(n for n in sys.argv[1:] if find_spec(n) is None))"
+    done = subprocess.run([args.vllm_python, "-c", look, *wanted], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"--vllm-python {args.vllm_python} is no Python that runs: name that of an environment with vLLM"
+        )
+    if lacking := done.stdout.split():
+        raise UserError(
+            f"--vllm-python {args.vllm_python} lacks {', '.join(lacking)}: pip install -r requirements-vllm.txt there"
+        )
 
 
 def _model_of(args: TrainingArgs) -> str:

@@ -14,11 +14,12 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from common import models, prompts
 from common.errors import UserError
-from common.evaluation.during_training import Scoring
+from common.evaluation.during_training import Scoring, how_to_continue
 from common.models.chat_date import fix_date
 from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question, check_enough, fingerprint, kind_of_source
 from common.processes.ranks import PATIENCE_SECONDS
+from common.processes.signals import stoppable
 from common.reports.jsonl import read_jsonl
 from common.reports.metrics import summary_table
 from common.reports.plots import plot_training_curves
@@ -116,7 +117,8 @@ def _run(
     wandb_callback = records.add_wandb(args, trainer, samples, resumes=resumes) if main_process and args.wandb else None
     scoring = Scoring(args, model, tokenizer, executor)
     if held_out:
-        scoring.before(held_out)
+        with stoppable(lambda: how_to_continue(output_dir)):
+            scoring.before(held_out)
 
     if checkpoint is not None and trainer.worker is not None:
         trainer.worker.load_answers(answers_file(checkpoint, trainer.accelerator.process_index))
@@ -144,7 +146,8 @@ def _run(
         records.add_to_record(output_dir, frozen_worker=trainer.frozen.record())
         finish(args, trainer, tokenizer, output_dir, dated=facts["prompt_date"] is not None)
     if held_out:
-        scoring.after(held_out)
+        with stoppable(lambda: how_to_continue(output_dir)):
+            scoring.after(held_out)
     return 0
 
 

@@ -39,6 +39,9 @@ def test_whole_numbers_in_words(text: str, numbers: set[int]) -> None:
         ("$1,200 / 4, then 12 divided by 4 plus 1", {300, 4}),
         ("15 + 28 = 43", {43}),
         ("2 + 3 × 4", {14}),
+        ("3 songs * 10 hours per song * 10 days per song = 300 hours", {300}),
+        ("Take six boxes times seven pens, 20 pens - 5 pens", {42, 15}),
+        ("pay 5 dollars a day and 3 + 4", {7}),
         ("- 6 x 7 (see 1.5 · 3)", {42, Decimal("4.5")}),
         # no finite decimal, no expression, or more than plain arithmetic
         ("1/3", set()),

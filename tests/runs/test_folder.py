@@ -86,6 +86,16 @@ def test_killed_between_any_two_moves_the_older_run_is_found_again(tmp_path, mon
     assert moments > len(RUN)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_ended_before_training_is_in_nobodys_way_and_its_scoreboard_stays(tmp_path, overwrite):
+    for name in (TRAINING_CONFIG, "evaluation.json", "evaluation.jsonl"):
+        (tmp_path / name).write_text("of the stopped run")
+    before = content(tmp_path)
+    with own_output_dir(tmp_path, overwrite=overwrite, resume=False):
+        set_aside(tmp_path)
+    assert content(tmp_path) == before
+
+
 def test_an_error_before_the_first_checkpoint_puts_the_older_run_back(tmp_path, capsys):
     before = older_run(tmp_path)
     with pytest.raises(KilledError), own_output_dir(tmp_path, overwrite=True, resume=False):

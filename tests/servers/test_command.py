@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
+import torch
+from conftest import free_port
 
 from common.errors import UserError
-from common.servers.vllm import server_command, shown_command, training_command
+from common.servers.vllm import check_own_server, server_command, shown_command, training_command
+from common.settings.grpo import TrainingArgs
 
 
 @pytest.mark.parametrize(("rank", "pattern", "served"), [(4, {}, 8), (16, {}, 16), (12, {"q_proj": 20}, 32)])
@@ -33,3 +37,15 @@ def test_the_command_of_a_training_run_has_room_for_one_version_and_tells_log_pr
     assert "--gpu-memory-utilization 0.3" in gpu and "--quantization bitsandbytes" in gpu and "--dtype" not in gpu
     with pytest.raises(UserError, match="LoRA rank 600 is too high"):
         training_command("b", 600, port=8100, context=4096, cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "four_bit", "lacking"),
+    [(False, None, "vllm"), (False, True, "vllm"), (True, None, "vllm, vllm_bnb_plugin"), (True, False, "vllm")],
+)
+def test_an_environment_without_what_the_server_needs_is_told_before_it_is_started(monkeypatch, gpu, four_bit, lacking):
+    """This Python has bitsandbytes and no vLLM. On a GPU the base is in 4 bits by default, which vLLM does by a plugin."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args = TrainingArgs(vllm_python=sys.executable, vllm_port=free_port(), use_4bit=four_bit)
+    with pytest.raises(UserError, match=rf" lacks {lacking}: pip install -r requirements-vllm.txt"):
+        check_own_server(args)
