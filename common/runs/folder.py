@@ -61,7 +61,8 @@ def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterat
             return
         put_back(output_dir)
         check_output_dir(output_dir, overwrite=overwrite, resume=resume)
-        remove_unfinished(output_dir)
+        for folder in (output_dir, *(path for path in output_dir.glob("checkpoint-*") if path.is_dir())):
+            remove_unfinished(folder)
         try:
             yield
         finally:
