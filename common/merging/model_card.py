@@ -42,7 +42,7 @@ def read_card(path: str) -> ModelCard:
         values = (
             yaml.safe_load(block.group(2)) if block else None
         ) or {}  # the metadata as written; ModelCard would split a text of tags
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"--model-card {path} is no valid model card ({first}): mend its metadata block") from error
     wrong = [key for key in _LISTS if key in values and not _texts(values[key])]

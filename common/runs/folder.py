@@ -136,9 +136,14 @@ def settle_replaced(output_dir: Path) -> None:
     """Do as `put_back` before the settings of the run in a folder are read. Without a replacement it does nothing.
 
     Raises:
-        UserError: if another run uses the folder, or if the first process does not move the run back in time.
+        UserError: if another run uses the folder, if the first process does not move the run back in time, or if no
+            folder can have this name.
     """
     places = [output_dir / REPLACED, output_dir / _MOVING]
+    try:
+        places[0].is_dir()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"--output-dir {output_dir}: {error.strerror}: name another folder") from error
     if any(path.is_dir() for path in places) and is_first():
         with only_run(output_dir / LOCK_FILE, f"--output-dir {output_dir}"):
             put_back(output_dir)
