@@ -215,7 +215,7 @@ def test_a_folder_that_no_disk_can_have_and_a_card_without_end_are_told(tmp_path
     from common.merging.model_card import read_card
     from common.runs.folder import settle_replaced
 
-    with pytest.raises(UserError, match="--output-dir .* name another folder"):
+    with pytest.raises(UserError, match=r"--output-dir .* name another folder"):
         settle_replaced(tmp_path / ("o" * 300))
     card = tmp_path / "card.md"
     card.write_text("---\n" + "[" * 5000 + "\n---\n")
