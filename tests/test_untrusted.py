@@ -209,3 +209,15 @@ def test_pickled_code_in_a_model_folder_is_not_run(tmp_path, tiny_planner):
     with pytest.raises(UserError, match="could not be loaded"):
         models.load_base(str(folder), four_bit=False)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_that_no_disk_can_have_and_a_card_without_end_are_told(tmp_path):
+    from common.merging.model_card import read_card
+    from common.runs.folder import settle_replaced
+
+    with pytest.raises(UserError, match=r"--output-dir .* name another folder"):
+        settle_replaced(tmp_path / ("o" * 300))
+    card = tmp_path / "card.md"
+    card.write_text("---\n" + "[" * 5000 + "\n---\n")
+    with pytest.raises(UserError, match="no valid model card"):
+        read_card(card)

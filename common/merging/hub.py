@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+SECONDS = 120.0  # limit for each wait for the Hub's reply; the library has none
 WAITS = (1, 2, 4)  # seconds before the second, third and fourth attempt
 # huggingface_hub itself repeats these requests for half a minute; other requests it sends once.
 REPEATED_BY_LIBRARY = ("/preupload/", "/info/lfs/", "/lfs/")
@@ -31,8 +32,17 @@ def api_for(token: str | None) -> HfApi:
     Raises:
         UserError: if there is no token, or it contains characters that no token has.
     """
-    from huggingface_hub import HfApi, get_token
+    import httpx2
+    from huggingface_hub import HfApi, get_token, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
     from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    def client() -> httpx2.Client:
+        made = default_client_factory()
+        made.timeout = httpx2.Timeout(SECONDS)
+        return made
+
+    set_client_factory(client)
 
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -168,7 +178,8 @@ def _passing(error: Exception) -> bool:
         url = str(error.response.request.url)
         again = error.response.status_code in (408, 409, 429) or error.response.status_code >= 500
         return again and not any(part in url for part in REPEATED_BY_LIBRARY)
-    return isinstance(error, httpx2.TransportError)
+    # One that hangs is not waited for four times.
+    return isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.TimeoutException)
 
 
 def _root(error: BaseException) -> BaseException:

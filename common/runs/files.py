@@ -140,9 +140,10 @@ def sha256(path: Path) -> str:
 
 
 SAVING = ".saving-"  # beginning of the names of folders in which an adapter is prepared
-# Names of unfinished files and folders that this project writes, and those of its earlier versions.
+# Names of unfinished files and folders that this project writes, those of its earlier versions, and of safetensors.
 _UNFINISHED = re.compile(
     rf"{re.escape(SAVING)}[a-z0-9_]{{8}}|\..+\.(?:json|jsonl|png|md)\.(?:\d+\.tmp|[a-z0-9_]{{8}}(?:\.tmp)?)"
+    r"|\.tmp[A-Za-z0-9]{6}"
 )
 
 

@@ -59,7 +59,8 @@ def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterat
             return
         put_back(output_dir)
         check_output_dir(output_dir, overwrite=overwrite, resume=resume)
-        remove_unfinished(output_dir)
+        for folder in (output_dir, *(path for path in output_dir.glob("checkpoint-*") if path.is_dir())):
+            remove_unfinished(folder)
         try:
             yield
         finally:
@@ -135,9 +136,14 @@ def settle_replaced(output_dir: Path) -> None:
     The first process does it, under the folder's lock; the others wait for it.
 
     Raises:
-        UserError: if another run uses the folder, or if the first process does not move the run back in time.
+        UserError: if another run uses the folder, if the first process does not move the run back in time, or if no
+            folder can have this name.
     """
     places = [output_dir / REPLACED, output_dir / _MOVING]
+    try:
+        places[0].is_dir()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"--output-dir {output_dir}: {error.strerror}: name another folder") from error
     if any(path.is_dir() for path in places) and is_first():
         with only_run(output_dir / LOCK_FILE, f"--output-dir {output_dir}"):
             put_back(output_dir)

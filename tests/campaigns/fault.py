@@ -87,7 +87,7 @@ def campaign(stage: Stage, faults: int | None = None, only: str = "") -> None:
         seen: Counter[str] = Counter()
         cases.sort(key=lambda case: seen.update([case.name]) or seen[case.name])  # each name once, then again
         for number in range(10**6):
-            if not stage.time_left() or (faults is not None and number >= faults):
+            if not cases or not stage.time_left() or (faults is not None and number >= faults):
                 break
             case = cases[number % len(cases)]
             kill.ready(stage, forks, place, case.subject, subjects)

@@ -239,6 +239,20 @@ def test_an_unreachable_hub_is_one_line(hub, finished_run, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("part", ["/api/whoami-v2", "/api/models/user/planner"])
+def test_a_hub_that_takes_requests_and_never_answers_is_one_line(part, hub, finished_run, copy, tmp_path):
+    """A question has no body, so a fault in the middle of it waits for ever."""
+    hub.faults.append(Fault("GET", part, "cut", times=99))
+    code = "import sys, merge_and_push\nfrom common.merging import hub\nhub.SECONDS = 2.0\nmerge_and_push.run(merge_and_push.main)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags(finished_run, copy)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, **environment(hub, WRITE, tmp_path)},
+    )  # fmt: skip
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == 1 and f"the Hub at {hub.url} failed" in line and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("method", "part", "status", "given"),
     [

@@ -90,7 +90,7 @@ def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):
     ]
     left = [
         ".saving-ab12cd_9/adapter_model.safetensors", ".metrics.jsonl.4711.tmp", ".training_curves.png.12.tmp",
-        ".training_config.json.k3_f9a0z.tmp", ".evaluation.json.k3_f9a0z",
+        ".training_config.json.k3_f9a0z.tmp", ".evaluation.json.k3_f9a0z", "checkpoint-1/.tmpn5Vye5",
     ]  # fmt: skip
     for name in mine:
         (tmp_path / name).parent.mkdir(exist_ok=True)
