@@ -174,10 +174,11 @@ def _micro_batch(args: TrainingArgs, shape: ModelShape, wave: Wave, machine: Mac
     On a CPU the shared beginning of the prompts is stored once. On a GPU it is stored once per row, and all prompts
     are run in one pass.
     """
-    width = wave.shared + wave.own + args.worker_max_tokens
+    own = wave.own + args.worker_max_tokens
+    width = wave.shared + own if machine.gpu else own
     rows = max(1, min(wave.calls, args.worker_batch_tokens // width))
     if not machine.gpu:
-        tokens = wave.shared + rows * (wave.own + args.worker_max_tokens)
+        tokens = wave.shared + rows * own
         return machine.width * tokens * shape.cached_elements + 5 * 4 * rows * shape.vocabulary
     reading = rows * wave.own * 3 * (shape.intermediate + shape.hidden)
     return machine.width * (rows * width * shape.cached_elements + reading) + 6 * rows * shape.vocabulary

@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+from common.processes.guard import PR_SET_PDEATHSIG
+
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 # Only Linux: elsewhere libraries of the system may not be used after a fork, or there is none.
 CAN_FORK = sys.platform == "linux"
-
-_PR_SET_PDEATHSIG = 1
 
 
 def forked(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
@@ -131,7 +131,7 @@ def _work_and_exit(work: Callable[[Part], Any], part: Part, pipe: int, parent: i
         # A terminal and a job scheduler send their signals to all processes. What to do is decided in the parent.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             gc.disable()  # collecting writes to all objects, and thereby copies their memory
             with os.fdopen(pipe, "wb") as out:

@@ -20,6 +20,7 @@ from types import MappingProxyType
 
 from common.cli import say
 from common.errors import UserError
+from common.processes import guard
 from common.processes.ranks import is_first
 from common.runs.adapters import read_adapter_config
 from common.settings.grpo import TrainingArgs
@@ -35,7 +36,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 CONTEXT = 4096  # tokens of prompt and completion on a run's own server; less if the model's context is shorter
-PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent ends
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank
 
 
@@ -48,9 +48,9 @@ def port_is_free(port: int) -> bool:
 def start(
     python: Path, command: Sequence[str], log: int | None = None, environment: Mapping[str, str] = MappingProxyType({})
 ) -> subprocess.Popen[bytes]:
-    """Start vLLM in its own process group. Its worker processes end together with it.
+    """Start vLLM in its own process group, below a guard that ends it (`common.processes.guard`).
 
-    On Linux the server also ends when this process ends, for any reason.
+    On Linux the server and its worker processes also end when this process ends, for any reason.
 
     Args:
         python: of an environment with vLLM.
@@ -61,11 +61,11 @@ def start(
 
     def end_with_parent() -> None:
         if libc is not None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            libc.prctl(guard.PR_SET_PDEATHSIG, signal.SIGTERM)
 
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     return subprocess.Popen(
-        [str(python.absolute()), *command],
+        [sys.executable, "-I", guard.__file__, str(python.absolute()), *command],
         env={**os.environ, **ENVIRONMENT, **environment},
         preexec_fn=end_with_parent,
         stdin=subprocess.DEVNULL,

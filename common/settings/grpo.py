@@ -71,7 +71,7 @@ class TrainingArgs:
     worker_style: Literal["instruct", "worked", "few-shot"] = setting("instruct", "worker", "instruct: zero-shot instructions; worked: these and two solved word problems (for a question made of several, two such questions), for shorter answers of a small model; few-shot: turns of the demo's kind of problem")
     worker_context: Literal["question", "none"] = setting("question", "worker", "what a subproblem's prompt shows besides the subproblem: the whole question, or none of it, and then the planner is told to write parts that can be understood alone (few-shot never shows the question)")
     plan_to_worker: bool = setting(False, "worker", "show the worker the plan's text when it solves directly or combines; an answer from a plan that holds the known answer is then not rewarded as correct")
-    worker_batch_tokens: int = setting(32768, "worker", "padded tokens (prompt and answer) of one worker micro-batch; lower it if memory runs out", positive=True)
+    worker_batch_tokens: int = setting(32768, "worker", "padded tokens (prompt and answer, on a CPU without what all prompts share) of one worker micro-batch; lower it if memory runs out", positive=True)
     worker_cache_size: int = setting(20000, "worker", "greedy answers remembered across steps; 0 remembers none", minimum=0)
 
     worker_url: str | None = setting(None, "worker", "use the base model of this OpenAI-compatible server as worker, instead of the planner's own weights without the adapter; the server's key: $OPENAI_API_KEY", metavar="URL")

@@ -140,6 +140,7 @@ class LocalModel:
         """Run the model on all texts, in micro-batches of similar prompts within the token limit."""
         if not texts:
             return []
+        from common.decoding.branching import can_branch
         from common.decoding.packing import packed_linears
 
         encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -150,14 +151,17 @@ class LocalModel:
             packed_linears(model, rows=len(texts), steps=self._max_tokens, cpu_dtype=self._cpu_dtype),
         ):
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            of_texts = [kinds[text] for text in texts]
+            stored_once = _stored_once(encoded, of_texts) if can_branch(model) else {}
             batches: list[list[int]] = []
             widest = 0
-            for index in sorted(range(len(texts)), key=lambda index: (kinds[texts[index]], len(encoded[index]))):
+            for index in sorted(range(len(texts)), key=lambda index: (of_texts[index], len(encoded[index]))):
                 width = len(encoded[index]) + self._max_tokens
                 if limit is not None and width > limit:
                     reason = f"prompt of {len(encoded[index])} tokens leaves no room in a context of {limit}"
                     answers[index] = Generation("", 0, False, reason)
                     continue
+                width -= stored_once.get(of_texts[index], 0)
                 if batches and max(widest, width) * (len(batches[-1]) + 1) <= self._batch_tokens:
                     batches[-1].append(index)
                     widest = max(widest, width)
@@ -234,6 +238,16 @@ class _Prompt:
     ids: list[int]
     kind: Hashable
     number: int
+
+
+def _stored_once(encoded: Sequence[Sequence[int]], kinds: Sequence[Hashable]) -> dict[Hashable, int]:
+    """For each kind of prompt, the number of tokens that all its prompts share: a batch on a CPU stores them once."""
+    from common.decoding.sharing import shared_prefix_length
+
+    by_kind: dict[Hashable, list[Sequence[int]]] = {}
+    for ids, kind in zip(encoded, kinds, strict=True):
+        by_kind.setdefault(kind, []).append(ids)
+    return {kind: shared_prefix_length(rows) for kind, rows in by_kind.items() if len(rows) > 1}
 
 
 def _seed(seed: int, number: int) -> int:
