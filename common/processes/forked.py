@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 
 # Only Linux: elsewhere libraries of the system may not be used after a fork, or there is none.
 CAN_FORK = sys.platform == "linux"
+# A terminal and a job scheduler send their signals to all processes. What to do is decided in the parent.
+LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def forked(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
@@ -112,15 +114,18 @@ def _started(work: Callable[[Part], Any], part: Part) -> _Copy | None:
     libc = ctypes.CDLL(None)
     here = os.getpid()
     receiving, sending = os.pipe()
+    # A copy never hears these signals, from its first moment on: a handler of the parent must not run in it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)
     try:
         pid = os.fork()
+        if pid == 0:
+            _work_and_exit(work, part, sending, here, libc)
     except OSError:
         os.close(receiving)
-        os.close(sending)
         return None
-    if pid == 0:
-        _work_and_exit(work, part, sending, here, libc)
-    os.close(sending)
+    finally:
+        os.close(sending)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return _Copy(pid, receiving)
 
 
@@ -128,9 +133,6 @@ def _work_and_exit(work: Callable[[Part], Any], part: Part, pipe: int, parent: i
     """The life of a copy: work on the part, send the result, exit without the parent's exit functions and buffers."""
     code = 1
     try:
-        # A terminal and a job scheduler send their signals to all processes. What to do is decided in the parent.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             gc.disable()  # collecting writes to all objects, and thereby copies their memory
