@@ -171,7 +171,7 @@ def check_adapter_prompts(adapter_path: str, told: dict[str, Any]) -> str | None
             flag = flag_of(name)
             raise UserError(
                 f"--adapter-path {adapter_path} was trained with {flag} {trained}, this run has {value}: its planner "
-                f"would get other instructions: use {flag} {trained}, or train the adapter anew with {flag} {value}"
+                f"would get other instructions: use {flag} {trained}, or train the adapter again with {flag} {value}"
             )
     dataset = settings.get("dataset")
     return dataset if isinstance(dataset, str) else None
