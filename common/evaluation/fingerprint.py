@@ -17,6 +17,7 @@ from common.grading import GRADER_VERSION
 from common.problems.composed import chained_text, sum_text
 from common.problems.questions import Question, fingerprint
 from common.prompts import Message
+from common.runs.adapters import read_adapter_config
 from common.runs.files import sha256
 from common.settings.grpo import TrainingArgs
 from common.workers.remote import ServerWorker
@@ -162,8 +163,13 @@ def digest(value: Any) -> str:
 
 
 def adapter_content(folder: Path) -> list[str]:
-    """SHA-256 of an adapter's weights and config."""
-    return [sha256(folder / "adapter_model.safetensors"), sha256(folder / "adapter_config.json")]
+    """What identifies an adapter: the SHA-256 of its weights, and a digest of its config.
+
+    PEFT stores the target modules in another order each time, which changes nothing.
+    """
+    config = read_adapter_config(str(folder))
+    content = {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in config.items()}
+    return [sha256(folder / "adapter_model.safetensors"), digest(content)]
 
 
 def base_content(name: str, commit: str | None) -> str | None:

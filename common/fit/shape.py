@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.models import LORA_TARGET_MODULES, LoraSettings
+from common.models import LORA_TARGET_MODULES, LoraSettings, first_adapted
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -102,7 +102,7 @@ def model_shape(config: Any, args: LoraSettings) -> ModelShape:
 def _new_adapter(linears: Mapping[str, Any], args: LoraSettings, layers: int) -> dict[str, tuple[int, ...]]:
     """Shapes of a new LoRA's matrices in the layers of `models.lora_config`: (r, inputs) and (outputs, r) per layer."""
     usual = {name for name in linears if name.rsplit(".", 1)[-1] in LORA_TARGET_MODULES}
-    first = 0 if args.lora_layers is None else layers - args.lora_layers
+    first = first_adapted(args, layers)
     shapes: dict[str, tuple[int, ...]] = {}
     for name in usual or set(linears):
         place = _LAYER.search(name)

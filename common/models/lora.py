@@ -20,7 +20,7 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
         model: the base model; it decides which of `LORA_TARGET_MODULES` exist.
 
     Raises:
-        UserError: if the config of `adapter_path` cannot be loaded.
+        UserError: if the config of `adapter_path` cannot be loaded, or the base has fewer layers than `lora_layers`.
     """
     from peft import LoraConfig, PeftConfig
 
@@ -34,7 +34,7 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
     layers = None
     if args.lora_layers is not None:
         count = model.config.get_text_config().num_hidden_layers
-        layers = list(range(max(0, count - args.lora_layers), count))
+        layers = list(range(first_adapted(args, count), count))
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -45,6 +45,20 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def first_adapted(args: LoraSettings, layers: int) -> int:
+    """Index of the first layer that a new adapter changes, of a base model with so many layers.
+
+    Raises:
+        UserError: if `lora_layers` asks for more layers than there are.
+    """
+    wanted = layers if args.lora_layers is None else args.lora_layers
+    if wanted > layers:
+        raise UserError(
+            f"--lora-layers {wanted}: the base model has {layers}: give at most that, or leave it out for all"
+        )
+    return layers - wanted
 
 
 def load_adapter_weights(model: Any, adapter_path: str) -> None:

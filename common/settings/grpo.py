@@ -173,6 +173,8 @@ def _vllm_problems(args: TrainingArgs) -> list[str]:
         problems.append("--vllm-url names a server twice")
     if args.vllm_url is not None and args.vllm_python is not None:
         problems.append("--vllm-python starts a server, --vllm-url names one that runs: leave one of them out")
+    if args.vllm_port > 65535:
+        problems.append(f"--vllm-port {args.vllm_port}: a port is at most 65535")
     if args.worker_url is not None:
         problems.append("--vllm-url and --vllm-python serve the worker too: leave out --worker-url")
     if args.top_p < 1:

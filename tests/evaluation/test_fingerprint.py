@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -77,12 +78,16 @@ def test_the_adapter_is_told_by_its_weights_and_its_config(tiny_args, planner, t
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     assert difference(before, fingerprints(tiny_args, (model, tokenizer, copy))["planner"]) == []
+    config = copy / "adapter_config.json"
+    stored = json.loads(config.read_text())
+    assert len(stored["target_modules"]) > 1
+    config.write_text(json.dumps({**stored, "target_modules": stored["target_modules"][::-1]}))  # PEFT's order varies
+    assert difference(before, fingerprints(tiny_args, (model, tokenizer, copy))["planner"]) == []
     weights = load_file(copy / "adapter_model.safetensors")
     next(iter(weights.values()))[0, 0] += 1
     save_file(weights, copy / "adapter_model.safetensors")
     assert difference(before, fingerprints(tiny_args, (model, tokenizer, copy))["planner"]) == ["adapter"]
-    shutil.copy(folder / "adapter_model.safetensors", copy)
-    config = copy / "adapter_config.json"
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
     config.write_text(config.read_text().replace('"lora_alpha": 32', '"lora_alpha": 64'))
     assert difference(before, fingerprints(tiny_args, (model, tokenizer, copy))["planner"]) == ["adapter"]
 

@@ -83,6 +83,10 @@ def test_a_check_reads_no_weights_writes_nothing_and_says_what_a_step_is(tiny_ar
     assert "2 questions × 4 = 8 completions, 480 tokens at most" in done.stdout
     assert "it fits, and nothing is missing" in done.stdout
     assert not Path(tiny_args.output_dir).exists()
+    tiny_args.lora_layers = 100
+    done = check(tiny_args)
+    assert done.returncode == 2 and "--lora-layers 100: the base model has " in done.stderr
+    tiny_args.lora_layers = None
     (folder / "model.safetensors").unlink()
     done = check(tiny_args)
     assert done.returncode == 2 and "holds no weights" in done.stderr
