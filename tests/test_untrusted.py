@@ -219,5 +219,5 @@ def test_a_folder_that_no_disk_can_have_and_a_card_without_end_are_told(tmp_path
         settle_replaced(tmp_path / ("o" * 300))
     card = tmp_path / "card.md"
     card.write_text("---\n" + "[" * 5000 + "\n---\n")
-    with pytest.raises(UserError, match="no valid model card"):
+    with pytest.raises(UserError, match="not a valid model card"):
         read_card(card)

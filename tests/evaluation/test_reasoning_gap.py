@@ -71,7 +71,7 @@ def test_the_gap_and_the_decisions_by_hand(tmp_path):
         "-41.2%",
         "right decisions",
         "60.0%",
-        "lies above or, negative, below",
+        "the reasoning gap is the accuracy minus that",
         "trained closes 121%",
     ):
         assert text in table, f"{text} is not in\n{table}"
