@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +26,8 @@ Result = TypeVar("Result")
 
 # Only Linux: elsewhere libraries of the system may not be used after a fork, or there is none.
 CAN_FORK = sys.platform == "linux"
-# A terminal and a job scheduler send their signals to all processes. What to do is decided in the parent.
-LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Errors that are raised in the parent as what they were in a copy. Any other one is a RuntimeError that names it.
+_RESTORED = {kind.__name__: kind for kind in (MemoryError, RuntimeError, ValueError)}
 
 
 def forked(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
@@ -37,7 +37,7 @@ def forked(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result
     threads of this process. A copy ends with this process, and leaves signals to it.
 
     Args:
-        work: what to do with a part. Its results must be picklable.
+        work: what to do with a part. Its results must be JSON-ready: a copy's come back as JSON, tuples as lists.
         parts: at least one.
 
     Returns:
@@ -45,7 +45,7 @@ def forked(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result
 
     Raises:
         MemoryError: if a copy was killed, as the system does if memory runs out.
-        Exception: what `work` raised, here or in a copy.
+        Exception: what `work` raised here. What it raised in a copy is a MemoryError, a ValueError or a RuntimeError.
     """
     copies: list[_Copy | None] = []
     results: list[Result] = []
@@ -81,7 +81,7 @@ class _Copy:
 
         Raises:
             MemoryError, RuntimeError: if the copy ended without one.
-            Exception: what the work raised.
+            MemoryError, ValueError, RuntimeError: for what the work raised.
         """
         with os.fdopen(self.pipe, "rb") as pipe:
             self.pipe = -1
@@ -94,10 +94,11 @@ class _Copy:
             if number == signal.SIGKILL:
                 raise MemoryError(f"{why}, as the system does if memory runs out")
             raise RuntimeError(why)
-        succeeded, value = pickle.loads(sent)  # written by our own copy
-        if not succeeded:
-            raise value
-        return value
+        answer = json.loads(sent)
+        if "result" in answer:
+            return answer["result"]
+        kind = _RESTORED.get(answer["error"])
+        raise kind(answer["text"]) if kind else RuntimeError(f"{answer['error']}: {answer['text']}")
 
     def end(self) -> None:
         """Kill the copy if it has not ended by itself."""
@@ -114,8 +115,9 @@ def _started(work: Callable[[Part], Any], part: Part) -> _Copy | None:
     libc = ctypes.CDLL(None)
     here = os.getpid()
     receiving, sending = os.pipe()
-    # A copy never hears these signals, from its first moment on: a handler of the parent must not run in it.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)
+    # A terminal and a job scheduler send these to all processes; what to do is decided here. A copy never hears them,
+    # from its first moment on, because a handler of the parent must not run in it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     try:
         pid = os.fork()
         if pid == 0:
@@ -144,16 +146,12 @@ def _work_and_exit(work: Callable[[Part], Any], part: Part, pipe: int, parent: i
 
 
 def _answer(work: Callable[[Part], Any], part: Part) -> bytes:
+    """The result or the error as JSON, not as a pickle: what is loaded here can be nothing but data."""
     try:
         with _one_thread():
-            return pickle.dumps((True, work(part)))
+            return json.dumps({"result": work(part)}).encode()
     except Exception as error:  # noqa: BLE001 - it is raised in the parent
-        try:
-            sent = pickle.dumps((False, error))
-            pickle.loads(sent)
-            return sent
-        except Exception:  # noqa: BLE001 - an error that pickle cannot restore is told as text
-            return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
+        return json.dumps({"error": type(error).__name__, "text": str(error)}).encode()
 
 
 @contextmanager

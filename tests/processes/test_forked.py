@@ -40,7 +40,7 @@ def test_each_part_is_done_in_a_process_of_its_own_with_one_thread():
 
 
 class Unsendable(Exception):
-    """An error that pickle cannot restore."""
+    """An error that cannot be made again from its text."""
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(first + second)
