@@ -153,9 +153,8 @@ def _weights(shape: ModelShape, machine: Machine) -> float:
 
 
 def _packed(shape: ModelShape, machine: Machine) -> float:
-    """Bytes of the copies of linear layers in oneDNN's layout (`common.decoding.packing`); the LM head's is fp32."""
-    linear = 0 if machine.four_bit else shape.linear * (2 if machine.cpu_dtype == "bfloat16" else 4)
-    return linear + 4 * shape.head
+    """Bytes of the copies of linear layers in oneDNN's layout (`common.decoding.packing`)."""
+    return (2 if machine.cpu_dtype == "bfloat16" else 4) * ((0 if machine.four_bit else shape.linear) + shape.head)
 
 
 def _rollouts(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from common import models, prompts
 from common.decoding.decode import decode
 from common.decoding.log_probs import TOKENS_AT_ONCE, token_log_probs
-from common.decoding.packing import packed_linears
+from common.decoding.packing import NEAR, packed_linears
 from common.errors import UserError
 from common.models import precision
 from common.problems.questions import load_questions
@@ -84,7 +85,7 @@ def test_answers_are_counted_alike_and_mostly_the_same(bf16, smollm2):
     assert not weights, "only copies are in bf16"
 
 
-def test_logits_are_close_and_the_head_stays_fp32(bf16, smollm2):
+def test_logits_are_close_and_those_of_likely_tokens_are_those_of_fp32(bf16, smollm2):
     model, tokenizer = smollm2
     ids = tokenizer([prompts.render(tokenizer, prompts.direct_messages("What is 3 + 9?"))], return_tensors="pt")
     head = model.get_output_embeddings()
@@ -94,11 +95,34 @@ def test_logits_are_close_and_the_head_stays_fp32(bf16, smollm2):
             found = model(**ids, output_hidden_states=True)
             same_hidden = head(expected.hidden_states[-1])
         again = model(**ids).logits
-    torch.testing.assert_close(same_hidden, expected.logits, rtol=1e-4, atol=1e-4)
+    near = expected.logits >= expected.logits.amax(dim=-1, keepdim=True) - NEAR / 2
+    torch.testing.assert_close(same_hidden[near], expected.logits[near], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(same_hidden, expected.logits, rtol=0.02, atol=0.2)
+    assert not torch.equal(same_hidden, expected.logits), "the head is in bf16"
     assert found.logits.dtype == torch.float32 and found.logits.shape == expected.logits.shape
     away = (found.logits - expected.logits).abs()
     assert 0 < float(away.mean()) < 0.1 and float(away.max()) < 1.5
     torch.testing.assert_close(again, expected.logits, msg="afterwards the layers are the plain ones again")
+
+
+@pytest.mark.parametrize("entries", [192, 200, 50])
+@pytest.mark.parametrize("scale", [4.0, 0.001])
+def test_logits_near_the_largest_are_exact_wherever_they_are(bf16, entries, scale):
+    """Also for a vocabulary that blocks do not divide, and where all tokens are almost equally likely."""
+    generator = torch.Generator().manual_seed(5)
+    head = torch.nn.Linear(32, entries)
+    with torch.no_grad():
+        head.weight.copy_(scale * torch.randn(entries, 32, generator=generator))
+        head.bias.copy_(scale * torch.randn(entries, generator=generator))
+        hidden = torch.randn(3, 40, 32, generator=generator)
+        model = SimpleNamespace(modules=lambda: [head], get_output_embeddings=lambda: head)
+        expected = head(hidden)
+        with packed_linears(model, rows=8, steps=64, cpu_dtype="bfloat16"):
+            found = head(hidden)
+    near = expected >= expected.amax(dim=-1, keepdim=True) - NEAR / 2
+    assert found.shape == expected.shape and near.sum() >= 120
+    torch.testing.assert_close(found[near], expected[near], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.argmax(dim=-1), expected.argmax(dim=-1))
 
 
 def test_sampled_log_probabilities_are_those_of_the_policy(tiny_planner):
