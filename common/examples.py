@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import accumulate
 
 from common.problems.generated import Shares
 
@@ -131,14 +132,18 @@ SUMS = (
 )
 
 
+def sums_term_by_term(amounts: Sequence[int]) -> list[str]:
+    """A sum, computed term by term: "1 + 2 = 3", "3 + 4 = 7". A small model often fails to add three numbers at once."""
+    totals = list(accumulate(amounts))
+    return [
+        f"{before} + {amount} = {total}" for before, amount, total in zip(totals, amounts[1:], totals[1:], strict=False)
+    ]
+
+
 def term_by_term(amounts: Sequence[int]) -> str:
     """A sum in words, computed term by term."""
-    total = amounts[0]
-    lines: list[str] = []
-    for amount in amounts[1:]:
-        lines.append(f"{'Then' if lines else 'First'}, {total} + {amount} = {total + amount}.")
-        total += amount
-    return " ".join([*lines, f"The answer is {total}."])
+    lines = [f"{'Then' if place else 'First'}, {line}." for place, line in enumerate(sums_term_by_term(amounts))]
+    return " ".join([*lines, f"The answer is {sum(amounts)}."])
 
 
 def pair_sums(amounts: Sequence[int]) -> list[int]:

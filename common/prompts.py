@@ -26,6 +26,7 @@ from typing import Any
 
 from common import examples
 from common.errors import UserError
+from common.grading import extract_prediction
 from common.problems import composed
 
 Message = dict[str, str]
@@ -123,9 +124,11 @@ def combine_messages(
     """
     if style == "few-shot":
         return [*_COMBINE_TURNS, {"role": "user", "content": _known(question, solutions)}]
+    if style == "worked" and composed.count_parts(question):
+        asked = _asked_to_combine_results(question, solutions, plan)
+        return [*_worked_composed(question).combine, {"role": "user", "content": asked}]
     asked = _asked_to_combine(question, subproblems, solutions, plan)
-    worked = _worked_composed(question).combine if composed.count_parts(question) else _WORKED_COMBINE
-    return [*_opening(worked, style), {"role": "user", "content": asked}]
+    return [*_opening(_WORKED_COMBINE, style), {"role": "user", "content": asked}]
 
 
 def sample_requests(planner_style: str, worker_style: str | None, context: str = "question") -> list[list[Message]]:
@@ -175,6 +178,21 @@ def _asked_to_combine(question: str, subproblems: Sequence[str], solutions: Sequ
     return (
         f"{question}\n\nParts that were already solved:\n\n{known}\n\n{_advice(plan)}"
         f"Use them to answer the whole problem. {_ANSWER_FORMAT}"
+    )
+
+
+def _asked_to_combine_results(question: str, solutions: Sequence[str], plan: str = "") -> str:
+    """The request to combine the parts of a composed question in style `worked`: only the answers of the parts.
+
+    Shown the whole solutions, a small model takes other numbers out of them. A solution without an answer is shown.
+    """
+    known = "\n".join(
+        f"Answer to part {number}: {solution if (result := extract_prediction(solution)) is None else f'{result:f}'}"
+        for number, solution in enumerate(solutions, start=1)
+    )
+    return (
+        f"{question}\n\nParts that were already solved:\n{known}\n\n{_advice(plan)}"
+        f"Use these answers to answer the whole problem. {_ANSWER_FORMAT}"
     )
 
 
@@ -253,17 +271,16 @@ def _worked_turns(chained: bool, count: int) -> _WorkedComposed:
             for letter, (_, steps, result) in zip("ABCD", parts, strict=False)
         ]
         if chained:
-            whole, known, number = composed.chained_text(texts[0], texts[1]), 1, parts[1][2]
-            last = parts[1][1]
+            whole, known, number, last = composed.chained_text(texts[0], texts[1]), 1, parts[1][2], parts[1][1]
         else:
             whole, known, number = composed.sum_text(texts), count, sum(n for _, _, n in parts)
-            last = (f"{' + '.join(str(n) for _, _, n in parts)} = {number}",)
-            marked.append(f"Sum: {last[0]}")
+            last = tuple(examples.sums_term_by_term([n for _, _, n in parts]))
+            marked.append(f"Sum: {', '.join(last)}")
         turns.append(
             (
                 (_asked_directly(whole), examples.worked_answer(*marked, number=number)),
                 (_asked_for_part(composed.by_reference("A"), whole), solved[0]),
-                (_asked_to_combine(whole, texts[:known], solved[:known]), examples.worked_answer(*last, number=number)),
+                (_asked_to_combine_results(whole, solved[:known]), examples.worked_answer(*last, number=number)),
             )
         )
     return _WorkedComposed(*(_turns(_SOLVE_SYSTEM, *pairs) for pairs in zip(*turns, strict=True)))

@@ -178,3 +178,11 @@ def test_a_template_without_a_date_is_left_alone_and_one_that_cannot_be_fixed_st
     )
     with pytest.raises(UserError, match="today's date"):
         fix_date(tokenizer, date(2025, 2, 3))
+
+
+def test_combining_a_composed_question_shows_the_answers_of_its_parts_and_no_other_number():
+    question = sum_text(["Ann has 2 pens. How many?", "Bob has 3 pens. How many?"])
+    solutions = ['17 - 15 = 2\n{"final_answer": 2}', "I do not know."]
+    asked = prompts.combine_messages(question, ["What has Ann?", "What has Bob?"], solutions, "worked")[-1]["content"]
+    assert question in asked and "part 1: 2\n" in asked and "17" not in asked
+    assert "part 2: I do not know." in asked, "without an answer the whole solution is shown"
