@@ -133,7 +133,7 @@ SUMS = (
 
 
 def sums_term_by_term(amounts: Sequence[int]) -> list[str]:
-    """A sum, computed term by term: "1 + 2 = 3", "3 + 4 = 7". A small model often fails to add three numbers at once."""
+    """A sum, computed term by term: "1 + 2 = 3", "3 + 4 = 7". A small model adds three at once less reliably."""
     totals = list(accumulate(amounts))
     return [
         f"{before} + {amount} = {total}" for before, amount, total in zip(totals, amounts[1:], totals[1:], strict=False)

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "cli": "errors processes settings",
     "problems": "errors processes plans grading settings cli",
     "examples": "problems",
-    "prompts": "errors examples problems",
+    "prompts": "errors examples grading problems",
     "models": "errors settings prompts",
     "runs": "errors processes settings cli models",
     "reports": "errors settings runs",
