@@ -126,7 +126,7 @@ class ReturnMemory(TrainerCallback):
     The gaps grow slowly, and the next step must request anew what it needs, so it is not done after every step.
     """
 
-    EVERY_STEPS = 10
+    EVERY_STEPS = 4
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Give it back; no effect with a GPU, where little is freed."""
