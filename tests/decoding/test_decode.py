@@ -304,3 +304,18 @@ def test_a_batch_divided_among_processes_gives_the_tokens_of_one(smollm2, monkey
     assert {len(tokens) > 20 for tokens, _ in kept.values()} == {True}, (
         "what a copy reads is lost, so it is read before"
     )
+
+
+def test_a_small_model_reads_a_few_prompts_on_all_threads_and_decodes_them_on_one(smollm2):
+    model, tokenizer = smollm2
+    used: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: used.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        decode(model, [[5, 6, 7], [8, 9]], max_new_tokens=3, eos_ids=frozenset(), pad_id=tokenizer.pad_token_id)
+        assert used[0] == 2 and used[-1] == 1
+        assert torch.get_num_threads() == 2, "what runs afterwards has all threads again"
+    finally:
+        torch.set_num_threads(before)
+        hook.remove()
