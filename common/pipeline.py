@@ -180,7 +180,7 @@ class PipelineExecutor:
         encoder.load()
         if args.worker_url is not None or args.vllm_url is not None:
             return run_executor(args, None, None, encoder)
-        base = models.load_base(args.base_model, four_bit=models.use_4bit(args))
+        base = models.load_base(args.base_model, four_bit=models.use_4bit(args), cpu_dtype=models.cpu_dtype(args))
         return run_executor(args, base, models.load_tokenizer(args.base_model), encoder)
 
     def with_fallback(self) -> PipelineExecutor:

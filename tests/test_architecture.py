@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "problems": "errors processes plans grading settings cli",
     "examples": "problems",
     "prompts": "errors examples grading problems",
-    "models": "errors settings prompts",
+    "models": "errors decoding settings prompts",
     "runs": "errors processes settings cli models",
     "reports": "errors settings runs",
     "similarity": "models",

@@ -7,7 +7,8 @@ freed before gradients need memory.
 
 On a processor with bf16 instructions the copy may be in bf16: twice as fast again, with half the memory. Only the
 products are in bf16; sums, inputs, outputs and everything else stay in fp32. The difference of the two most likely
-tokens is often smaller than the precision of bf16, so the logits of the likely tokens are computed again in fp32.
+tokens is often smaller than the precision of bf16, so the logits of the likely tokens are computed again in fp32. Then
+nothing needs the fp32 weights of linear layers either, and `store_in_bf16` drops them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def packing_kept() -> Iterator[None]:
 
 @contextmanager
 def packed_linears(model: Any, *, rows: int, steps: int, cpu_dtype: str = "float32") -> Iterator[None]:
-    """Context manager: inside it, fp32 linear layers of a model on a CPU use reordered copies of their weights.
+    """Context manager: inside it, linear layers of a model on a CPU use reordered copies of their weights.
 
     It also works below LoRA, whose base layers are plain linear layers. Other layers are left alone: quantised ones,
     those on other devices, and those whose `forward` was replaced by other code.
@@ -102,12 +103,41 @@ def _with_copy(module: torch.nn.Linear, dtype: torch.dtype) -> Callable[[torch.T
 
 def _packable(module: Any) -> bool:
     return (
-        type(module) is torch.nn.Linear
+        (type(module) is Bf16Linear or (type(module) is torch.nn.Linear and module.weight.dtype == torch.float32))
         and "forward" not in vars(module)
         and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
     )
+
+
+class Bf16Linear(torch.nn.Linear):
+    """A frozen linear layer with its weight in bf16: (…, I) → (…, O). Inputs, outputs and bias are fp32.
+
+    Its products are those of an fp32 layer under autocast, which converts the weight at every call.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The layer's output: in bf16 under autocast, otherwise in the dtype of the input."""
+        if torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return torch.nn.functional.linear(input.bfloat16(), self.weight, bias).to(input.dtype)
+
+
+def store_in_bf16(model: Any) -> None:
+    """Convert the weights of a model's linear layers to bf16, for training and generating with products in bf16.
+
+    The language-model head stays in fp32: the logits of likely tokens are computed in fp32.
+
+    Args:
+        model: a Hugging Face causal LM in fp32 on a CPU, whose linear layers are not trained.
+    """
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if _packable(module) and module is not head:
+            module.weight = torch.nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+            module.__class__ = Bf16Linear
+    return_freed_memory()
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,9 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = F
         fix_date(tokenizer, day)
     # The dtype of the run, which may differ from the default on this machine.
     dtype = getattr(torch, record["dtype"].removeprefix("torch.")) if "dtype" in record else None
-    base = models.load_base(args.base_model, four_bit=models.use_4bit(args), dtype=dtype)
+    base = models.load_base(
+        args.base_model, four_bit=models.use_4bit(args), dtype=dtype, cpu_dtype=models.cpu_dtype(args)
+    )
     frozen = FrozenBase(base, tokenizer)
     model = PeftModel.from_pretrained(base, args.adapter_path or args.output_dir)
     frozen.measure(model, step=0, adapter_path=args.adapter_path)

@@ -107,6 +107,8 @@ def estimate(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine
         if machine.four_bit or shape.stored_bytes < machine.width:
             loading = shape.stored_bytes * shape.parameters + (QUANTISING if machine.four_bit else 0)
             parts.append(Part("loading: the model's files", loading, "loading"))
+        if machine.half:
+            parts.append(Part("loading: weights that become bf16, in fp32", 2 * shape.linear, "loading"))
     if args.vllm_python is not None:
         share = args.vllm_gpu_memory * machine.total if machine.gpu else 4 * shape.parameters + VLLM_ON_CPU
         parts.append(Part(SERVER, share))
@@ -143,13 +145,15 @@ def peak(parts: Sequence[Part], machine: Machine) -> float:
 def _weights_in(machine: Machine) -> str:
     if machine.four_bit:
         return "NF4"
-    return "16 bits" if machine.gpu else "fp32"
+    if machine.gpu:
+        return "16 bits"
+    return "bf16, the head fp32" if machine.half else "fp32"
 
 
 def _weights(shape: ModelShape, machine: Machine) -> float:
     if machine.four_bit:
         return NF4_BYTES * shape.linear + machine.width * (shape.parameters - shape.linear)
-    return machine.width * shape.parameters
+    return (2 if machine.half else 4) * shape.linear + machine.width * (shape.parameters - shape.linear)
 
 
 def _packed(shape: ModelShape, machine: Machine) -> float:
@@ -200,8 +204,7 @@ def _training(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machin
         # Keys and values of prompt and answer, in all layers.
         kept += machine.width * rows * (step.planner_prompt + per_row) * shape.cached_elements if prompt_rows else 0
         if machine.half and not machine.gpu and not machine.four_bit:
-            # Autocast's copies of the weights. The head's is included, because the pass over the prompts uses it.
-            kept += 2 * (shape.linear * shape.open_layers / shape.layers + shape.head)
+            kept += 2 * shape.head  # autocast's copy of it: the pass over the prompts uses it
     label = "activations, checkpointed" if checkpointing else "activations of forward and backward"
     return [
         Part(label, kept, "training"),

@@ -72,12 +72,17 @@ def _check_savable(tokenizer: Any) -> None:
 
 
 def load_base(
-    name: str, *, four_bit: bool, dtype: Any = None, revision: str | None = None, gpu: bool | None = None
+    name: str,
+    *,
+    four_bit: bool,
+    dtype: Any = None,
+    revision: str | None = None,
+    gpu: bool | None = None,
+    cpu_dtype: str = "float32",
 ) -> Any:
     """Load the base model: in 4-bit NF4 with double quantisation, in bf16 or fp16 on a GPU, or in fp32 on a CPU.
 
-    NF4 is the 4-bit number format of QLoRA (arXiv:2305.14314). On a CPU the weights stay fp32 even if products are
-    computed in bf16 (`cpu_dtype`): only the copies made for generation are bf16.
+    NF4 is the 4-bit number format of QLoRA (arXiv:2305.14314).
 
     Args:
         name: Hub id, folder, or the packaged model.
@@ -85,12 +90,15 @@ def load_base(
         dtype: of the weights that are not quantised, instead of the default above.
         revision: of a Hub model (default: its main branch).
         gpu: whether to use a GPU (default: if there is one).
+        cpu_dtype: "bfloat16" if all products will be in bf16 on a CPU. Linear layers are then stored in bf16.
 
     Raises:
         UserError: if it cannot be loaded; the message says what to try.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from common.decoding.packing import store_in_bf16
 
     gpu = torch.cuda.is_available() if gpu is None else gpu
     half = torch.bfloat16 if has_native_bf16() else torch.float16
@@ -112,6 +120,8 @@ def load_base(
         # kernel without a gradient. After one worker call, training would continue with wrong gradients and no error.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if cpu_dtype == "bfloat16" and not gpu and not four_bit:
+        store_in_bf16(model)
     return model
 
 

@@ -172,7 +172,7 @@ def build_trainer(
     encoder = SentenceEncoder(args.embedding_model)
     encoder.load()
     four_bit = models.use_4bit(args)
-    base = models.load_base(args.base_model, four_bit=four_bit)
+    base = models.load_base(args.base_model, four_bit=four_bit, cpu_dtype=models.cpu_dtype(args))
     announce_device(args)
     frozen = FrozenBase(base, tokenizer)
     # The executor is needed to build the trainer, and uses the trainer's model; the trainer is put in here afterwards.

@@ -61,7 +61,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     if checkpoint is not None:
         check_same_data(output_dir, found)
     four_bit = models.use_4bit(args)
-    base = models.load_base(args.base_model, four_bit=four_bit)
+    base = models.load_base(args.base_model, four_bit=four_bit, cpu_dtype=models.cpu_dtype(args))
     announce_device(args)
     frozen = FrozenBase(base, tokenizer)
     end_ids = end_token_ids(base, tokenizer)

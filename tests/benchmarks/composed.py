@@ -195,8 +195,8 @@ def _local(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Worker], A
     quiet_libraries(debug=False)
     tune_for_cpu()
     torch.set_grad_enabled(False)
-    model = models.load_base(options.model, four_bit=False).eval()
     dtype = models.cpu_dtype(TrainingArgs(cpu_dtype=options.cpu_dtype, use_4bit=False))
+    model = models.load_base(options.model, four_bit=False, cpu_dtype=dtype).eval()
     limits = {"max_tokens": options.max_tokens, "cpu_dtype": dtype}
     workers: list[Worker] = [
         FrozenWorker(model, tokenizer, style=STYLE, context=context, **limits) for context in CONTEXTS

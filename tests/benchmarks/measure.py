@@ -70,7 +70,10 @@ def reward_step(job: Job) -> dict[str, Any]:
     models = []
     if job.variant != "vllm":
         # A plain implementation holds two copies: the worker, and the model that the trainer trains.
-        models = [load_base(PACKAGED_MODEL, four_bit=False).eval() for _ in range(1 + (job.variant == "one-call"))]
+        models = [
+            load_base(PACKAGED_MODEL, four_bit=False, cpu_dtype=job.cpu_dtype).eval()
+            for _ in range(1 + (job.variant == "one-call"))
+        ]
     worker: Any
     if job.variant == "vllm":
         worker = mix.VllmWorker(job.url, tokenizer, style=job.style, max_tokens=job.max_tokens)

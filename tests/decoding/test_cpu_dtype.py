@@ -105,6 +105,40 @@ def test_logits_are_close_and_those_of_likely_tokens_are_those_of_fp32(bf16, smo
     torch.testing.assert_close(again, expected.logits, msg="afterwards the layers are the plain ones again")
 
 
+def test_weights_stored_in_bf16_give_the_logits_gradients_and_answers_of_fp32_weights(bf16, tiny_planner):
+    """Autocast and packed copies convert fp32 weights to bf16 anyway. Stored so, they take half the memory."""
+    tokenizer = models.load_tokenizer(tiny_planner)
+    ids = tokenizer.encode("What is 2 + 3? Say it in words.")
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    found = []
+    for cpu_dtype in ("float32", "bfloat16"):
+        torch.manual_seed(1)
+        model = get_peft_model(models.load_base(tiny_planner, four_bit=False, cpu_dtype=cpu_dtype), config).eval()
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                assert parameter.dtype == torch.float32, "what is trained is fp32"
+                torch.manual_seed(len(name))
+                torch.nn.init.normal_(parameter.data)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(torch.tensor([ids])).logits
+        logits.float().square().mean().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        with packed_linears(model, rows=8, steps=20, cpu_dtype="bfloat16"):
+            answer = decode(
+                model.get_base_model(), [ids], max_new_tokens=20, pad_id=tokenizer.pad_token_id,
+                eos_ids=frozenset([tokenizer.eos_token_id]),
+            )  # fmt: skip
+        linear = model.get_base_model().model.layers[0].mlp.up_proj.weight
+        assert str(linear.dtype) == f"torch.{cpu_dtype}"
+        assert model.get_base_model().get_output_embeddings().weight.dtype == torch.float32
+        plain = model(torch.tensor([ids])).logits
+        assert plain.dtype == torch.float32, "also without autocast and packed copies"
+        found.append((logits, gradients, answer))
+    (logits, gradients, answer), (expected, expected_gradients, expected_answer) = found
+    assert torch.equal(logits, expected) and answer == expected_answer and len(gradients) > 0
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))
+
+
 @pytest.mark.parametrize("entries", [192, 200, 50])
 @pytest.mark.parametrize("scale", [4.0, 0.001])
 def test_logits_near_the_largest_are_exact_wherever_they_are(bf16, entries, scale):
