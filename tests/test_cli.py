@@ -147,6 +147,7 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     used = tmp_path / "used"
     used.mkdir()
     (used / "metrics.jsonl").write_text("{}\n")
+    (used / "training_config.json").write_text("{}")
     cases["existing run"] = (["--output-dir", str(used)], "--overwrite")
     return cases
 
