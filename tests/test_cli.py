@@ -303,3 +303,20 @@ def test_a_limit_of_the_machine_is_told_with_the_way_out(error, told):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and told in line
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("UserError('bad input')", 2), ("UserError('no network', exit_code=3)", 3), ("KeyError('x')", 1), ("ModuleNotFoundError(name='x')", 1)],
+)  # fmt: skip
+def test_debug_adds_the_traceback_and_changes_neither_the_line_nor_the_exit_code(error, code):
+    program = (
+        f"from common.cli import run\nfrom common.errors import UserError\ndef main(argv):\n  raise {error}\nrun(main)"
+    )
+    plain, debug = (
+        subprocess.run([sys.executable, "-c", program, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+        for more in ([], ["--debug"])
+    )
+    assert (plain.returncode, debug.returncode) == (code, code)
+    assert "Traceback" not in plain.stderr and "Traceback" in debug.stderr
+    assert debug.stderr.endswith(plain.stderr), "a reader of the last line finds the same one"
