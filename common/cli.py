@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from common.errors import UserError
-from common.processes.ranks import is_first, rank
+from common.processes.ranks import is_first, rank, world_size
 from common.settings import secrets
 from common.settings.fields import flag_of
 
@@ -229,6 +229,8 @@ def _told(error: Exception) -> tuple[list[str], int]:
     if isinstance(error, ModuleNotFoundError):
         way = "use .venv/bin/python, which make demo fills, or pip install -r requirements.txt"
         return [f"the package {error.name} is not installed for {sys.executable}: {way}"], 1
+    if world_size() > 1 and _OTHER_ENDED.search(str(error)):
+        return ["another process of this run has ended, so this one ends too: its own line says why"], 1
     first = str(error).strip().splitlines()
     told = f"{type(error).__name__}: {first[0] if first else '(no message)'}"
     return [f"{told} ({_limit_reached(error) or '--debug shows where'})"], 1
@@ -251,6 +253,10 @@ def _limit_reached(error: BaseException) -> str | None:
     return None
 
 
+# What gloo and NCCL say when the process at the other end of a connection is gone.
+_OTHER_ENDED = re.compile(
+    r"gloo/transport/.*(?:closed by peer|reset by peer|Broken pipe)|remote process exited", re.DOTALL
+)
 _MORE_MEMORY = "use smaller batches or a machine with more, then --resume or the same command again"
 _NO_MEMORY = re.compile(
     r"can't allocate memory|[Cc]annot allocate memory|bad_alloc|not enough memory|failed to map segment"

@@ -305,6 +305,19 @@ def test_a_limit_of_the_machine_is_told_with_the_way_out(error, told):
     assert done.returncode == 1 and told in line
 
 
+def test_the_end_of_another_process_is_told_without_the_words_of_the_library():
+    """As gloo tells it where one of two ranks was stopped within a scoreboard. Alone, a process has no other."""
+    said = "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:16264. GLHF!"
+    code = f"from common.cli import run\ndef main(argv):\n  raise RuntimeError({said!r})\nrun(main)"
+    for processes, told in (("2", "another process of this run has ended"), ("1", "RuntimeError: [/x/gloo")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+            env={**os.environ, "WORLD_SIZE": processes},
+        )  # fmt: skip
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and told in line and ("GLHF" in line) == (processes == "1")
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [("UserError('bad input')", 2), ("UserError('no network', exit_code=3)", 3), ("KeyError('x')", 1), ("ModuleNotFoundError(name='x')", 1)],
