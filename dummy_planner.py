@@ -2,7 +2,7 @@
 
 On published planning data, with the constants below:      python dummy_planner.py
 JSON plans in the GRPO planner's own prompt (warm start):  python dummy_planner.py --format json-plan \\
-    --dataset ../shared/data/gsm8k_socratic --base-model Qwen/Qwen2.5-0.5B-Instruct --output-dir ./warm_start
+    --dataset openai/gsm8k --dataset-config socratic --base-model Qwen/Qwen2.5-0.5B-Instruct --output-dir ./warm_start
 then                                                       python grpo_training.py --adapter-path ./warm_start …
 On a laptop, in minutes:                                   python dummy_planner.py --demo
 
@@ -31,11 +31,11 @@ from common.cli import (
 from common.fit.devices import prepare_gpu
 from common.models import check_base_model
 from common.problems.planning import load_planning_data
-from common.problems.questions import check_source, tell_other_family
+from common.problems.questions import check_source, kind_of_source, tell_other_family
 from common.processes.engines import check_engine
 from common.processes.launcher import check_not_alone
 from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base
-from common.runs.checkpoints import newest_checkpoint
+from common.runs.checkpoints import is_last, newest_checkpoint
 from common.runs.folder import own_output_dir, settle_replaced
 from common.runs.record import check_same_processes, stored_settings
 from common.settings.sft import RESUMABLE, SFT_DEMO, SupervisedArgs
@@ -98,6 +98,11 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
     checkpoint = newest_checkpoint(Path(args.output_dir)) if options.resume else None
     if checkpoint is not None:
         check_same_processes(Path(args.output_dir))
+        if is_last(checkpoint):
+            say(
+                f"the run in {args.output_dir} has all of its steps, so nothing is trained: go on from it in another "
+                f"--output-dir with --adapter-path {args.output_dir}, here or in grpo_training.py"
+            )
     check_base_model(args.base_model)
     if args.adapter_path is not None:
         check_adapter_base(args.adapter_path, args.base_model)
@@ -106,7 +111,7 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
             tell_other_family(check_adapter_prompts(args.adapter_path, args.planner_prompt()), args.dataset)
     if args.format == "json-plan":
         check_source(args.dataset)
-    elif Path(args.dataset).expanduser().exists():
+    elif kind_of_source(args.dataset) != "hub":
         load_planning_data(args.dataset, None)
     say(settings_table(args, SupervisedArgs(**DEFAULTS)))
 

@@ -41,7 +41,7 @@ from common.processes.engines import check_engine
 from common.processes.launcher import check_not_alone
 from common.rewards import PipelineRewardFunction
 from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base, read_adapter_config
-from common.runs.checkpoints import newest_checkpoint
+from common.runs.checkpoints import checkpoint_step, newest_checkpoint
 from common.runs.folder import own_output_dir, settle_replaced
 from common.runs.record import check_same_data, check_same_processes, read_run_record, stored_settings
 from common.servers.vllm import serve_base
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_run_flags(options)
     if options.check and options.eval_only:
         raise UserError("--check looks at a training run: leave out --eval-only")
+    if options.resume and options.eval_only:
+        raise UserError("--resume trains the run further and --eval-only scores it as it is: leave one of them out")
     args = settle(options)
     args.validate()
     check_engine()
@@ -102,6 +104,11 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
     checkpoint = newest_checkpoint(output_dir) if options.resume else None
     if checkpoint is not None:
         check_same_processes(output_dir)
+        if checkpoint_step(checkpoint) >= args.max_steps:
+            say(
+                f"the run in {output_dir} has all of its {args.max_steps} steps, so nothing is trained: give more with "
+                "--max-steps, or make its scoreboard with --eval-only"
+            )
     check_base_model(args.base_model)
     if args.adapter_path is not None:
         check_adapter_base(args.adapter_path, args.base_model)

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from common.errors import UserError
-from common.processes.ranks import is_first, rank
+from common.processes.ranks import is_first, rank, world_size
 from common.settings import secrets
 from common.settings.fields import flag_of
 
@@ -187,7 +188,7 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run a script's `main` and exit with its code. Does not return.
 
     Each user error becomes one line. Any other error becomes one line too, with its type and message and exit code 1,
-    and says how to see the traceback. With `--debug` every error keeps its traceback. Secrets from the environment,
+    and says how to see the traceback. `--debug` prints the traceback before these lines. Secrets from the environment,
     the command line or a login are never printed.
 
     Args:
@@ -209,32 +210,30 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         program += f" (process {rank()})"  # shows whether one process or all report an error
     try:
         code = main(None)
-    except UserError as error:
-        if "--debug" in sys.argv:
-            raise
-        for line in str(error).splitlines():
-            print(f"{program}: error: {line}", file=sys.stderr)
-        code = error.exit_code
     except KeyboardInterrupt:
         print(f"{program}: stopped", file=sys.stderr)
         code = 130
-    except ModuleNotFoundError as error:
+    except Exception as error:  # noqa: BLE001 - last resort: any error is told in one line
         if "--debug" in sys.argv:
-            raise
-        print(
-            f"{program}: error: the package {error.name} is not installed for {sys.executable}: use .venv/bin/python, "
-            "which make demo fills, or pip install -r requirements.txt",
-            file=sys.stderr,
-        )
-        code = 1
-    except Exception as error:  # last resort: show the error in one line and fail
-        if "--debug" in sys.argv:
-            raise
-        first = str(error).strip().splitlines()
-        told = f"{type(error).__name__}: {first[0] if first else '(no message)'}"
-        print(f"{program}: error: {told} ({_limit_reached(error) or '--debug shows where'})", file=sys.stderr)
-        code = 1
+            print(traceback.format_exc(), end="", file=sys.stderr)
+        lines, code = _told(error)
+        for line in lines:
+            print(f"{program}: error: {line}", file=sys.stderr)
     sys.exit(code)
+
+
+def _told(error: Exception) -> tuple[list[str], int]:
+    """The lines that tell an error to the user, and the exit code."""
+    if isinstance(error, UserError):
+        return str(error).splitlines(), error.exit_code
+    if isinstance(error, ModuleNotFoundError):
+        way = "use .venv/bin/python, which make demo fills, or pip install -r requirements.txt"
+        return [f"the package {error.name} is not installed for {sys.executable}: {way}"], 1
+    if world_size() > 1 and _OTHER_ENDED.search(str(error)):
+        return ["another process of this run has ended, so this one ends too: its own line says why"], 1
+    first = str(error).strip().splitlines()
+    told = f"{type(error).__name__}: {first[0] if first else '(no message)'}"
+    return [f"{told} ({_limit_reached(error) or '--debug shows where'})"], 1
 
 
 def _limit_reached(error: BaseException) -> str | None:
@@ -254,6 +253,10 @@ def _limit_reached(error: BaseException) -> str | None:
     return None
 
 
+# What gloo and NCCL say when the process at the other end of a connection is gone.
+_OTHER_ENDED = re.compile(
+    r"gloo/transport/.*(?:closed by peer|reset by peer|Broken pipe)|remote process exited", re.DOTALL
+)
 _MORE_MEMORY = "use smaller batches or a machine with more, then --resume or the same command again"
 _NO_MEMORY = re.compile(
     r"can't allocate memory|[Cc]annot allocate memory|bad_alloc|not enough memory|failed to map segment"

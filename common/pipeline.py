@@ -176,6 +176,7 @@ class PipelineExecutor:
         Raises:
             UserError: if a model cannot be loaded, or a server of `worker_url` or `vllm_url` cannot be used.
         """
+        models.quiet_transformers()  # as the scripts do
         encoder = SentenceEncoder(args.embedding_model)
         encoder.load()
         if args.worker_url is not None or args.vllm_url is not None:

@@ -77,6 +77,7 @@ BAD_ROWS = {
     "broken.jsonl": ('{"question": "a", "answer": "#### 1"}\n{"question": \n', "broken.jsonl:2"),
     "columns.jsonl": ('{"problem": "a", "solution": "#### 1"}\n', "problem, solution"),
     "nonumber.jsonl": ('{"question": "a", "answer": "#### 1"}\n\n{"question": "b", "answer": "#### many"}\n', "nonumber.jsonl:3"),
+    "anumber.jsonl": ('{"question": "b", "answer": 7}\n', "found 7 in column 'answer', text that ends in '#### 7' is expected"),
     "nomarker.jsonl": ('{"question": "b", "answer": "7"}\n', "####"),
     "list.jsonl": ("[1, 2]\n", "list.jsonl:1"),
     "empty.jsonl": ("\n", "empty"),
@@ -105,6 +106,7 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "empty output": (["--output-dir", ""], "--output-dir is empty"),
         "no adapter": (["--adapter-path", str(tmp_path / "none")], "not a folder"),
         "resume nothing": (["--resume", "--output-dir", str(tmp_path / "none")], "must name the folder of a run"),
+        "resumed and only scored": (["--resume", "--eval-only"], "leave one of them out"),
         "no server's address": (["--vllm-url", "localhost:8000"], "--vllm-url 'localhost:8000' is no address"),
         "a server twice": (["--vllm-url", "http://a/v1,http://a/v1"], "--vllm-url names a server twice"),
         "two workers": (["--vllm-url", "http://a/v1", "--worker-url", "http://b/v1"], "leave out --worker-url"),
@@ -147,6 +149,7 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     used = tmp_path / "used"
     used.mkdir()
     (used / "metrics.jsonl").write_text("{}\n")
+    (used / "training_config.json").write_text("{}")
     cases["existing run"] = (["--output-dir", str(used)], "--overwrite")
     return cases
 
@@ -302,3 +305,33 @@ def test_a_limit_of_the_machine_is_told_with_the_way_out(error, told):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and told in line
+
+
+def test_the_end_of_another_process_is_told_without_the_words_of_the_library():
+    """As gloo tells it where one of two ranks was stopped within a scoreboard. Alone, a process has no other."""
+    said = "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:16264. GLHF!"
+    code = f"from common.cli import run\ndef main(argv):\n  raise RuntimeError({said!r})\nrun(main)"
+    for processes, told in (("2", "another process of this run has ended"), ("1", "RuntimeError: [/x/gloo")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+            env={**os.environ, "WORLD_SIZE": processes},
+        )  # fmt: skip
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and told in line and ("GLHF" in line) == (processes == "1")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("UserError('bad input')", 2), ("UserError('no network', exit_code=3)", 3), ("KeyError('x')", 1), ("ModuleNotFoundError(name='x')", 1)],
+)  # fmt: skip
+def test_debug_adds_the_traceback_and_changes_neither_the_line_nor_the_exit_code(error, code):
+    program = (
+        f"from common.cli import run\nfrom common.errors import UserError\ndef main(argv):\n  raise {error}\nrun(main)"
+    )
+    plain, debug = (
+        subprocess.run([sys.executable, "-c", program, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+        for more in ([], ["--debug"])
+    )
+    assert (plain.returncode, debug.returncode) == (code, code)
+    assert "Traceback" not in plain.stderr and "Traceback" in debug.stderr
+    assert debug.stderr.endswith(plain.stderr), "a reader of the last line finds the same one"

@@ -65,6 +65,6 @@ def test_the_example_of_use_as_a_library_runs():
     done = subprocess.run(
         [sys.executable, "-c", example[1]], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     answer, reward = done.stdout.split()
     assert answer == "19" and float(reward) > 1, "three subproblems that cover the question are solved and combined"

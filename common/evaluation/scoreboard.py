@@ -33,11 +33,12 @@ Answerer = Callable[[Sequence[Sequence[Message]]], list[Generation]]
 
 DIRECT, VOTE, UNTRAINED, SUPERVISED, TRAINED = (
     "direct",
-    "direct, equal tokens",
+    "votes",
     "untrained planner",
     "supervised planner",
     "trained planner",
 )
+EARLIER_NAMES = {"direct, equal tokens": VOTE}  # of rows that earlier versions stored
 ORDER = (DIRECT, VOTE, UNTRAINED, SUPERVISED, TRAINED)
 PARTS = "parts alone"  # not part of the comparison: the problems of composed questions, solved one by one
 RECORDS = "evaluation.jsonl"
@@ -320,7 +321,8 @@ def stored_rows(output_dir: Path) -> dict[str, Row]:
                     f"{output_dir / RECORDS} holds something else than rows of a scoreboard: remove it"
                 )
             if fingerprint and seconds is not None:
-                row = rows.setdefault(record["row"], Row(record["row"], [], seconds, fingerprint))
+                name = record["row"] = EARLIER_NAMES.get(record["row"], record["row"])
+                row = rows.setdefault(name, Row(name, [], seconds, fingerprint))
                 row.records.append(record)
     return rows
 

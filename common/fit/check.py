@@ -39,14 +39,15 @@ def check_run(args: TrainingArgs, *, overwrite: bool, resume: bool) -> int:
         0 if the run fits and nothing is missing.
 
     Raises:
-        UserErrors: with exit code 2, and one line for each problem.
+        UserErrors: with one line for each problem. Its exit code is what the run itself would end with: 2 if some input
+            is wrong, else mostly 1 (no memory, no network, no package).
     """
     if not is_first():
         return 0  # only the first process prints
     found = missing.Found()
-    found.problems += missing.packages(args)
+    found.add(missing.packages(args), exit_code=1)
     if found.problems:
-        raise UserErrors(found.problems)
+        raise UserErrors(found.problems, exit_code=found.exit_code)
     found.tried(lambda: check_output_dir(Path(args.output_dir), overwrite=overwrite, resume=resume))
     offline = missing.hub_problem(args)
     questions = found.tried(lambda: _questions(args))
@@ -61,18 +62,20 @@ def check_run(args: TrainingArgs, *, overwrite: bool, resume: bool) -> int:
         size = shape.stored_bytes * shape.parameters
         download = found.tried(lambda: missing.check_base_files(args.base_model, size, offline))
         print(_model_line(args, shape, download))
+        if machine is not None:
+            print(_products_line(args, machine))
         if questions:
             step = step_of(args, questions, tokenizer)
             print(_step_lines(args, step, len(questions)))
-            found.problems += _too_long(args, config, step)
+            found.add(_too_long(args, config, step), exit_code=2)
             if machine is not None:
                 parts = estimate(args, shape, step, machine)
                 print(_memory_table(parts, machine))
-                found.problems += does_not_fit(args, parts, machine)
+                found.add(does_not_fit(args, parts, machine), exit_code=1)
     found.tried(lambda: missing.check_encoder(args.embedding_model, offline))
     found.tried(lambda: missing.check_server(args))
     if found.problems:
-        raise UserErrors(found.problems)
+        raise UserErrors(found.problems, exit_code=found.exit_code)
     print("it fits, and nothing is missing")
     return 0
 
@@ -113,6 +116,8 @@ def does_not_fit(args: TrainingArgs, parts: Sequence[Part], machine: Machine) ->
         "training": "lower --batch-size and raise --grad-accum in turn, or lower --max-completion-length"
         + ("" if largest.name.endswith("checkpointed") else ", or --gradient-checkpointing"),
     }
+    if largest.name.startswith("adapter") and args.adapter_path is None:
+        ways["always"] = f"lower --lora-r ({args.lora_r}), or give --lora-layers, or a smaller --base-model"
     if largest.name == SERVER:
         ways["always"] = "lower --vllm-gpu-memory" if machine.gpu else "serve elsewhere, and name it with --vllm-url"
     what = f"memory: {needed / GIB:.1f} GiB are needed, {machine.name} has {machine.total / GIB:.1f}"
@@ -183,6 +188,14 @@ def _model_line(args: TrainingArgs, shape: ModelShape, download: str | None) -> 
         f"{'' if download is None else f' ({download})'}\n"
         f"adapter     {shape.trained:,} parameters, LoRA of rank {shape.rank}{layers}"
     )
+
+
+def _products_line(args: TrainingArgs, machine: Machine) -> str:
+    """The number format of matrix products, which on a CPU may differ from that of the weights."""
+    if machine.gpu:
+        return f"products    matrix products in {'bf16' if models.has_native_bf16() else 'fp16'}"
+    kind = "bf16" if machine.cpu_dtype == "bfloat16" else "fp32"
+    return f"products    matrix products in {kind} (--cpu-dtype {args.cpu_dtype})"
 
 
 def _step_lines(args: TrainingArgs, step: Step, questions: int) -> str:

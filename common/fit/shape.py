@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.models import LORA_TARGET_MODULES, LoraSettings, first_adapted
+from common.models import LORA_TARGET_MODULES, LoraSettings, check_rank, first_adapted
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -60,6 +60,9 @@ def model_shape(config: Any, args: LoraSettings) -> ModelShape:
     Args:
         config: of the base model, as `AutoConfig` gives it.
         args: settings of the run. With `adapter_path`, the shape of that adapter is used.
+
+    Raises:
+        UserError: if the base has too few layers or too small matrices for the adapter.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -103,6 +106,7 @@ def _new_adapter(linears: Mapping[str, Any], args: LoraSettings, layers: int) ->
     """Shapes of a new LoRA's matrices in the layers of `models.lora_config`: (r, inputs) and (outputs, r) per layer."""
     usual = {name for name in linears if name.rsplit(".", 1)[-1] in LORA_TARGET_MODULES}
     first = first_adapted(args, layers)
+    check_rank(args.lora_r, [linears[name] for name in usual or set(linears)])
     shapes: dict[str, tuple[int, ...]] = {}
     for name in usual or set(linears):
         place = _LAYER.search(name)

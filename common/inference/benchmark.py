@@ -32,6 +32,7 @@ from common.problems.questions import Question, check_source, is_generated, load
 from common.prompts import Message, planner_messages
 from common.runs import storage
 from common.runs.files import check_file_writable
+from common.runs.folder import check_no_others
 from common.runs.record import TRAINING_CONFIG
 from common.settings.grpo import TrainingArgs
 from common.similarity import Embeddings, SentenceEncoder
@@ -39,16 +40,17 @@ from common.workers.remote import ServerModel
 
 
 def check_scores_folder(path: Path) -> None:
-    """Check that the files of a benchmark can be written to a folder and would not replace others.
+    """Check that the files of a benchmark can be written to a folder, and would neither replace nor join others.
 
     Raises:
-        UserError: if `path` is a file or cannot be written, or the folder already holds such files.
+        UserError: if `path` is a file or cannot be written, or the folder already holds files.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {path} is a file: --benchmark writes into a folder, name one")
     taken = next((name for name in (RECORDS, TRAINING_CONFIG) if (path / name).exists()), None)
     if taken is not None:
         raise UserError(f"--output {path} already holds {taken}, which is not overwritten: name another folder")
+    check_no_others(path, "--output")
     above = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
     check_file_writable(above / f".{path.name}.tmp", "--output")
 

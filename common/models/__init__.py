@@ -11,6 +11,7 @@ from common.models.loading import load_tokenizer as load_tokenizer
 from common.models.loading import quiet_transformers as quiet_transformers
 from common.models.lora import LORA_TARGET_MODULES as LORA_TARGET_MODULES
 from common.models.lora import add_reference_adapter as add_reference_adapter
+from common.models.lora import check_rank as check_rank
 from common.models.lora import first_adapted as first_adapted
 from common.models.lora import load_adapter_weights as load_adapter_weights
 from common.models.lora import lora_config as lora_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import warnings
@@ -20,7 +21,8 @@ from common.settings.secrets import first_line, hub_token
 
 
 def quiet_transformers() -> None:
-    """Turn off progress bars and warnings of transformers on the terminal."""
+    """Turn off progress bars and warnings of transformers, and of libraries that it loads, on the terminal."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before transformers imports it: it misses kernels aloud
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from common.errors import UserError
@@ -20,7 +21,8 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
         model: the base model; it decides which of `LORA_TARGET_MODULES` exist.
 
     Raises:
-        UserError: if the config of `adapter_path` cannot be loaded, or the base has fewer layers than `lora_layers`.
+        UserError: if the config of `adapter_path` cannot be loaded, the base has fewer layers than `lora_layers`, or
+            `lora_r` is larger than any of its matrices can use.
     """
     from peft import LoraConfig, PeftConfig
 
@@ -35,6 +37,12 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
     if args.lora_layers is not None:
         count = model.config.get_text_config().num_hidden_layers
         layers = list(range(first_adapted(args, count), count))
+    linears = [
+        module
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in targets and hasattr(module, "in_features")
+    ]
+    check_rank(args.lora_r, linears)
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -45,6 +53,24 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def check_rank(rank: int, linears: Iterable[Any]) -> None:
+    """Refuse a rank above the rank that the largest adapted matrix can have, from which on it only takes memory.
+
+    Args:
+        rank: of the adapter.
+        linears: the adapted layers, with `in_features` and `out_features`.
+
+    Raises:
+        UserError: with the largest rank that some matrix can use.
+    """
+    most = max((min(linear.in_features, linear.out_features) for linear in linears), default=rank)
+    if rank > most:
+        raise UserError(
+            f"--lora-r {rank}: no matrix of the base model has a rank above {most}, so a higher one adds nothing: give "
+            "at most that (8 to 64 is usual)"
+        )
 
 
 def first_adapted(args: LoraSettings, layers: int) -> int:

@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 
 from common.grading import parse_gold
 
@@ -219,9 +220,10 @@ def _evaluated(node: ast.expr, numbers: tuple[Fraction, ...]) -> Fraction:
     raise ValueError(f"{type(node).__name__} is no plain arithmetic")
 
 
-def _in_digits(question: str) -> list[Fraction]:
+@lru_cache(maxsize=2**15)  # asked anew for each first problem that a problem is tried behind
+def _in_digits(question: str) -> tuple[Fraction, ...]:
     """The numbers that a question contains in digits. A percentage counts twice: as 20 and as 0.2, for example."""
-    return [number for match in _DIGITS.finditer(question) for number in _read(question, match)]
+    return tuple(number for match in _DIGITS.finditer(question) for number in _read(question, match))
 
 
 def _read(question: str, match: re.Match[str]) -> Iterator[Fraction]:

@@ -18,20 +18,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from urllib.parse import parse_qsl
 
 from common.errors import UserError
 from common.grading import parse_gold
 from common.plans import MAX_SUBPROBLEMS
-from common.problems import chained
+from common.problems import chained, generated
 from common.problems.files import Question
 
 PREFIX = "multi:"
+GENERATORS = (generated.PREFIX, generated.REASONING_GYM)  # how the names of sources that are not read begin
 SINGLE, SUM, CHAINED = "single", "sum", "chained"
 LETTERS = "ABCDEFGH"
 EXAMPLE = f"{PREFIX}SOURCE?parts=2-3&single=0.3&max_steps=3&kind={SUM}"
 
-_OPTIONS = ("parts", "single", "max_steps", "kind")
+OPTIONS = ("parts", "single", "max_steps", "kind")
 _CHAINED_END = f"{chained.VARIABLE} in (B) is the answer to (A). What is the answer to (B)?"
 _PART = re.compile(r"^\(([A-H])\) ", re.MULTILINE)
 
@@ -70,14 +70,20 @@ def parse_source(dataset: str) -> Recipe:
     """Read the recipe in a name `multi:SOURCE?parts=2-3&…`. Options that a recipe does not have belong to SOURCE.
 
     Raises:
-        UserError: if SOURCE is missing, or an option has an invalid value.
+        UserError: if SOURCE is missing, an option is unknown or given twice, or has an invalid value.
     """
     source, _, query = dataset.removeprefix(PREFIX).partition("?")
-    given = parse_qsl(query, keep_blank_values=True)
-    values = {name: value for name, value in given if name in _OPTIONS}
-    others = "&".join(f"{name}={value}" for name, value in given if name not in _OPTIONS)
+    given = generated.query_options(dataset, query)
+    values = {name: value for name, value in given.items() if name in OPTIONS}
+    inner = {name: value for name, value in given.items() if name not in OPTIONS}
+    others = "&".join(f"{name}={value}" for name, value in inner.items())
     if others and ":" not in source:  # only a generator takes options
-        raise _refused(dataset, f"found {others}, the options are {', '.join(_OPTIONS)}")
+        raise _refused(dataset, f"found {others}, the options are {', '.join(OPTIONS)}")
+    unknown = next((name for name in inner if name not in generated.OPTIONS), None)
+    if unknown is not None and source.startswith(generated.PREFIX):
+        theirs = ", ".join(generated.OPTIONS)
+        why = f"found {unknown}={inner[unknown]}, the options are {', '.join(OPTIONS)}, and of {source} {theirs}"
+        raise _refused(dataset, why)
     if not source or is_composed(source):
         raise _refused(dataset, "a source of problems has to be named, and no composed one")
     parts = re.fullmatch(r"([2-9])(?:-([2-9]))?", values.get("parts", "2"))
@@ -96,6 +102,8 @@ def parse_source(dataset: str) -> Recipe:
         raise _refused(dataset, f"kind={kind} must be {SUM} or {CHAINED}")
     if kind == CHAINED and most > 2:
         raise _refused(dataset, f"kind={CHAINED} takes two problems: leave parts out")
+    if kind == CHAINED and source.startswith(GENERATORS):
+        raise _refused(dataset, f"kind={CHAINED} needs solutions annotated as GSM8K's are, and generated ones are not")
     whole = f"{source}?{others}" if others else source
     return Recipe(whole, fewest, most, float(single), None if steps is None else int(steps), kind)
 
@@ -137,18 +145,25 @@ def _sum(left: list[Question], recipe: Recipe, draw: random.Random) -> Iterator[
 def _chain(left: list[Question], recipe: Recipe, draw: random.Random) -> Iterator[Question]:
     """Pair each problem with the next one that can use its answer. A problem without such a partner is skipped."""
     second = {item.question: chained.slots(item.question, item.answer) for item in left}
+    if not any(second.values()):
+        return  # each problem would be compared with all others in vain
+    failed: set[tuple[str, Decimal]] = set()  # second problems, each with a first answer that it cannot use
     waiting = left
     while waiting:
         first, *waiting = waiting
         if draw.random() < recipe.single:
             yield as_single(first)
             continue
+        gold = parse_gold(first.answer)
         for place, other in enumerate(waiting):
+            if not second[other.question] or (other.question, gold) in failed:
+                continue
             found = _chained(first, other, second[other.question])
             if found is not None:
                 del waiting[place]
                 yield found
                 break
+            failed.add((other.question, gold))
 
 
 def as_single(item: Question) -> Question:

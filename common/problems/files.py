@@ -63,11 +63,14 @@ def as_question(row: Any, where: str) -> Question:
     if not isinstance(row, dict):
         raise UserError(f"{where}: found {type(row).__name__}, expected an object with question and answer")
     for name in ("question", "answer"):
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            found = ", ".join(map(str, row)) or "no column"
+        value = row.get(name)
+        if not isinstance(value, str) or not value.strip():
+            what = f"found {value!r:.40} in" if name in row else "there is no"
+            ending = value if isinstance(value, (int, float)) else "NUMBER"
+            wanted = f"text that ends in '#### {ending}'" if name == "answer" else "text"
             raise UserError(
-                f"{where}: no text in column {name!r} (columns found: {found}): GSM8K's schema is expected, "
-                "'question' and 'answer' as text"
+                f"{where}: {what} column {name!r}, {wanted} is expected (GSM8K's schema: question and answer; columns "
+                f"found: {', '.join(map(str, row)) or 'none'})"
             )
     try:
         parse_gold(row["answer"])

@@ -17,14 +17,14 @@ from urllib.parse import parse_qsl
 from common.errors import UserError
 from common.plans import Plan
 
-PREFIX = "generated:"
+PREFIX, REASONING_GYM = "generated:", "reasoning-gym:"  # how the names of generated sources begin
 FAMILY = "shares"
 NAMES = ("Ann", "Bob", "Cal", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Joe")
 ITEMS = ("pens", "cards", "coins", "books", "shells", "cups")
 # Of the plans to imitate: share of direct plans, and share of splits that use every number exactly once.
 DIRECT_SHARE = 0.2
 COVERING_SHARE = 0.4
-_OPTIONS = {"people": 4, "low": 1, "high": 5}
+OPTIONS = {"people": 4, "low": 1, "high": 5}
 _PATTERN = re.compile(r"(?:^|, | and )([A-Z][a-z]+) has (\d+)")
 
 
@@ -49,6 +49,20 @@ class Shares:
         return f"{' + '.join(map(str, self.amounts))} = {sum(self.amounts)}\n#### {sum(self.amounts)}"
 
 
+def query_options(source: str, query: str) -> dict[str, str]:
+    """The options behind the question mark of a source.
+
+    Raises:
+        UserError: if one is given twice.
+    """
+    given = parse_qsl(query, keep_blank_values=True)
+    options = dict(given)
+    twice = next((name for name in options if [other for other, _ in given].count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--dataset {source}: {twice} is given twice: leave one of them out")
+    return options
+
+
 def parse_source(source: str) -> dict[str, int]:
     """The options in a source such as `generated:shares?people=4&low=1&high=5`.
 
@@ -58,12 +72,12 @@ def parse_source(source: str) -> dict[str, int]:
     family, _, query = source.removeprefix(PREFIX).partition("?")
     if family != FAMILY:
         raise UserError(f"--dataset {source}: there is no generated family {family!r}: use {PREFIX}{FAMILY}")
-    options = dict(_OPTIONS)
-    for name, value in parse_qsl(query, keep_blank_values=True):
+    options = dict(OPTIONS)
+    for name, value in query_options(source, query).items():
         if name not in options or not value.isdigit():
             raise UserError(
                 f"--dataset {source}: found {name}={value}, the options are whole numbers: "
-                + ", ".join(f"{known}={default}" for known, default in _OPTIONS.items())
+                + ", ".join(f"{known}={default}" for known, default in OPTIONS.items())
             )
         options[name] = int(value)
     if not 2 <= options["people"] <= len(NAMES) or options["low"] > options["high"]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.problems import composed
 from common.problems.files import data_files, read_records, split_files
+from common.problems.questions import is_local
 
 COLUMNS = ("SystemPrompt", "UserPrompt", "ExpectedOutput")
 # The first of these splits that exists is used for validation. If none exists, rows are taken from the training split.
@@ -26,10 +28,15 @@ def load_planning_data(source: str, config: str | None) -> tuple[list[Row], list
     Raises:
         UserError: if the data cannot be read, or a row lacks a text; the message names the file and the row.
     """
+    if source.startswith((composed.PREFIX, *composed.GENERATORS)):
+        raise UserError(
+            f"--dataset {source}: generated and composed questions have no plans of their own: add --format json-plan, "
+            "which makes some"
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path)
-    if path.is_file():
+    if is_local(source):
         return _rows(read_records(path)), []
     import datasets
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 from common.cli import say
 from common.errors import UserError
@@ -25,7 +24,8 @@ from common.processes.ranks import world_size
 from common.settings.grpo import TrainingArgs
 from common.settings.secrets import first_line, hub_token
 
-GENERATOR_PREFIX = "reasoning-gym:"
+# Making and comparing more takes minutes, and a run uses far fewer.
+MAX_GENERATED = 100_000
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
@@ -54,7 +54,7 @@ def check_source(dataset: str, split: str = "train", flag: str = "--dataset") ->
         raise UserError(f"{flag} is empty: name a file, a folder, a Hub id or a generator")
     try:
         dataset = composed.inner_source(dataset)
-        if dataset.startswith(GENERATOR_PREFIX):
+        if dataset.startswith(generated.REASONING_GYM):
             _task_and_options(dataset)
         elif dataset.startswith(generated.PREFIX):
             generated.parse_source(dataset)
@@ -89,6 +89,11 @@ def load_questions(
     Raises:
         UserError: if the source cannot be read; the message says what to try.
     """
+    if limit > MAX_GENERATED and is_generated(dataset):
+        raise UserError(
+            f"--dataset {dataset}: {limit:,} generated questions are too many, at most {MAX_GENERATED:,} are made: "
+            "lower --max-samples, or --eval-samples (--samples of inference_vllm.py)"
+        )
     left_out = set(exclude)
     if composed.is_composed(dataset):
         recipe = composed.parse_source(dataset)
@@ -124,7 +129,7 @@ def check_enough(args: TrainingArgs, questions: int) -> None:
 
 def is_generated(dataset: str) -> bool:
     """Whether the questions of a source, or the problems that they are composed of, are generated and not read."""
-    return composed.inner_source(dataset).startswith((GENERATOR_PREFIX, generated.PREFIX))
+    return composed.inner_source(dataset).startswith(composed.GENERATORS)
 
 
 def kind_of_source(dataset: str) -> str:
@@ -233,7 +238,10 @@ def _tell_kinds(questions: list[Question], dataset: str, limit: int) -> None:
         UserError: if there is no question.
     """
     if not questions:
-        raise UserError(f"--dataset {dataset} gives no question: its source has too few problems that fit the options")
+        why = "its source has too few problems that fit the options"
+        if composed.parse_source(dataset).kind == composed.CHAINED:
+            why += " and whose solutions are annotated as GSM8K's are (<<48/2=24>>)"
+        raise UserError(f"--dataset {dataset} gives no question: {why}")
     counts = Counter(max(1, len(item.parts)) for item in questions)
     shares = ", ".join(f"{counts[count]} of {count} problem{'s' * (count > 1)}" for count in sorted(counts))
     less = f"; its source gives no more ({limit} were asked for)" if len(questions) < limit else ""
@@ -263,7 +271,7 @@ def _read_hub(dataset: str, config: str | None, split: str) -> list[Question]:
 
 def _task_and_options(dataset: str) -> tuple[str, dict[str, Any]]:
     """`reasoning-gym:chain_sum?max_terms=3` → ("chain_sum", {"max_terms": 3})."""
-    task, _, query = dataset.removeprefix(GENERATOR_PREFIX).partition("?")
+    task, _, query = dataset.removeprefix(generated.REASONING_GYM).partition("?")
     known = _known_tasks()
     if task not in known:
         import difflib
@@ -274,7 +282,7 @@ def _task_and_options(dataset: str) -> tuple[str, dict[str, Any]]:
             f"such as {', '.join(close)}"
         )
     options: dict[str, Any] = {}
-    for name, value in parse_qsl(query, keep_blank_values=True):
+    for name, value in generated.query_options(dataset, query).items():
         try:
             options[name] = json.loads(value.lower() if value.lower() in ("true", "false") else value)
         except json.JSONDecodeError:
@@ -298,6 +306,9 @@ def _known_tasks() -> list[str]:
 
 def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Question]:
     draws = 20 * limit + 1000  # stop after this many draws: a task with few different questions repeats them
+    since_new, patience = 0, max(limit, 20_000)  # or after so many in a row without a new one
+    if limit >= MAX_GENERATED // 10:
+        say(f"making {limit:,} questions of {dataset}, which may take a while")
     if dataset.startswith(generated.PREFIX):
         stream: Iterator[tuple[str, str]] = (
             (item.question, item.answer) for item in islice(generated.shares(dataset, seed), draws)
@@ -306,9 +317,11 @@ def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Qu
         stream = _reasoning_gym(dataset, draws, seed)
     found: dict[str, Question] = {}
     for number, (text, answer) in enumerate(stream, start=1):
+        since_new += 1
         if text not in exclude and text not in found:
             found[text] = as_question({"question": text, "answer": answer}, f"--dataset {dataset} item {number}")
-        if len(found) == limit:
+            since_new = 0
+        if len(found) == limit or since_new > patience:
             break
     return list(found.values())
 
@@ -321,6 +334,9 @@ def _reasoning_gym(dataset: str, draws: int, seed: int) -> Iterator[tuple[str, s
     try:
         source = reasoning_gym.create_dataset(task, **{"seed": seed, **options, "size": draws})
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"--dataset {dataset}: {task} refuses these options: {first_line(error)}") from error
+        raise UserError(
+            f"--dataset {dataset}: {task} refuses these options: {first_line(error)} (those of {composed.PREFIX} are "
+            f"{', '.join(composed.OPTIONS)})"
+        ) from error
     for item in source:
         yield item["question"], f"#### {item['answer']}"

@@ -45,6 +45,12 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[-1])
 
 
+def is_last(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the last step of its run, as the trainer has stored it."""
+    state = read_json(checkpoint / "trainer_state.json") or {}
+    return isinstance(state.get("max_steps"), int) and checkpoint_step(checkpoint) >= state["max_steps"]
+
+
 def answers_file(checkpoint: Path, rank: int) -> Path:
     """The file in a checkpoint with the worker's cached answers; each process of a run (`rank`) has its own."""
     return checkpoint / f"worker_answers_{rank}.json"

@@ -25,6 +25,9 @@ _TRAINED = ("metrics.jsonl", "samples.jsonl", "adapter_model.safetensors", "adap
 REPLACED = "replaced_run"  # the complete older run
 _MOVING = ".replacing-run"  # a part of the older run, while it is moved there or back; nothing of a new run exists then
 _REMOVED = f"{SAVING}replaced"  # a name that `remove_unfinished` removes
+# What a folder may hold before a run writes its record: logs of the shell or a batch system; what vLLM and W&B write
+# when they start.
+_LOGS, _EARLY = (".log", ".out", ".err"), ("lost+found", "vllm_adapters", "wandb")
 SETTLING_SECONDS = 60.0  # how long the other processes wait until the first one has moved a run back
 _REPORTS = (TRAINING_CONFIG, "training_curves.png", "evaluation.json", "evaluation.jsonl", "evaluation.png", WANDB_RUN)
 
@@ -76,14 +79,37 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
         resume: whether the run there continues.
 
     Raises:
-        UserError: if the folder cannot be written, or contains a run and the flags do not say what to do with it.
+        UserError: if the folder cannot be written, contains files that are no run's, or contains a run and the flags do
+            not say what to do with it.
     """
     check_writable(output_dir, "--output-dir")
+    if not any((output_dir / name).exists() for name in (TRAINING_CONFIG, REPLACED, _MOVING)):
+        check_no_others(output_dir, "--output-dir")
     if holds_run(output_dir) and not overwrite and not resume:
         resumable = "continue it with --resume, " if complete_checkpoints(output_dir) else ""
         raise UserError(
             f"--output-dir {output_dir} already holds a run: {resumable}name another folder, or replace the run and "
             "its checkpoints with --overwrite"
+        )
+
+
+def check_no_others(folder: Path, flag: str) -> None:
+    """Refuse a folder that holds somebody's files, which a run would mix with its own. Logs and hidden files may stay.
+
+    Args:
+        folder: without a run of this project; it need not exist.
+        flag: the flag that names it, for errors.
+
+    Raises:
+        UserError: with some of the files.
+    """
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in found if not name.startswith(".") and not name.endswith(_LOGS) and name not in _EARLY]
+    if others:
+        shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise UserError(
+            f"{flag} {folder} holds other files ({shown}) and no {TRAINING_CONFIG} of a run: name a new or an empty "
+            f"folder, such as {folder / 'run'}"
         )
 
 

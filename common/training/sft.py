@@ -66,6 +66,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     frozen = FrozenBase(base, tokenizer)
     end_ids = end_token_ids(base, tokenizer)
     training, validation = (tokenised(tokenizer, rows, end_ids) for rows in (training_rows, validation_rows))
+    check_length(args.max_seq_len, training, validation)
     if longer := sum(len(ids) > args.max_seq_len for ids in training["input_ids"]):
         say(f"{longer} of {len(training)} rows are longer than --max-seq-len {args.max_seq_len} and are cut at the end")
     trainer = SFTTrainer(
@@ -253,6 +254,22 @@ def tokenised(tokenizer: Any, rows: list[Demonstration], end_ids: frozenset[int]
             for prompt, answer in zip(asked, told, strict=True)
         ]
     )
+
+
+def check_length(limit: int, training: Dataset, validation: Dataset) -> None:
+    """Refuse a length limit that cuts every completion away, of the rows to imitate or of those to validate on.
+
+    Raises:
+        UserError: with the limit from which something is left, and the one that cuts nothing.
+    """
+    for rows in (training, validation):
+        begins = [next(place for place, label in enumerate(labels) if label != -100) for labels in rows["labels"]]
+        if limit <= min(begins):
+            longest = max(map(len, [*training["input_ids"], *validation["input_ids"]]))
+            raise UserError(
+                f"--max-seq-len {limit} leaves no token to imitate, because the shortest prompt has {min(begins)}: "
+                f"give more ({longest} cuts nothing)"
+            )
 
 
 def _turn_end(tokenizer: Any, end_ids: frozenset[int]) -> int:

@@ -1,6 +1,6 @@
 """Sample the plans that the benchmarks run on: what a small planner really writes, stored with its questions.
 
-    python dummy_planner.py --demo --dataset ../shared/data/gsm8k_socratic --max-seq-len 384 --output-dir warm_start
+    python dummy_planner.py --demo --dataset openai/gsm8k --dataset-config socratic --max-seq-len 384 --output-dir warm_start
     python -m tests.benchmarks.sample_plans --adapter-path warm_start
 
 The planner is SmolLM2-135M after a short supervised warm start on GSM8K's sub-questions; the questions come from

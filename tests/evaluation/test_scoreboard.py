@@ -10,6 +10,7 @@ from conftest import run_script
 
 from common.evaluation.scoreboard import (
     DIRECT,
+    RECORDS,
     TRAINED,
     UNTRAINED,
     VOTE,
@@ -221,3 +222,10 @@ def test_ten_questions_on_a_real_model_before_after_and_again(tiny_args, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "evaluation.jsonl" not in done.stderr and "earlier row" not in done.stderr
     assert len(read_jsonl(folder / "evaluation.jsonl")) == 4 * 3
+
+
+def test_votes_that_an_earlier_version_stored_under_another_name_are_used_again(tmp_path):
+    row = {"row": "direct, equal tokens", "question": "q", "error": None, "seconds": 1.0, "fingerprint": {"votes": "x"}}
+    (tmp_path / RECORDS).write_text(json.dumps(row) + "\n")
+    rows = stored_rows(tmp_path)
+    assert list(rows) == [VOTE] == ["votes"] and rows[VOTE].records[0]["row"] == VOTE

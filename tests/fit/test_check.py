@@ -82,11 +82,17 @@ def test_a_check_reads_no_weights_writes_nothing_and_says_what_a_step_is(tiny_ar
     assert done.returncode == 0, done.stderr
     assert "2 questions × 4 = 8 completions, 480 tokens at most" in done.stdout
     assert "it fits, and nothing is missing" in done.stdout
+    kind = "bf16" if models.multiplies_bf16() else "fp32"
+    assert f"products    matrix products in {kind} (--cpu-dtype auto)" in done.stdout
     assert not Path(tiny_args.output_dir).exists()
     tiny_args.lora_layers = 100
     done = check(tiny_args)
     assert done.returncode == 2 and "--lora-layers 100: the base model has " in done.stderr
-    tiny_args.lora_layers = None
+    tiny_args.lora_layers, tiny_args.lora_r = None, 65
+    done = check(tiny_args)
+    assert done.returncode == 2 and "--lora-r 65: no matrix of the base model has a rank above 64" in done.stderr
+    tiny_args.lora_r = 64
+    assert check(tiny_args).returncode == 0
     (folder / "model.safetensors").unlink()
     done = check(tiny_args)
     assert done.returncode == 2 and "holds no weights" in done.stderr
@@ -114,6 +120,10 @@ def test_every_missing_thing_is_a_line_of_its_own(tiny_args, tmp_path):
     tiny_args.base_model, tiny_args.worker_url, tiny_args.wandb = "nobody/no-model", None, False
     done = check(tiny_args, env=offline)
     assert done.returncode == 2 and "model 'nobody/no-model' could not be loaded" in done.stderr
+    tiny_args.grad_accum = 2
+    done = check(tiny_args, env=offline)  # all that is wrong lies outside: the run itself would end with 1 too
+    assert done.returncode == 1 and "gives 4 questions" not in done.stderr, done.stderr
+    assert run_script("grpo_training.py", *flags(tiny_args), env=offline).returncode == 1
     assert "memory, at most" not in done.stdout and "Traceback" not in done.stderr
 
 
@@ -132,6 +142,9 @@ def test_a_run_that_does_not_fit_is_told_with_what_to_change():
     args.gradient_checkpointing, args.batch_size = False, 16
     (line,) = does_not_fit(args, estimate(args, shape, step, card), card)
     assert "--gradient-checkpointing" in line and "lower --batch-size" in line
+    wide = TrainingArgs(lora_r=2048)
+    (line,) = does_not_fit(wide, estimate(wide, model_shape(LLAMA_8B, wide), step, card), card)
+    assert "most of it is for adapter" in line and "lower --lora-r (2048)" in line
     shared = TrainingArgs(vllm_python="python", vllm_gpu_memory=0.8)
     (line,) = does_not_fit(shared, estimate(shared, shape, step, card), card)
     assert "the vLLM server: lower --vllm-gpu-memory" in line

@@ -160,6 +160,7 @@ def test_wrong_input_is_told_before_any_server_is_asked(server, tmp_path):
         ("--input", str(good), "--output", "/proc/answers.jsonl"): "cannot be written",
         ("--input", str(good), "--output", str(foreign)): "name another file",
         ("--benchmark", "--output", str(run)): "already holds evaluation.jsonl, which is not overwritten",
+        ("--benchmark", "--output", str(tmp_path)): "holds other files (good.jsonl, in.jsonl, notes and 1 more)",
         ("--benchmark", "--output", str(good)): "is a file",
         ("--benchmark", "--output", "/proc/scores"): "cannot be written",
         ("--samples", "5", "--question", "q"): "--samples goes with --benchmark",

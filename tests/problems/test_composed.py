@@ -112,9 +112,28 @@ def test_wrong_options_are_told_in_one_line_before_anything_is_read(options, mes
     for source, wrong in (("multi:", "has to be named"), ("multi:multi:x", "has to be named")):
         with pytest.raises(UserError, match=wrong):
             check_source(source)
+    for source, wrong in (
+        (
+            "multi:generated:shares?kin=sum",
+            "found kin=sum, the options are parts, single, max_steps, kind, and of generated",
+        ),
+        ("multi:generated:shares?parts=2&people=3&parts=3", "parts is given twice"),
+        ("generated:shares?low=1&low=2", "low is given twice"),
+        ("multi:generated:shares?kind=chained", "annotated as GSM8K's"),
+        ("multi:reasoning-gym:chain_sum?kind=chained", "annotated as GSM8K's"),
+    ):
+        with pytest.raises(UserError, match=wrong):
+            check_source(source)
+    with pytest.raises(UserError, match=r"chain_sum refuses .* \(those of multi: are parts, single, max_steps, kind\)"):
+        load_questions("multi:reasoning-gym:chain_sum?kin=sum", limit=2)
     with pytest.raises(UserError, match="people must lie"):
         check_source("multi:generated:shares?people=99&parts=2")
     (folder / "one.jsonl").write_text(json.dumps(problems("train", 4)[0]))
+    (folder / "plain.jsonl").write_text(
+        "".join(json.dumps({"question": f"Q{n}?", "answer": "#### 5"}) + "\n" for n in range(9))
+    )
+    with pytest.raises(UserError, match=r"gives no question.*annotated as GSM8K's are"):
+        load_questions(f"multi:{folder / 'plain.jsonl'}?kind=chained", limit=5)
     with pytest.raises(UserError, match="gives no question"):
         load_questions(f"multi:{folder / 'one.jsonl'}?parts=2", limit=5)
 
@@ -184,8 +203,9 @@ def kind_of(plan, item: Question) -> str:
 
 @pytest.mark.parametrize("kind", ["sum&parts=2-3", "chained"])
 def test_plans_to_imitate_are_of_all_kinds_alike_and_leave_single_problems_whole(kind):
-    items = load_questions(f"multi:generated:shares?people=2&high=20&single=0.4&kind={kind}", limit=900, seed=3)
-    if kind == "chained":  # generated problems have no annotations
+    if kind != "chained":
+        items = load_questions(f"multi:generated:shares?people=2&high=20&single=0.4&kind={kind}", limit=900, seed=3)
+    else:  # generated problems have no annotations
         first = [Question(f"How many are {n}?", f"#### {n}") for n in range(20, 320)]
         items = [item for one in first if (item := composed.chain(one, USES))]
     found = list(demonstrations(items, seed=1))

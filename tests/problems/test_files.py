@@ -123,3 +123,11 @@ def test_repeated_questions_are_kept_and_told_once(tmp_path, capsys):
     path = write(tmp_path / "train.jsonl", row("a"), row("b"), row("a"))
     assert questions(path) == ["a", "b", "a"]
     assert capsys.readouterr().err.count("1 of 3 questions occurred before") == 1
+
+
+@pytest.mark.parametrize("source", ["generated:shares", "multi:train.jsonl?parts=2", "reasoning-gym:chain_sum"])
+def test_questions_without_plans_are_told_with_the_format_that_makes_some(source):
+    with pytest.raises(UserError, match="add --format json-plan"):
+        load_planning_data(source, None)
+    with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
+        load_planning_data("./none.jsonl", None)

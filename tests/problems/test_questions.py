@@ -92,6 +92,18 @@ def test_generators_say_what_they_would_take(source, message):
         check_source(source)
 
 
+@pytest.mark.parametrize("source", ["generated:shares", "multi:generated:shares", "reasoning-gym:chain_sum"])
+def test_more_generated_questions_than_anybody_uses_are_refused_at_once(source):
+    with pytest.raises(UserError, match="100,000,000 generated questions are too many, at most 100,000"):
+        load_questions(source, limit=100_000_000)
+
+
+def test_a_source_with_few_different_questions_gives_them_all_and_ends(capsys):
+    """It has 10 × 9 orders of two names and 6 things; it was asked for 20 times the limit before."""
+    assert len(load_questions("generated:shares?people=2&low=1&high=1", limit=50_000)) == 540
+    assert "making 50,000 questions" in capsys.readouterr().err
+
+
 def test_demonstrations_are_varied_and_marked_by_no_kind_of_plan():
     items = load_questions("generated:shares", limit=200, seed=3)
     plans = [plan for _, plan in demonstrations(items, seed=1)]

@@ -96,6 +96,36 @@ def test_a_run_that_ended_before_training_is_in_nobodys_way_and_its_scoreboard_s
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("script", ["grpo_training.py", "dummy_planner.py"])
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_a_folder_of_somebody_elses_files_is_refused_and_left_as_it_is(tmp_path, script, more):
+    (tmp_path / "checkpoint-9").mkdir()  # of another program: it would be removed as a part of an older run
+    for name in ("adapter_model.safetensors", "notes.md", ".run.lock"):
+        (tmp_path / name).write_text("mine")
+    done = run_script(script, "--demo", "--output-dir", str(tmp_path), *more)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "notes.md" in line and f"new or an empty folder, such as {tmp_path / 'run'}" in line
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".run.lock") == [
+        "adapter_model.safetensors", "checkpoint-9", "notes.md",
+    ]  # fmt: skip
+
+
+def test_a_folder_with_logs_only_or_of_a_run_killed_before_its_first_checkpoint_is_taken(tmp_path):
+    for name in ("train.log", "slurm-17.out", ".gitkeep", "vllm.log"):
+        (tmp_path / name).write_text("")
+    with own_output_dir(tmp_path, overwrite=False, resume=False):
+        pass
+    for name in (TRAINING_CONFIG, "metrics.jsonl", "notes.md"):
+        (tmp_path / name).write_text("{}")
+    with own_output_dir(tmp_path, overwrite=True, resume=False):
+        pass
+    (tmp_path / TRAINING_CONFIG).rename(tmp_path / "x")  # a kill in the middle of setting the run aside
+    (tmp_path / ".replacing-run").mkdir()
+    (tmp_path / "x").rename(tmp_path / ".replacing-run" / TRAINING_CONFIG)
+    with own_output_dir(tmp_path, overwrite=True, resume=False):
+        assert (tmp_path / TRAINING_CONFIG).is_file()
+
+
 def test_an_error_before_the_first_checkpoint_puts_the_older_run_back(tmp_path, capsys):
     before = older_run(tmp_path)
     with pytest.raises(KilledError), own_output_dir(tmp_path, overwrite=True, resume=False):

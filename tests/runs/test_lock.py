@@ -69,10 +69,11 @@ def test_nothing_is_left_of_a_run_that_was_refused(tmp_path):
         assert folder.is_dir()
     assert list(tmp_path.iterdir()) == []
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("")
+    for name in ("metrics.jsonl", "training_config.json"):
+        (folder / name).write_text("{}")
     with pytest.raises(UserError, match="already holds a run"), own_output_dir(folder, overwrite=False, resume=False):
         pass
-    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "training_config.json"]
 
 
 def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):

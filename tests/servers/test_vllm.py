@@ -117,7 +117,7 @@ def test_the_benchmark_has_the_rows_of_trainings_scoreboard(url, tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "board" / "evaluation.json").read_text())
     assert summary["questions"] == 10
-    assert list(summary["rows"]) == ["direct", "direct, equal tokens", "untrained planner", "trained planner"]
+    assert list(summary["rows"]) == ["direct", "votes", "untrained planner", "trained planner"]
     assert summary["rows"]["trained planner"]["planner_tokens"] > 0
     assert all(row["worker_failures"] == 0 for row in summary["rows"].values())
     assert "plans of the trained planner: " in done.stdout

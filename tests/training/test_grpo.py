@@ -171,7 +171,7 @@ def test_resume_gives_the_same_result_as_never_having_stopped(finished_run, tmp_
     whole = (copy / "checkpoint-3" / "optimizer.pt").read_bytes()
     (copy / "checkpoint-3" / "optimizer.pt").write_bytes(whole[: len(whole) // 2])
     done = run_script("grpo_training.py", "--output-dir", str(copy), "--resume")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "so nothing is trained" not in done.stderr, done.stderr
     assert [line["step"] for line in read_jsonl(copy / "metrics.jsonl")] == [1, 2, 3, 4]
     keys = ("question", "completion", "reward", "step")
     expected = [[row[key] for key in keys] for row in read_jsonl(folder / "samples.jsonl")]
@@ -215,6 +215,7 @@ def test_a_run_stopped_after_its_last_step_is_only_finished(finished_run, tmp_pa
     (copy / "adapter_model.safetensors").unlink()
     done = run_script("grpo_training.py", "--output-dir", str(copy), "--resume")
     assert done.returncode == 0, done.stderr
+    assert f"the run in {copy} has all of its 4 steps, so nothing is trained: give more with --max-steps" in done.stderr
     assert [line["step"] for line in read_jsonl(copy / "metrics.jsonl")] == [1, 2, 3, 4]
     expected = adapter_weights(folder)
     assert all(torch.equal(value, expected[name]) for name, value in adapter_weights(copy).items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from datetime import date
 from pathlib import Path
@@ -53,6 +54,10 @@ def test_json_plans_then_grpo_from_the_adapter(tiny_planner, tmp_path):
     assert again.returncode == 2 and "already holds a run" in again.stderr
     resumed = run_script("dummy_planner.py", "--output-dir", str(warm), "--resume")
     assert resumed.returncode == 0, resumed.stderr
+    assert (
+        f"has all of its steps, so nothing is trained: go on from it in another --output-dir with --adapter-path {warm}"
+        in (resumed.stderr)
+    )
     assert [line["step"] for line in read_jsonl(warm / "metrics.jsonl") if "loss" in line] == list(range(1, 8))
 
 
@@ -145,6 +150,15 @@ def test_a_dated_template_is_recorded_and_a_run_from_the_adapter_takes_the_date_
     assert json.loads((run / "training_config.json").read_text())["prompt_date"] == "2025-02-03"
     assert 'Today is {{ "03 Feb 2025" }}' in (run / "chat_template.jinja").read_text()
     assert f"--chat-template {run / 'chat_template.jinja'}" in done.stdout, "a server would show today's date"
+
+
+def test_a_length_that_cuts_every_completion_away_is_told_with_one_that_does_not(tiny_planner, tmp_path):
+    given = ["--format", "json-plan", "--dataset", "generated:shares", "--max-samples", "9", "--max-seq-len"]
+    done = run_script("dummy_planner.py", *small(tiny_planner, str(tmp_path / "run")), *given, "5")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "error: --max-seq-len 5 leaves no token to imitate" in last, done.stderr
+    whole = re.search(r"the shortest prompt has (\d+): give more \((\d+) cuts nothing\)", last)
+    assert whole is not None and int(whole[1]) < int(whole[2]) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
