@@ -6,9 +6,9 @@ It gives the same tokens as one padded `generate` call, with less work:
 - Finished rows leave the batch; with `generate` they stay until the longest row ends.
 - The language-model head runs only at positions whose logits are needed.
 
-On a CPU there is also no padding, and shared keys and values are not copied (`common.decoding.branching`). There,
-greedy decoding also drafts the next tokens, so that one forward pass may add several (`common.decoding.drafts`), and
-a large batch is divided among copies of the process (`common.processes.forked`).
+On a CPU there is also no padding, and shared keys and values are not copied (`common.decoding.branching`). There, the
+next tokens are drafted too, so that one forward pass may add several (`common.decoding.drafts`), and a large batch is
+divided among copies of the process (`common.processes.forked`).
 
 Letters in shapes: B prompts, T tokens, S width of the padded batch, P tokens of the shared prefix, V vocabulary.
 """
@@ -92,7 +92,7 @@ def decode(
     def run(part: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
         rows = [list(prompts[index]) for index in part]
         cache = Branched(model, prefixes) if branches else _Repeated(model, pad_id)
-        drafts = Drafts(rows) if isinstance(cache, Branched) and temperature == 0 else None
+        drafts = Drafts(rows) if isinstance(cache, Branched) else None
         source = [generator[index] for index in part] if isinstance(generator, Sequence) else generator
         found: list[list[int]] = [[] for _ in part]
         odds: list[list[float]] = [[] for _ in part if log_probs is not None]
@@ -167,24 +167,43 @@ def _continue(
     rows = list(range(len(outputs)))  # row of the cache → index in outputs
     guesses: list[list[int]] = [[] for _ in rows]  # drafted tokens that ran after the last token of each row
     done = [False] * len(rows)
+    # Random numbers that a row has drawn for drafts. A wrong draft leaves some to later tokens. So each token has
+    # the number that it would have without drafts.
+    drawn: list[list[float]] = [[] for _ in rows]
     while True:
         open_rows = [place for place, row in enumerate(rows) if not done[row]]
-        source = [generator[rows[place]] for place in open_rows] if isinstance(generator, list) else generator
-        picked = _choose(logits, temperature, source, len(rows), open_rows)
-        if log_probs:  # sampling drafts nothing, so there is one token per row
-            odds = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, picked[:, None])
-            for place, value in zip(open_rows, odds[:, 0].tolist(), strict=True):
-                log_probs[rows[place]].append(value)
+        if temperature == 0:
+            picked = logits.argmax(dim=-1)
+        elif isinstance(generator, list):
+            numbers = []
+            for place in open_rows:
+                mine = drawn[rows[place]]
+                while len(mine) <= len(guesses[place]):
+                    mine.append(float(torch.rand(1, generator=generator[rows[place]])))
+                numbers += mine[: 1 + len(guesses[place])]
+            picked = _sample(logits, temperature, torch.tensor(numbers, device=logits.device))
+        else:
+            # Finished rows draw too, so that a row's numbers do not depend on when other rows finish.
+            every = torch.rand(len(rows), device=logits.device, generator=generator)
+            picked = _sample(logits, temperature, every[open_rows])
+        odds: list[float] = []
+        if log_probs:
+            odds = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, picked[:, None])[:, 0].tolist()
         chosen = picked.tolist()  # the model's choice after each token of this pass; with drafts, several per row
         wrong = [0] * len(rows)
+        start = 0
         for place in open_rows:
             row = rows[place]
-            real, chosen = chosen[: 1 + len(guesses[place])], chosen[1 + len(guesses[place]) :]
+            real = chosen[start : start + 1 + len(guesses[place])]
             right = matching(guesses[place], real)
             wrong[place] = len(guesses[place]) - right
             end = next((turn for turn, token in enumerate(real[:right]) if token in eos_ids), right)
             new = real[: end + 1]
             outputs[row] += new
+            if log_probs:
+                log_probs[row] += odds[start : start + len(new)]
+            del drawn[row][: len(new)]
+            start += len(real)
             done[row] = new[-1] in eos_ids or len(outputs[row]) == most
             if drafts is not None:
                 drafts.add(row, new)
@@ -208,37 +227,22 @@ def _continue(
         )
 
 
-def _choose(
-    logits: torch.Tensor,
-    temperature: float,
-    generator: torch.Generator | list[torch.Generator] | None,
-    rows: int,
-    chosen: Sequence[int],
-) -> torch.Tensor:
-    """The next tokens: (T, V) → (T,).
+def _sample(logits: torch.Tensor, temperature: float, numbers: torch.Tensor) -> torch.Tensor:
+    """Sample tokens: (T, V) → (T,).
 
-    Sampling uses inverse-CDF sampling (https://en.wikipedia.org/wiki/Inverse_transform_sampling): the token at which
-    the cumulative probability exceeds a uniform random number.
+    Uses inverse-CDF sampling (https://en.wikipedia.org/wiki/Inverse_transform_sampling): the token at which the
+    cumulative probability exceeds a uniform random number.
 
     Args:
         logits: (T, V).
-        temperature: 0 for the most likely token.
-        generator: random generator, or None.
-        rows: number of rows of the batch, finished ones included. Each draws one number, so that a row's numbers do
-            not depend on when other rows finish.
-        chosen: the T unfinished rows (sampling only).
+        temperature: above 0.
+        numbers: uniform random numbers (T).
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    # Inverse-CDF sampling draws one random number per row. `torch.multinomial` draws one per vocabulary entry and
-    # takes 3 to 10 times as long on a CPU (docs/performance.md).
+    # One random number is needed per token. `torch.multinomial` draws one per vocabulary entry and takes 3 to 10 times
+    # as long on a CPU (docs/performance.md).
     # Rounding the cumulative sums to fp32 changes probabilities by less than 1e-7.
     reached = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
-    if isinstance(generator, list):  # one for each unfinished row
-        drawn = torch.stack([torch.rand(1, generator=own) for own in generator]).to(logits.device)
-    else:
-        drawn = torch.rand(rows, 1, device=logits.device, generator=generator)[list(chosen)]
-    token = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)
+    token = torch.searchsorted(reached, numbers[:, None] * reached[:, -1:], right=True)
     return token.squeeze(1).clamp(max=logits.shape[-1] - 1)  # rounding may exceed the last cumulative sum
 
 

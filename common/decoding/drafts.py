@@ -1,4 +1,4 @@
-"""Prompt-lookup drafts: guess the next tokens of a greedy completion, so that one forward pass can check several.
+"""Prompt-lookup drafts: guess the next tokens of a completion, so that one forward pass can check several.
 
 A small model's answers often repeat: words of the prompt, their own words, and words of other answers in the group.
 So the tokens that once followed the same few tokens are a good draft of what comes next. This is prompt-lookup
@@ -6,7 +6,8 @@ decoding (https://github.com/apoorvumang/prompt-lookup-decoding), a drafter for 
 2023, arXiv:2211.17192).
 
 With few tokens in a pass, most time goes into reading the weights, so a draft costs little. Every draft is checked by
-the model; greedy completions are the same with and without it.
+the model: it is right if the token chosen or sampled there is the drafted one. So completions are the same with and
+without drafts.
 """
 
 from __future__ import annotations

@@ -110,6 +110,34 @@ def test_guessed_tokens_save_passes_and_change_no_answer(smollm2):
     assert decode(model, [*ids, *ids], **options) == [*expected, *expected]
 
 
+def test_guessed_tokens_save_passes_and_change_no_sample(smollm2, monkeypatch):
+    model, tokenizer = smollm2
+    asked = ["Write the word apple twenty times.", "Repeat this three times: the quick brown fox jumps.", "Say hello."]
+    texts = [prompts.render(tokenizer, [{"role": "user", "content": text}]) for text in asked]
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+
+    def found() -> tuple[list[list[int]], list[list[float]], int]:
+        outputs, log_probs = [], []
+        passes = passes_of(
+            model,
+            lambda: outputs.extend(
+                decode(
+                    model, ids, max_new_tokens=48, eos_ids=end_token_ids(model, tokenizer),
+                    pad_id=tokenizer.pad_token_id, temperature=0.7, generator=torch.Generator().manual_seed(4),
+                    log_probs=log_probs,
+                )
+            ),
+        )  # fmt: skip
+        return outputs, log_probs, len(passes)
+
+    with_guesses, odds, fewer = found()
+    monkeypatch.setattr("common.decoding.drafts.PASS_TOKENS", 0)
+    without, expected, passes = found()
+    assert with_guesses == without and fewer < passes * 0.9
+    for mine, theirs in zip(odds, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-3, atol=1e-3)
+
+
 def test_guesses_follow_what_came_before_and_stop_where_they_are_wrong():
     rows = Drafts([[1, 2, 3, 9, 1, 2, 3], [7, 8, 7, 8], [5, 1, 2], [40, 41]])
     assert rows.guess([0, 1, 2, 3], [5] * 4) == [[9, 1], [7, 8], [3], []]  # own text, a loop, another's
