@@ -123,7 +123,7 @@ def test_guessed_tokens_save_passes_and_change_no_sample(smollm2, monkeypatch):
             lambda: outputs.extend(
                 decode(
                     model, ids, max_new_tokens=48, eos_ids=end_token_ids(model, tokenizer),
-                    pad_id=tokenizer.pad_token_id, temperature=0.7, generator=torch.Generator().manual_seed(4),
+                    pad_id=tokenizer.pad_token_id, temperature=0.2, generator=torch.Generator().manual_seed(4),
                     log_probs=log_probs,
                 )
             ),
