@@ -60,7 +60,7 @@ class Case:
     goes_on: bool = True
 
 
-def campaign(stage: Stage, faults: int | None = None, only: str = "") -> None:
+def campaign(stage: Stage, only: str = "", faults: int | None = None) -> None:
     """Try faults in turn, until the time is over or `faults` were tried. `only` is searched in "FAULT: SUBJECT"."""
     place = stage.folder / "fault"
     shutil.rmtree(place, ignore_errors=True)

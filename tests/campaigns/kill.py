@@ -38,7 +38,8 @@ from .stage import PLANTED, Stage
 MOST = (1, 4, 12, 24)  # kills of one run, unless it comes to its end before
 SHORT = 0.35  # of a run: most kills come within this first part of what it still has to do, so that more of them fit
 LONG_SHARE = 0.3  # of the kills may come anywhere
-ROOMS = (0, 10, 2_000, 40_000, 150_000, 400_000, 2_000_000)
+ROOMS = (0, 10, 2_000, 40_000, 150_000, 400_000, 2_000_000)  # bytes; the larger ones are met by weights
+SMALL_FILES = re.compile("jsonl|answers|evaluation|config|^rename$")  # changes after which small files are written
 TORCHRUN_SECONDS = 30  # from torchrun's SIGTERM to its SIGKILL
 
 
@@ -76,7 +77,7 @@ class Subject:
     changes: dict[str, int] = field(default_factory=dict)
 
 
-def campaign(stage: Stage, kills: int | None = None, only: str = "") -> None:
+def campaign(stage: Stage, only: str = "", kills: int | None = None) -> None:
     """Kill until the time is over, or `kills` times. `only` is searched in the names of subjects."""
     place = stage.folder / "kill"
     shutil.rmtree(place, ignore_errors=True)
@@ -198,7 +199,7 @@ def aim(stage: Stage, subject: Subject, folder: Path) -> tuple[str, Trigger | No
     number = min(stage.dice.randint(1, last), stage.dice.randint(1, last))
     if kind == "before":
         return f"before change {number} of '{pattern}'", Trigger(folder, pattern, number), None
-    room = stage.dice.choice(ROOMS)
+    room = stage.dice.choice(ROOMS[:3] if SMALL_FILES.search(pattern) else ROOMS)
     return f"within {room} bytes of change {number} of '{pattern}'", Trigger(folder, pattern, number, room), None
 
 
