@@ -154,9 +154,10 @@ def test_a_chat_template_whose_name_is_a_path_is_told_at_the_start(tmp_path):
         models.load_tokenizer(str(folder))
 
 
-def test_a_token_that_could_not_be_saved_is_told_at_the_start(tmp_path):
+@pytest.mark.parametrize("name", ["bos_token", "a_setting_that_nobody_knows"])
+def test_a_text_that_could_not_be_saved_is_told_at_the_start(tmp_path, name):
     sample_tokenizer(tmp_path / "model")
-    change_config(tmp_path / "model", "tokenizer_config.json", bos_token="\ud83d")
+    change_config(tmp_path / "model", "tokenizer_config.json", **{name: "\ud83d"})
     with pytest.raises(UserError, match="surrogates not allowed"):
         models.load_tokenizer(str(tmp_path / "model"))
 

@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.grading import parse_gold, parse_number
 from common.inference.session import Session, plan_shares
 from common.reports.jsonl import append_jsonl, read_jsonl
-from common.runs.files import check_file_writable, write_text_atomically
+from common.runs.files import check_file_writable, remove_unfinished_beside, write_text_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +139,7 @@ def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
 
     records = already_answered(output, asked)
     with _room_for(output, records, len(asked)):
+        remove_unfinished_beside(output)
         _write(output, records)  # drops the failures of an earlier run
     waiting = [item for item in asked if item.line not in records]
     if records:

@@ -70,7 +70,9 @@ def _check_savable(tokenizer: Any) -> None:
     for name in templates if isinstance(templates, dict) else ():
         if not re.fullmatch(r"[\w-]+", str(name)):
             raise ValueError(f"a chat template is named {name!r:.60}, which is no file name")
-    json.dumps([templates, tokenizer.special_tokens_map], ensure_ascii=False, default=str).encode()
+    # All that its config holds is saved again, also settings that are unknown here.
+    saved = [templates, tokenizer.special_tokens_map, tokenizer.init_kwargs]
+    json.dumps(saved, ensure_ascii=False, default=str).encode()
 
 
 def load_base(

@@ -154,6 +154,14 @@ def remove_unfinished(folder: Path) -> None:
             remove(path)
 
 
+def remove_unfinished_beside(path: Path) -> None:
+    """Remove what a process that was killed within `write_text_atomically(path)` has left. None may be writing it."""
+    unfinished = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")
+    for other in path.absolute().parent.iterdir():
+        if unfinished.fullmatch(other.name):
+            remove(other)
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a folder with everything in it."""
     if path.is_dir() and not path.is_symlink():

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,15 +31,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of its dice (default: another each time)")
     parser.add_argument("--folder", type=Path, default=Path("campaigns"), help="where it works (default: ./campaigns)")
     parser.add_argument("--only", default="", help="what it tries, by a regular expression for its name")
+    parser.add_argument(
+        "--count", type=int, help="end after so many kills, faults or inputs (default: when time is over)"
+    )
     options = parser.parse_args()
     from . import fault, inputs, kill, soak
     from .stage import Stage, shown_keys
 
     stage = Stage(options.folder.resolve(), options.minutes, options.seed)
     campaigns: dict[str, Callable[..., None]] = {
-        "kill": kill.campaign,
-        "fault": fault.campaign,
-        "input": inputs.campaign,
+        "kill": partial(kill.campaign, kills=options.count),
+        "fault": partial(fault.campaign, faults=options.count),
+        "input": partial(inputs.campaign, inputs=options.count),
         "soak": soak.campaign,
     }
     try:

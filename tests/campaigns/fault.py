@@ -22,7 +22,8 @@ from misbehaving import MisbehavingServer, hang
 from . import kill, networks, served
 from .cgroup import memory_limit, place_for_groups
 from .forks import Forks, Run, Trigger
-from .kill import Subject, difference
+from .kill import Subject
+from .outcomes import difference
 from .stage import PLANTED, Stage
 
 DISK = 96  # MB; more than any subject needs
@@ -59,7 +60,7 @@ class Case:
     goes_on: bool = True
 
 
-def campaign(stage: Stage, faults: int | None = None, only: str = "") -> None:
+def campaign(stage: Stage, only: str = "", faults: int | None = None) -> None:
     """Try faults in turn, until the time is over or `faults` were tried. `only` is searched in "FAULT: SUBJECT"."""
     place = stage.folder / "fault"
     shutil.rmtree(place, ignore_errors=True)
@@ -79,13 +80,17 @@ def campaign(stage: Stage, faults: int | None = None, only: str = "") -> None:
         alone = [each for each in subjects if each.ranks == 1]
         every = [
             *all_cases(stage, forks, place, alone, server, disk),
-            *(Case(f"server killed: {each.name}", each, served.server_killed(forks, each))
+            # A run that ends for its server saves the step that it has reached, which is one more checkpoint.
+            *(Case(f"server killed: {each.name}", each, served.server_killed(forks, each), but="/files")
               for each in on_vllm if "own" in each.name),
         ]  # fmt: skip
         cases = [case for case in every if re.search(only, case.name)]
         stage.dice.shuffle(cases)
         seen: Counter[str] = Counter()
-        cases.sort(key=lambda case: seen.update([case.name]) or seen[case.name])  # each name once, then again
+        # Each fault once, then each once more, with another subject while there is one.
+        cases.sort(key=lambda case: seen.update([case.name]) or seen[case.name])
+        kinds: Counter[str] = Counter()
+        cases.sort(key=lambda case: kinds.update([kind(case)]) or kinds[kind(case)])
         for number in range(10**6):
             if not cases or not stage.time_left() or (faults is not None and number >= faults):
                 break
@@ -98,10 +103,15 @@ def campaign(stage: Stage, faults: int | None = None, only: str = "") -> None:
     server.close()
 
 
+def kind(case: Case) -> str:
+    """The fault of a case, without its subject."""
+    return case.name.partition(":")[0]
+
+
 def one_case(stage: Stage, forks: Forks, place: Path, case: Case, disk: Path | None) -> None:
     """Run a subject with a fault, check how it ended, continue it, and compare the outcome."""
     stage.counts["faults"] += 1
-    stage.counts[f"faults: {case.name.split(':')[0]}"] += 1
+    stage.counts[f"faults: {kind(case)}"] += 1
     name = f"{stage.counts['faults']:04d}-{case.subject.name.replace(' ', '-')}"
     folder = (disk if case.on_disk and disk is not None else place) / name
     case.subject.prepare(folder)

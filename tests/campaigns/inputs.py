@@ -61,7 +61,7 @@ class Target:
     json: bool = True
 
 
-def campaign(stage: Stage, inputs: int | None = None, only: str = "") -> None:
+def campaign(stage: Stage, only: str = "", inputs: int | None = None) -> None:
     """Mutate until the time is over, or until `inputs` were tried. `only` is searched in the names of targets."""
     from . import targets
 

@@ -20,27 +20,27 @@ from typing import Any
 
 from misbehaving import MisbehavingServer, hang
 
-from common.errors import UserError
-from common.reports.jsonl import read_jsonl
-from common.runs.adapters import safetensors_problem
-from common.runs.checkpoints import checkpoint_step, complete_checkpoints
+from common.runs.checkpoints import complete_checkpoints
 
 from .forks import SECONDS, Forks, Run, Trigger
-from .stage import PER_STEP, PLANTED, SAVE_STEPS, Stage, digest
-
-MOST = 10  # largest number of kills of one run
-ROOMS = (0, 10, 2_000, 40_000, 150_000, 400_000, 2_000_000)
-TORCHRUN_SECONDS = 30  # from torchrun's SIGTERM to its SIGKILL
-TIMELESS = (
-    "step",
-    "reward",
-    "loss",
-    "correctness",
-    "invalid_plan_rate",
-    "planner_tokens",
-    "worker_tokens",
-    "grad_norm",
+from .outcomes import (
+    batch_outcome,
+    board_outcome,
+    broken_merge,
+    broken_run,
+    difference,
+    grpo_outcome,
+    merge_outcome,
+    sft_outcome,
 )
+from .stage import PLANTED, Stage
+
+MOST = (1, 4, 12, 24)  # kills of one run, unless it comes to its end before
+SHORT = 0.35  # of a run: most kills come within this first part of what it still has to do, so that more of them fit
+LONG_SHARE = 0.3  # of the kills may come anywhere
+ROOMS = (0, 10, 2_000, 40_000, 150_000, 400_000, 2_000_000)  # bytes; the larger ones are met by weights
+SMALL_FILES = re.compile("jsonl|answers|evaluation|config|^rename$")  # changes after which small files are written
+TORCHRUN_SECONDS = 30  # from torchrun's SIGTERM to its SIGKILL
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Subject:
         broken: yields what is wrong directly after a kill, for a given folder.
         prepare: fills the folder before the first start.
         ranks: number of processes.
-        weight: how often it is chosen, relative to the other subjects.
+        weight: its part of the kills, relative to the other subjects.
         after: names of the subjects whose reference runs it starts from.
         patterns: regular expressions for changes in the folder at which a kill is aimed.
     """
@@ -77,7 +77,7 @@ class Subject:
     changes: dict[str, int] = field(default_factory=dict)
 
 
-def campaign(stage: Stage, kills: int | None = None, only: str = "") -> None:
+def campaign(stage: Stage, only: str = "", kills: int | None = None) -> None:
     """Kill until the time is over, or `kills` times. `only` is searched in the names of subjects."""
     place = stage.folder / "kill"
     shutil.rmtree(place, ignore_errors=True)
@@ -92,10 +92,11 @@ def campaign(stage: Stage, kills: int | None = None, only: str = "") -> None:
         everyone = [*all_subjects(stage, place, url), *on_vllm]
         subjects = [subject for subject in everyone if re.search(only, subject.name)]
         while stage.time_left() and (kills is None or stage.counts["kills"] < kills):
-            (subject,) = stage.dice.choices(subjects, [each.weight for each in subjects])
+            stage.dice.shuffle(subjects)
+            subject = min(subjects, key=lambda each: stage.counts[f"kills of: {each.name}"] / each.weight)
             ready(stage, forks, place, subject, everyone)
-            left = MOST if kills is None else min(MOST, kills - stage.counts["kills"])
-            one_life(stage, forks, place, subject, most=left)
+            left = max(MOST) if kills is None else kills - stage.counts["kills"]
+            one_life(stage, forks, place, subject, most=min(left, stage.dice.choice(MOST)))
 
 
 def ready(stage: Stage, forks: Forks, place: Path, subject: Subject, everyone: Sequence[Subject]) -> None:
@@ -126,7 +127,7 @@ def reference(stage: Stage, forks: Forks, place: Path, subject: Subject) -> None
 
 
 def one_life(stage: Stage, forks: Forks, place: Path, subject: Subject, most: int) -> None:
-    """Start a run, kill it one to `most` times, continue it to the end, and compare the outcome."""
+    """Start a run, kill it up to `most` times, continue it to the end, and compare the outcome."""
     number = stage.counts["runs"] + 1
     stage.counts["runs"] += 1
     folder = place / f"{number:04d}-{subject.name.replace(' ', '-')}"
@@ -148,9 +149,10 @@ def live(
     stage: Stage, forks: Forks, subject: Subject, folder: Path, most: int, found: list[str], history: list[str]
 ) -> None:
     """One life of a subject in a folder. Append what is wrong to `found`, and each kill to `history`."""
-    started = False
-    for _ in range(stage.dice.randint(1, max(1, most))):
+    started = ended = False
+    for _ in range(most):
         how, trigger, moment = aim(stage, subject, folder)
+        before = state(folder)
         run = start(forks, subject, folder, started, trigger)
         if moment is not None and not run.ended(moment):
             run.kill(which=stage.dice.sample(run.pids, stage.dice.randint(1, len(run.pids))))
@@ -161,13 +163,16 @@ def live(
             if code != 0:
                 found.append(f"exit code {code} without a kill: {run.tail()}")
             stage.counts["runs that ended before their kill"] += 1
+            ended = True
             break
         stage.counts["kills"] += 1
         stage.counts[f"kills of: {subject.name}"] += 1
         stage.counts[f"kills {how.split(' ')[0]}"] += 1
+        stage.counts["kills before the run had changed anything"] += state(folder) == before
         found += [f"after {how}: {problem}" for problem in subject.broken(folder)]
         found += [f"after {how}: process {pid} is left" for pid in run.left()]
-    run = start(forks, subject, folder, started, None)
+    if not ended:
+        run = start(forks, subject, folder, started, None)
     if run.wait() != 0:
         found.append(f"does not go on: {run.tail()}")
     else:
@@ -175,19 +180,26 @@ def live(
         found += [f"left behind: {path.name}" for path in folder.rglob(".*") if path.name.startswith(".")]
 
 
+def state(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of everything in a folder."""
+    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*")}
+
+
 def aim(stage: Stage, subject: Subject, folder: Path) -> tuple[str, Trigger | None, float | None]:
     """Choose the next kill: (description, trigger, seconds after the start)."""
     kind = stage.dice.choice(("at random", "before", "within"))
     pattern = stage.dice.choice(subject.patterns)
     changes = subject.changes[pattern]
+    part = 1.0 if stage.dice.random() < LONG_SHARE else SHORT
     if kind == "at random" or not changes:
-        moment = stage.dice.uniform(0, 0.7 * subject.seconds)
+        moment = stage.dice.uniform(0, max(0.7 * part, SHORT) * subject.seconds)
         return f"at {moment:.1f} s", None, moment
     # Early changes are chosen more often, because after a first kill fewer changes remain.
-    number = min(stage.dice.randint(1, changes), stage.dice.randint(1, changes))
+    last = max(1, round(part * changes))
+    number = min(stage.dice.randint(1, last), stage.dice.randint(1, last))
     if kind == "before":
         return f"before change {number} of '{pattern}'", Trigger(folder, pattern, number), None
-    room = stage.dice.choice(ROOMS)
+    room = stage.dice.choice(ROOMS[:3] if SMALL_FILES.search(pattern) else ROOMS)
     return f"within {room} bytes of change {number} of '{pattern}'", Trigger(folder, pattern, number, room), None
 
 
@@ -286,115 +298,3 @@ def slow_server() -> Iterator[str]:
     server.fault = hang(0.03)
     yield server.url
     server.close()
-
-
-def grpo_outcome(folder: Path) -> Any:
-    """Weights, and the content of metrics and samples without times."""
-    metrics = [{name: row.get(name) for name in TIMELESS} for row in read_jsonl(folder / "metrics.jsonl")]
-    keys = ("step", "question", "completion", "reward")
-    samples = [{key: row[key] for key in keys} for row in read_jsonl(folder / "samples.jsonl")]
-    return {"weights": digest(folder / "adapter_model.safetensors"), "metrics": metrics, "samples": samples,
-            "files": sorted(path.name for path in folder.iterdir())}  # fmt: skip
-
-
-def sft_outcome(folder: Path) -> Any:
-    """Weights, and the content of metrics without times."""
-    keys = ("step", "loss", "eval_loss", "grad_norm")
-    metrics = [{key: row.get(key) for key in keys} for row in read_jsonl(folder / "metrics.jsonl")]
-    return {"weights": digest(folder / "adapter_model.safetensors"), "metrics": metrics,
-            "files": sorted(path.name for path in folder.iterdir())}  # fmt: skip
-
-
-def board_outcome(folder: Path) -> Any:
-    """The scoreboard without times, and the adapter, which it must not change."""
-    rows = [
-        {key: value for key, value in row.items() if key != "seconds"}
-        for row in read_jsonl(folder / "evaluation.jsonl")
-    ]
-    summary = json.loads((folder / "evaluation.json").read_text())
-    for row in summary["rows"].values():
-        del row["seconds"]
-    return {"rows": json.loads(json.dumps(rows)), "summary": summary, **grpo_outcome(folder)}
-
-
-def merge_outcome(folder: Path) -> Any:
-    """The content of every weight file, and the names of all files."""
-    merged = folder / "merged"
-    return {"weights": {path.name: digest(path) for path in merged.glob("*.safetensors")},
-            "files": sorted(path.name for path in merged.iterdir()), "beside": sorted(p.name for p in folder.iterdir())}  # fmt: skip
-
-
-def batch_outcome(folder: Path) -> Any:
-    """Every answer, without its time."""
-    rows = read_jsonl(folder / "answers.jsonl")
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def broken_run(folder: Path) -> Iterator[str]:
-    """Yield what is wrong in a folder in which a run was killed."""
-    yield from half_files(folder)
-    for name in ("metrics.jsonl", "samples.jsonl", "answers.jsonl", "evaluation.jsonl"):
-        path = folder / name
-        try:
-            rows = read_jsonl(path) if path.exists() else []
-        except UserError as error:
-            yield str(error)
-            continue
-        if name == "metrics.jsonl":
-            steps = [row["step"] for row in rows if "eval_loss" not in row]
-            if steps != list(range(1, len(steps) + 1)):
-                yield f"metrics.jsonl has the steps {steps}"
-            whole = complete_checkpoints(folder)
-            kept = checkpoint_step(whole[-1]) if whole else 0
-            if len(steps) - kept > SAVE_STEPS:
-                yield f"{len(steps)} steps done, {kept} kept"
-        elif name == "samples.jsonl":
-            steps = [row["step"] for row in rows]
-            ranks = 2 if "two-ranks" in folder.name else 1
-            if steps != sorted(steps) or any(steps.count(step) > ranks * PER_STEP for step in steps):
-                yield f"samples.jsonl has the steps {steps}"
-        elif name == "answers.jsonl" and len({row["line"] for row in rows}) != len(rows):
-            yield "answers.jsonl has a line twice"
-
-
-def broken_merge(folder: Path) -> Iterator[str]:
-    """Yield what is wrong after a kill of a merge. The target must be complete or missing, or the older one be kept."""
-    target = folder / "merged"
-    kept = [target, *folder.glob(".merging-*/replaced")]
-    for place in kept:
-        if not place.exists():
-            continue
-        yield from half_files(place)
-        report = json.loads((place / "certification.json").read_text())
-        for name, wanted in report["files"].items():
-            if digest(place / name) != wanted:
-                yield f"{place.name}/{name} is not the certified file"
-    if "over-an-older" in folder.name and not any(place.exists() for place in kept):
-        yield "the older merge is gone and no new one is there"
-
-
-def half_files(folder: Path) -> Iterator[str]:
-    """Yield incomplete files with a final name. Files of a checkpoint count only if it is taken as complete."""
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.name.startswith(".") or not path.is_file():
-            continue
-        if path.suffix == ".json":
-            try:
-                json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                yield f"{path.name} is no JSON: {error}"
-        elif path.suffix == ".safetensors" and (problem := safetensors_problem(path)) is not None:
-            yield problem
-        elif path.suffix == ".png" and path.read_bytes()[-8:-4] != b"IEND":
-            yield f"{path.name} is cut off"
-
-
-def difference(expected: Any, got: Any, where: str = "") -> list[str]:
-    """The differences between two outcomes, one line each."""
-    if isinstance(expected, dict) and isinstance(got, dict):
-        names = sorted({*expected, *got}, key=str)
-        return [line for name in names for line in difference(expected.get(name), got.get(name), f"{where}/{name}")]
-    if isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
-        pairs = enumerate(zip(expected, got, strict=True))
-        return [line for number, (a, b) in pairs for line in difference(a, b, f"{where}/{number}")][:5]
-    return [] if expected == got else [f"{where} is {str(got)[:200]}, not {str(expected)[:200]}"]

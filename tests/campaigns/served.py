@@ -22,7 +22,8 @@ from common.reports.jsonl import read_jsonl
 from common.servers import vllm
 
 from .forks import ROOT, Forks, Run
-from .kill import Subject, broken_run
+from .kill import Subject
+from .outcomes import broken_run
 from .stage import Stage
 
 GAP = 1e-3  # limit for a token's log-probability: served against computed here, both in fp32

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-import statistics
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from misbehaving import FAULTS, MisbehavingServer
 
@@ -27,6 +27,16 @@ BETWEEN = (
     "hung up",
 )  # fmt: skip
 GROWTH = 1.15  # limit for the largest memory of the last third, relative to that of the second third
+
+SLOWER = 1.5  # limit for the CPU time per step of the last third, likewise; what the planner writes changes it too
+
+
+class Use(NamedTuple):
+    """What a process uses at a time (seconds since 1970): memory in MB, and CPU seconds so far."""
+
+    at: float
+    memory: int
+    cpu: float
 
 
 def campaign(stage: Stage, only: str = "", questions: int = QUESTIONS, kills: int = KILLS, steps: int = STEPS) -> None:
@@ -82,7 +92,7 @@ def answer_all(stage: Stage, forks: Forks, place: Path, questions: int, kills: i
                 stage.counts["soak: kills"] += 1
     for attempt in range(1, 9):
         run = forks.start("inference_vllm.py", *flags)
-        with watched(run) as memory:
+        with watched(run) as use:
             code = run.wait(3600)
         rows = read_jsonl(output)
         failed = sum(row["error"] is not None for row in rows)
@@ -97,33 +107,35 @@ def answer_all(stage: Stage, forks: Forks, place: Path, questions: int, kills: i
     stage.counts["soak: questions answered"] = sum(row["error"] is None for row in read_jsonl(output))
     if stage.counts["soak: questions answered"] != questions:
         stage.fails(f"soak: {stage.counts['soak: questions answered']} of {questions} answered")
-    tell(stage, "batch", memory, seconds)
+    tell(stage, "batch", use, seconds)
     server.close()
 
 
 def train_long(stage: Stage, forks: Forks, place: Path, steps: int) -> None:
-    """Train, and check the memory and the time per step."""
+    """Train, and check the memory and the CPU time per step, which other processes change less than the time."""
     folder = place / "run"
     flags = [*stage.grpo(folder), "--max-steps", str(steps), "--save-steps", str(max(1, steps // 3))]
     started = time.monotonic()
     run = forks.start("grpo_training.py", *flags)
-    with watched(run) as memory:
+    with watched(run) as use:
         code = run.wait(7200)
     if code != 0:
         stage.fails(f"soak: training ended with {code}: {run.tail()}")
         return
-    rows = read_jsonl(folder / "metrics.jsonl")
-    parts = ("planner_seconds", "worker_seconds", "gradient_seconds", "embedding_seconds")
-    spent = [sum(row.get(name) or 0.0 for name in parts) for row in rows]
-    third = len(spent) // 3
-    first, last = statistics.median(spent[1 : third + 1]), statistics.median(spent[-third:])
-    print(f"training: a step took {first:.2f} s (median of the first third), {last:.2f} s (of the last)", flush=True)
-    stage.counts["soak: training steps"] = len(rows)
-    tell(stage, "training", memory, time.monotonic() - started)
+    ends = [row["time"] for row in read_jsonl(folder / "metrics.jsonl")]
+    stage.counts["soak: training steps"] = len(ends)
+    if (third := len(ends) // 3) >= 10:
+        used = [next((each.cpu for each in use if each.at >= end), use[-1].cpu) for end in ends]
+        first, second, last = ((used[n + third - 1] - used[n]) / (third - 1) for n in (0, third, len(used) - third))
+        print(f"training: {first:.2f}, {second:.2f}, {last:.2f} s of CPU per step in its thirds", flush=True)
+        if last > SLOWER * second:
+            stage.fails(f"soak: steps became slower: {second:.2f} to {last:.2f} s of CPU")
+    tell(stage, "training", use, time.monotonic() - started)
 
 
-def tell(stage: Stage, name: str, memory: list[int], seconds: float) -> None:
+def tell(stage: Stage, name: str, use: list[Use], seconds: float) -> None:
     """Print the development of memory use. Growth is a finding."""
+    memory = [each.memory for each in use]
     third = len(memory) // 3
     if third < 10:  # too few values for a conclusion
         return
@@ -134,19 +146,21 @@ def tell(stage: Stage, name: str, memory: list[int], seconds: float) -> None:
 
 
 @contextmanager
-def watched(run: Run) -> Iterator[list[int]]:
-    """Collect the memory that a run uses, in MB, twice a second."""
-    found: list[int] = []
+def watched(run: Run) -> Iterator[list[Use]]:
+    """Collect what a run uses, twice a second."""
+    found: list[Use] = []
     over = threading.Event()
 
     def look() -> None:
-        path = Path(f"/proc/{run.pids[0]}/status")
+        process = Path(f"/proc/{run.pids[0]}")
+        ticks = os.sysconf("SC_CLK_TCK")
         while not over.wait(0.5):
             try:
-                held = next(line for line in path.read_text().splitlines() if line.startswith("VmRSS"))
+                held = next(line for line in (process / "status").read_text().splitlines() if line.startswith("VmRSS"))
+                spent = (process / "stat").read_text().rpartition(")")[2].split()[11:13]  # utime, stime
             except (OSError, StopIteration):  # the process has ended
                 continue
-            found.append(int(held.split()[1]) // 1024)
+            found.append(Use(time.time(), int(held.split()[1]) // 1024, sum(map(int, spent)) / ticks))
 
     looking = threading.Thread(target=look)
     looking.start()

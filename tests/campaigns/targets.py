@@ -236,7 +236,7 @@ def configs(stage: Stage, place: Path) -> Iterator[Target]:
         (place / "card.md").write_bytes(data)
         model_card.read_card(str(place / "card.md"))
 
-    yield Target("model cards", (card,), read_card, weight=1, json=False)
+    yield Target("model cards", (card,), read_card, weight=2, json=False)
 
 
 def replies(held: contextlib.ExitStack) -> Iterator[Target]:
@@ -281,8 +281,8 @@ def replies(held: contextlib.ExitStack) -> Iterator[Target]:
     seeds = tuple(json.dumps(body).encode() for body in (REPLY, ERROR, {"detail": [{"msg": "x"}]}))
     yield Target("server replies", seeds, parsed, weight=70)
     wire = (http(b"200 OK", REPLY), http(b"400 Bad Request", ERROR), http(b"429 Slow", ERROR), http(b"200 OK", ERROR))
-    yield Target("server replies over HTTP", wire, chat, weight=0.5)
-    yield Target("lists of models over HTTP", (http(b"200 OK", {"data": MODELS}),), listed, weight=0.4)
+    yield Target("server replies over HTTP", wire, chat, weight=0.7)
+    yield Target("lists of models over HTTP", (http(b"200 OK", {"data": MODELS}),), listed, weight=0.5)
 
 
 def commands(place: Path) -> Iterator[Target]:
@@ -308,7 +308,7 @@ def commands(place: Path) -> Iterator[Target]:
                 given = module.given_settings(options, MergeArgs)
                 MergeArgs(**{"repo_name": "a/b", **given}).validate()
 
-        yield Target(f"command lines of {script}.py", seeds, take, weight=1.2, json=False)
+        yield Target(f"command lines of {script}.py", seeds, take, weight=1.5, json=False)
 
 
 def model_folders(place: Path) -> Iterator[Target]:
@@ -341,7 +341,7 @@ def model_folders(place: Path) -> Iterator[Target]:
             several = {**json.loads(good[name]), "chat_template": [
                 {"name": "default", "template": good["chat_template.jinja"].decode()}, {"name": "tool_use", "template": "x"}]}  # fmt: skip
             seeds = (*seeds, json.dumps(several).encode())
-        yield Target(f"model folders: {name}", seeds, with_file(name), weight=0.6, json=name.endswith("json"))
+        yield Target(f"model folders: {name}", seeds, with_file(name), weight=1.8, json=name.endswith("json"))
 
 
 def sample_adapter(folder: Path) -> None:

@@ -133,3 +133,20 @@ def test_an_answer_without_a_number_is_quoted_as_it_was_written(tmp_path, answer
     with pytest.raises(UserError) as caught:
         read_input(str(path))
     assert told in str(caught.value) and f"{path}:1: " in str(caught.value)
+
+
+def test_what_a_kill_left_beside_the_answers_is_removed(server, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"question": "What is 2 + 3?"}\n')
+    killed_within_its_write = (
+        "import pathlib, resource, signal, sys; from common.runs.files import write_text_atomically;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9));"
+        "write_text_atomically(pathlib.Path(sys.argv[1]), 'x' * 99)"
+    )
+    ended = subprocess.run([sys.executable, "-c", killed_within_its_write, str(output)], cwd=ROOT, check=False)
+    assert ended.returncode == -signal.SIGXFSZ
+    other = tmp_path / ".out.jsonl.bak"  # not named as such a file
+    other.write_text("kept")
+    assert len(list(tmp_path.glob(".out.jsonl.*.tmp"))) == 1
+    assert ask(server, "--input", str(source), "--output", str(output)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, source.name, output.name]
