@@ -15,6 +15,7 @@ from conftest import failure
 from common import models, prompts
 from common.errors import UserError, UserErrors
 from common.evaluation.scoreboard import stored_rows
+from common.fit.check import check_run
 from common.inference.batch import already_answered, read_input
 from common.inference.trained_settings import read_training_settings, with_trained
 from common.merging.certificate import finished_merge
@@ -186,7 +187,13 @@ def test_code_in_a_model_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeyp
         folder, "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil"
     )
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    for load in (lambda: models.load_base(str(folder), four_bit=False), lambda: models.load_tokenizer(str(folder))):
+    args = TrainingArgs(base_model=str(folder), dataset="generated:shares", output_dir=str(tmp_path / "run"))
+    loads = (
+        lambda: models.load_base(str(folder), four_bit=False),
+        lambda: models.load_tokenizer(str(folder)),
+        lambda: check_run(args, overwrite=False, resume=False),
+    )
+    for load in loads:
         with pytest.raises(UserError, match="could not be loaded"):
             load()
     assert not (tmp_path / "ran").exists()

@@ -154,7 +154,7 @@ def _base(args: TrainingArgs) -> tuple[Any, Any]:
         tell_other_family(check_adapter_prompts(args.adapter_path, args.planner_prompt()), args.dataset)
     source, options = models.unconverted(args.base_model)
     with models.explained(args.base_model):
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     tokenizer = models.load_tokenizer(source, **options)
     style = None if args.worker_url else args.worker_style
     prompts.check_shown(tokenizer, prompts.sample_requests(args.planner_style, style))
