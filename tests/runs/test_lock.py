@@ -87,6 +87,7 @@ def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):
         "a.tmp",
         ".saving-notes",
         "metrics.jsonl",
+        "training_config.json",
         "checkpoint-1/README.md",
     ]
     left = [
