@@ -15,8 +15,8 @@ Letters in shapes: B prompts, T tokens, S width of the padded batch, P tokens of
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from common.decoding.branching import Branched, Prefixes, can_branch
 from common.decoding.drafts import Drafts
 from common.decoding.sharing import MIN_SHARED_PREFIX, matching, shared_prefix_length
-from common.processes.forked import CAN_FORK, forked
+from common.processes.forked import CAN_FORK, forked, one_thread
 
 # Finished rows are dropped only when they are this share of the batch, because dropping copies the others' KV cache.
 DROP_SHARE = 1 / 8
@@ -98,7 +98,7 @@ def decode(
         odds: list[list[float]] = [[] for _ in part if log_probs is not None]
         with cache:
             logits = cache.read(rows, [labels[index] for index in part], max_new_tokens)
-            with _one_thread() if small else nullcontext():
+            with one_thread() if small else nullcontext():
                 _continue(cache, logits, found, odds, max_new_tokens, eos_ids, drafts, temperature, source)
         return found, odds
 
@@ -118,17 +118,6 @@ def _one_each(count: int, generator: torch.Generator | None) -> list[torch.Gener
     """Generators for prompts, seeded by another, so that a sample does not depend on how a batch is divided."""
     seeds = torch.randint(2**32, (count,), generator=generator).tolist()
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Context manager: inside it, torch computes on one thread."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 def _parts(groups: Sequence[Sequence[int]], count: int) -> list[list[int]]:

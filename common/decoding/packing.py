@@ -121,7 +121,8 @@ class Bf16Linear(torch.nn.Linear):
         if torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         bias = None if self.bias is None else self.bias.bfloat16()
-        return torch.nn.functional.linear(input.bfloat16(), self.weight, bias).to(input.dtype)
+        # An engine such as DeepSpeed may have converted the weight back to fp32.
+        return torch.nn.functional.linear(input.bfloat16(), self.weight.bfloat16(), bias).to(input.dtype)
 
 
 def store_in_bf16(model: Any) -> None:

@@ -52,7 +52,7 @@ def forked(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result
     try:
         for part in parts[1:]:
             copies.append(_started(work, part))
-        with _one_thread():
+        with one_thread():
             results.append(work(parts[0]))
             for part, copy in zip(parts[1:], copies, strict=True):
                 # No copy: the system had no memory or no process number left, so its part is done here.
@@ -148,15 +148,15 @@ def _work_and_exit(work: Callable[[Part], Any], part: Part, pipe: int, parent: i
 def _answer(work: Callable[[Part], Any], part: Part) -> bytes:
     """The result or the error as JSON, not as a pickle: what is loaded here can be nothing but data."""
     try:
-        with _one_thread():
+        with one_thread():  # the others were not copied, and the processes share the cores
             return json.dumps({"result": work(part)}).encode()
     except Exception as error:  # noqa: BLE001 - it is raised in the parent
         return json.dumps({"error": type(error).__name__, "text": str(error)}).encode()
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """One torch thread: a copy must not use the others (they were not copied), and the processes share the cores."""
+def one_thread() -> Iterator[None]:
+    """Context manager: inside it, torch computes on one thread."""
     import torch
 
     threads = torch.get_num_threads()

@@ -133,6 +133,8 @@ def test_weights_stored_in_bf16_give_the_logits_gradients_and_answers_of_fp32_we
         assert model.get_base_model().get_output_embeddings().weight.dtype == torch.float32
         plain = model(torch.tensor([ids])).logits
         assert plain.dtype == torch.float32, "also without autocast and packed copies"
+        again = model.float()(torch.tensor([ids])).logits
+        assert torch.equal(again, plain), "also after an engine has converted the weights"
         found.append((logits, gradients, answer))
     (logits, gradients, answer), (expected, expected_gradients, expected_answer) = found
     assert torch.equal(logits, expected) and answer == expected_answer and len(gradients) > 0
