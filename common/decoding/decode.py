@@ -35,6 +35,8 @@ MIN_ROWS_EACH = 4
 # With fewer rows than that, a model with fewer parameters than this decodes on one thread: its products take less time
 # than threads need to wake up and meet. 6 rows of 64 tokens with 135 million: 3.5 s, on two threads 4.5 s.
 SMALL_MODEL = 300_000_000
+# Nucleus sampling looks at so many of the most likely tokens first: sorting a whole vocabulary takes far longer.
+LIKELY = 64
 
 
 @torch.inference_mode()
@@ -46,6 +48,7 @@ def decode(
     eos_ids: frozenset[int],
     pad_id: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     kinds: Sequence[Hashable] | None = None,
     prefixes: Prefixes | None = None,
@@ -60,12 +63,13 @@ def decode(
         eos_ids: token ids that end a completion.
         pad_id: token id that fills shorter prompts on the left; it may equal an end-of-sequence token.
         temperature: 0 takes the most likely token; above 0 tokens are sampled at this temperature.
+        top_p: samples are drawn from the nucleus: the fewest most likely tokens whose probabilities add up to top_p.
         generator: random generator for sampling, on the model's device; or one for each prompt, on the CPU, so that a
             prompt's sample does not depend on the rest of the batch. On a CPU, a single one seeds one for each prompt.
         kinds: B labels, equal for prompts that begin alike. Without it all prompts count as one kind.
         prefixes: shared beginnings kept between calls (CPU only). Only for a model whose weights do not change.
         log_probs: an empty list. It is filled with B lists: the log-probability of each sampled token at this
-            temperature. Only for sampled completions.
+            temperature, with respect to all tokens, not only the nucleus. Only for sampled completions.
 
     Returns:
         B lists of token ids; each ends with an end-of-sequence token unless it was cut off.
@@ -99,7 +103,7 @@ def decode(
         with cache:
             logits = cache.read(rows, [labels[index] for index in part], max_new_tokens)
             with one_thread() if small else nullcontext():
-                _continue(cache, logits, found, odds, max_new_tokens, eos_ids, drafts, temperature, source)
+                _continue(cache, logits, found, odds, max_new_tokens, eos_ids, drafts, temperature, top_p, source)
         return found, odds
 
     results = forked(run, parts) if branches and len(parts) > 1 else list(map(run, parts))
@@ -150,6 +154,7 @@ def _continue(
     eos_ids: frozenset[int],
     drafts: Drafts | None,
     temperature: float,
+    top_p: float,
     generator: torch.Generator | list[torch.Generator] | None,
 ) -> None:
     """Fill the rows' `outputs`, and `log_probs` if there are some, starting from the first token's logits (B, V)."""
@@ -170,11 +175,11 @@ def _continue(
                 while len(mine) <= len(guesses[place]):
                     mine.append(float(torch.rand(1, generator=generator[rows[place]])))
                 numbers += mine[: 1 + len(guesses[place])]
-            picked = _sample(logits, temperature, torch.tensor(numbers, device=logits.device))
+            picked = _sample(logits, temperature, top_p, torch.tensor(numbers, device=logits.device))
         else:
             # Finished rows draw too, so that a row's numbers do not depend on when other rows finish.
             every = torch.rand(len(rows), device=logits.device, generator=generator)
-            picked = _sample(logits, temperature, every[open_rows])
+            picked = _sample(logits, temperature, top_p, every[open_rows])
         odds: list[float] = []
         if log_probs:
             odds = torch.log_softmax(logits.float() / temperature, dim=-1).gather(1, picked[:, None])[:, 0].tolist()
@@ -216,7 +221,7 @@ def _continue(
         )
 
 
-def _sample(logits: torch.Tensor, temperature: float, numbers: torch.Tensor) -> torch.Tensor:
+def _sample(logits: torch.Tensor, temperature: float, top_p: float, numbers: torch.Tensor) -> torch.Tensor:
     """Sample tokens: (T, V) → (T,).
 
     Uses inverse-CDF sampling (https://en.wikipedia.org/wiki/Inverse_transform_sampling): the token at which the
@@ -225,14 +230,31 @@ def _sample(logits: torch.Tensor, temperature: float, numbers: torch.Tensor) -> 
     Args:
         logits: (T, V).
         temperature: above 0.
+        top_p: below 1 for nucleus sampling (arXiv:1904.09751).
         numbers: uniform random numbers (T).
     """
     # One random number is needed per token. `torch.multinomial` draws one per vocabulary entry and takes 3 to 10 times
     # as long on a CPU (docs/performance.md).
     # Rounding the cumulative sums to fp32 changes probabilities by less than 1e-7.
-    reached = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
+    odds = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        return _from_nucleus(odds, top_p, numbers)
+    reached = odds.cumsum(dim=-1)
     token = torch.searchsorted(reached, numbers[:, None] * reached[:, -1:], right=True)
     return token.squeeze(1).clamp(max=logits.shape[-1] - 1)  # rounding may exceed the last cumulative sum
+
+
+def _from_nucleus(odds: torch.Tensor, top_p: float, numbers: torch.Tensor) -> torch.Tensor:
+    """Sample from the most likely tokens whose probabilities add up to `top_p`; `odds` is (T, V), `numbers` (T,)."""
+    likely, tokens = odds.topk(min(LIKELY, odds.shape[-1]))
+    if bool((likely.sum(dim=-1) < top_p).any()):
+        likely, tokens = odds.sort(dim=-1, descending=True)
+    before = likely.cumsum(dim=-1) - likely  # the probability of all likelier tokens
+    inside = before < top_p
+    reached = (likely * inside).cumsum(dim=-1)
+    place = torch.searchsorted(reached, numbers[:, None] * reached[:, -1:], right=True)
+    place = place.minimum(inside.sum(dim=-1, keepdim=True) - 1)  # rounding may exceed the last cumulative sum
+    return tokens.gather(1, place).squeeze(1)
 
 
 class _Repeated:

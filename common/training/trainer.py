@@ -35,16 +35,11 @@ PRIVATE_NAMES = {
     "_prepare_inputs": ("generation_batch",),
     "_generate_and_score_completions": ("inputs",),
     "_get_per_token_logps_and_entropies": (
-        "model",
-        "input_ids",
-        "attention_mask",
-        "logits_to_keep",
-        "batch_size",
-        "compute_entropy",
+        "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
     ),
     "_get_train_sampler": ("dataset",),
     "_generate_single_turn": ("prompt_ids",),
-}
+}  # fmt: skip
 
 
 def compact_fused_head() -> None:
@@ -384,7 +379,7 @@ class PlannerTrainer(GRPOTrainer):
     def _timed_single_turn(self, prompt_ids: list[list[int]], *others: Any, **options: Any) -> Any:
         args = self.args
         assert isinstance(args, GRPOConfig)
-        if self.use_vllm or torch.cuda.is_available() or args.top_p < 1:
+        if self.use_vllm or torch.cuda.is_available():
             return super()._generate_single_turn(prompt_ids, *others, **options)
         log_probs: list[list[float]] | None = [] if self._compares else None
         with inference(self.accelerator.unwrap_model(self.model), adapter=True) as model:
@@ -395,6 +390,7 @@ class PlannerTrainer(GRPOTrainer):
                 eos_ids=frozenset(self.eos_token_ids),
                 pad_id=self._tokenizer.pad_token_id,
                 temperature=args.temperature,
+                top_p=args.top_p,
                 log_probs=log_probs,
             )
         return completions, log_probs

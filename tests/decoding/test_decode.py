@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import QUESTIONS
+from transformers import TopPLogitsWarper
 
 from common import prompts
-from common.decoding.decode import decode
+from common.decoding.decode import _sample, decode
 from common.decoding.drafts import Drafts
 from common.decoding.packing import packed_linears, packing_kept
 from common.decoding.sharing import PIECE_TOKENS, block_ends, shared_heads, shared_prefix_length
@@ -136,6 +137,17 @@ def test_guessed_tokens_save_passes_and_change_no_sample(smollm2, monkeypatch):
     assert with_guesses == without and fewer < passes * 0.9
     for mine, theirs in zip(odds, expected, strict=True):
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sharpness", [0.05, 3.0])  # a nucleus of hundreds of tokens, and one of a few
+def test_nucleus_sampling_draws_as_often_as_transformers_says_and_nothing_else(sharpness):
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)) * sharpness
+    warped = TopPLogitsWarper(0.8)(None, logits / 0.7)
+    numbers = (torch.arange(20_000) + 0.5) / 20_000
+    drawn = _sample(logits.expand(len(numbers), -1), 0.7, 0.8, numbers)
+    shares = torch.bincount(drawn, minlength=1000) / len(numbers)
+    torch.testing.assert_close(shares, warped.softmax(dim=-1)[0], atol=2e-4, rtol=0)
+    assert warped.softmax(dim=-1)[0][_sample(logits, 0.7, 0.8, torch.tensor([1 - 2**-24]))] > 0
 
 
 def test_guesses_follow_what_came_before_and_stop_where_they_are_wrong():
