@@ -247,11 +247,17 @@ def _sample(logits: torch.Tensor, temperature: float, top_p: float, numbers: tor
 def _from_nucleus(odds: torch.Tensor, top_p: float, numbers: torch.Tensor) -> torch.Tensor:
     """Sample from the most likely tokens whose probabilities add up to `top_p`; `odds` is (T, V), `numbers` (T,)."""
     likely, tokens = odds.topk(min(LIKELY, odds.shape[-1]))
-    if bool((likely.sum(dim=-1) < top_p).any()):
-        likely, tokens = odds.sort(dim=-1, descending=True)
-    before = likely.cumsum(dim=-1) - likely  # the probability of all likelier tokens
-    inside = before < top_p
-    reached = (likely * inside).cumsum(dim=-1)
+    picked = _from_sorted(likely, tokens, top_p, numbers)
+    wide = likely.sum(dim=-1) < top_p
+    if bool(wide.any()):
+        picked[wide] = _from_sorted(*odds[wide].sort(dim=-1, descending=True), top_p, numbers[wide])
+    return picked
+
+
+def _from_sorted(odds: torch.Tensor, tokens: torch.Tensor, top_p: float, numbers: torch.Tensor) -> torch.Tensor:
+    """Sample from the nucleus of descending probabilities `odds` (T, n) of `tokens` (T, n)."""
+    inside = odds.cumsum(dim=-1) - odds < top_p  # the probability of all likelier tokens
+    reached = (odds * inside).cumsum(dim=-1)
     place = torch.searchsorted(reached, numbers[:, None] * reached[:, -1:], right=True)
     place = place.minimum(inside.sum(dim=-1, keepdim=True) - 1)  # rounding may exceed the last cumulative sum
     return tokens.gather(1, place).squeeze(1)
