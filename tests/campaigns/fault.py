@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +46,7 @@ class Case:
         same: whether the outcome must equal that of an undisturbed run. Samples whose worker failed are masked.
         but: part of the outcome that may differ all the same.
         goes_on: whether the command that continues it is tried; else it must have come to its end.
+        more: whether the same fault is to be tried again, at another moment of the run.
     """
 
     name: str
@@ -58,10 +59,14 @@ class Case:
     same: bool = True
     but: str = ""
     goes_on: bool = True
+    more: Callable[[], bool] = lambda: False
 
 
 def campaign(stage: Stage, only: str = "", faults: int | None = None) -> None:
-    """Try faults in turn, until the time is over or `faults` were tried. `only` is searched in "FAULT: SUBJECT"."""
+    """Try every fault with every subject, until the time is over or `faults` were tried.
+
+    A disk is filled at each change of the output folder in turn. `only` is searched in "FAULT: SUBJECT".
+    """
     place = stage.folder / "fault"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -91,12 +96,15 @@ def campaign(stage: Stage, only: str = "", faults: int | None = None) -> None:
         cases.sort(key=lambda case: seen.update([case.name]) or seen[case.name])
         kinds: Counter[str] = Counter()
         cases.sort(key=lambda case: kinds.update([kind(case)]) or kinds[kind(case)])
-        for number in range(10**6):
-            if not cases or not stage.time_left() or (faults is not None and number >= faults):
-                break
-            case = cases[number % len(cases)]
+        left = deque(cases)
+        while left and stage.time_left() and (faults is None or stage.counts["faults"] < faults):
+            case = left.popleft()
             kill.ready(stage, forks, place, case.subject, subjects)
             one_case(stage, forks, place, case, disk)
+            if case.more():
+                left.append(case)
+        if left:
+            print(f"not tried, or not at every moment: {', '.join(case.name for case in left)}", flush=True)
         if re.search(only, "Hub"):
             kill.ready(stage, forks, place, next(each for each in subjects if each.name == "merge"), subjects)
             networks.hub_breaks(stage, place)
@@ -166,23 +174,15 @@ def all_cases(
 
     def begin(subject: Subject, **options: Any) -> Callable[[Path], Run]:
         def meet(folder: Path) -> Run:
-            given = {name: value(folder) if callable(value) else value for name, value in options.items()}
-            run = forks.start(subject.script, *subject.first(folder), **given)
+            run = forks.start(subject.script, *subject.first(folder), **options)
             run.wait()
             return run
 
         return meet
 
-    filler = Path() if disk is None else disk / "filler"
     for subject in subjects:
         if disk is not None:
-            for _ in range(4):
-
-                def full(folder: Path, subject: Subject = subject) -> Trigger:
-                    return Trigger(folder, "", stage.dice.randint(1, max(1, subject.changes[""])), fill=filler)
-
-                yield Case(f"disk full: {subject.name}", subject, begin(subject, trigger=full), codes=(1, 2),
-                           heal=lambda folder: filler.unlink(missing_ok=True), on_disk=True)  # fmt: skip
+            yield disk_full(stage, forks, subject, disk)
             yield Case(
                 f"read-only disk: {subject.name}", subject, read_only(forks, subject, disk), codes=(1, 2), survived=False,
                 heal=lambda folder: remount(disk, "rw"), on_disk=True,
@@ -209,6 +209,25 @@ def all_cases(
                     f"W&B hangs {'after the start' if starts else 'at once'}: {subject.name}", subject,
                     networks.wandb_hangs(place, subject, starts), codes=(), goes_on=False, but="/files",
                 )  # fmt: skip
+
+
+def disk_full(stage: Stage, forks: Forks, subject: Subject, disk: Path) -> Case:
+    """A full disk at each change of the output folder that an undisturbed run makes, in random order."""
+    filler = disk / "filler"
+    numbers: list[int] | None = None  # not yet tried
+
+    def meet(folder: Path) -> Run:
+        nonlocal numbers
+        if numbers is None:  # how many changes there are is known only after the reference run
+            numbers = list(range(1, max(1, subject.changes[""]) + 1))
+            stage.dice.shuffle(numbers)
+        trigger = Trigger(folder, "", numbers.pop(), fill=filler)
+        run = forks.start(subject.script, *subject.first(folder), trigger=trigger)
+        run.wait()
+        return run
+
+    return Case(f"disk full: {subject.name}", subject, meet, codes=(1, 2), heal=lambda folder: filler.unlink(missing_ok=True),
+                on_disk=True, more=lambda: bool(numbers))  # fmt: skip
 
 
 def grouped(forks: Forks, subject: Subject, megabytes: int) -> Callable[[Path], Run]:
