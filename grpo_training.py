@@ -104,7 +104,12 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
     checkpoint = newest_checkpoint(output_dir) if options.resume else None
     if checkpoint is not None:
         check_same_processes(output_dir)
-        if checkpoint_step(checkpoint) >= args.max_steps:
+        done = checkpoint_step(checkpoint)
+        if done > args.max_steps:
+            raise UserError(
+                f"--max-steps {args.max_steps}: the run in {output_dir} has done {done}: give more than that"
+            )
+        if done == args.max_steps:
             say(
                 f"the run in {output_dir} has all of its {args.max_steps} steps, so nothing is trained: give more with "
                 "--max-steps, or make its scoreboard with --eval-only"

@@ -45,8 +45,8 @@ MAY_IMPORT = {
         "pipeline evaluation"
     ),
     "training": (
-        "errors processes decoding settings cli problems prompts models runs reports similarity servers workers pipeline "
-        "rewards evaluation"
+        "errors processes decoding settings cli problems prompts models runs reports similarity servers workers fit "
+        "pipeline rewards evaluation"
     ),
 }
 # All other modules import torch, transformers and the like only when they use them. So `--help` and the message for a

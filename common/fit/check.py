@@ -13,7 +13,7 @@ from common.errors import UserErrors
 from common.fit import missing
 from common.fit.memory import GIB, SERVER, Machine, Part, estimate, peak
 from common.fit.shape import ModelShape, model_shape
-from common.fit.step import Step, step_of
+from common.fit.step import Step, context_of, step_of
 from common.problems.questions import (
     Question,
     check_enough,
@@ -25,7 +25,7 @@ from common.problems.questions import (
 from common.processes.ranks import is_first, world_size
 from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base
 from common.runs.folder import check_output_dir
-from common.settings.grpo import TrainingArgs
+from common.settings.grpo import TrainingArgs, check_plan_fits
 
 
 def check_run(args: TrainingArgs, *, overwrite: bool, resume: bool) -> int:
@@ -67,7 +67,7 @@ def check_run(args: TrainingArgs, *, overwrite: bool, resume: bool) -> int:
         if questions:
             step = step_of(args, questions, tokenizer)
             print(_step_lines(args, step, len(questions)))
-            found.add(_too_long(args, config, step), exit_code=2)
+            found.tried(lambda: check_plan_fits(args, step.planner_prompt, context_of(config)))
             if machine is not None:
                 parts = estimate(args, shape, step, machine)
                 print(_memory_table(parts, machine))
@@ -209,17 +209,6 @@ def _step_lines(args: TrainingArgs, step: Step, questions: int) -> str:
         f"the run     {args.max_steps} steps draw {drawn:,} questions from {questions:,}: "
         f"each {drawn / questions:,.2f} times"
     )
-
-
-def _too_long(args: TrainingArgs, config: Any, step: Step) -> list[str]:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    most = step.planner_prompt + args.max_completion_length
-    if limit is None or most <= limit:
-        return []
-    return [
-        f"--max-completion-length {args.max_completion_length}: with a prompt of {step.planner_prompt} tokens a plan "
-        f"leaves the model's context of {limit}: lower it"
-    ]
 
 
 def _memory_table(parts: Sequence[Part], machine: Machine) -> str:

@@ -57,7 +57,7 @@ def step_of(args: TrainingArgs, questions: Sequence[Question], tokenizer: Any) -
         questions: to train on; at least one.
         tokenizer: of the base model.
     """
-    longest = [item.question for item in sorted(questions, key=lambda item: -len(item.question))[:LONGEST]]
+    longest = _longest(questions)
     style, completions, parts = args.worker_style, args.batch_size * args.grad_accum, args.max_subproblems
     # Assume that every plan has the largest number of subproblems. They are all part of one completion, so they share
     # its length limit. The combine prompt repeats them with their solutions, or in the few-shot style only the results.
@@ -77,11 +77,29 @@ def step_of(args: TrainingArgs, questions: Sequence[Question], tokenizer: Any) -
     return Step(
         questions=completions // args.num_generations,
         completions=completions,
-        planner_prompt=max(_tokens(tokenizer, prompts.planner_messages(text, args.planner_style)) for text in longest),
+        planner_prompt=longest_planner_prompt(args, questions, tokenizer),
         solve=max(split, direct, key=lambda wave: wave.calls * wave.own),
         combine=combine,
         scoreboard=Wave(args.eval_samples * VOTES, direct.shared, direct.own) if args.eval_samples else None,
     )
+
+
+def longest_planner_prompt(args: TrainingArgs, questions: Sequence[Question], tokenizer: Any) -> int:
+    """Tokens of the longest planner prompt of these questions, of which there is at least one."""
+    return max(
+        _tokens(tokenizer, prompts.planner_messages(text, args.planner_style, args.worker_context))
+        for text in _longest(questions)
+    )
+
+
+def context_of(config: Any) -> int | None:
+    """Tokens that a model was made for; None if its config does not tell."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+def _longest(questions: Sequence[Question]) -> list[str]:
+    return [item.question for item in sorted(questions, key=lambda item: -len(item.question))[:LONGEST]]
 
 
 def _wave(tokenizer: Any, calls: int, requests: Iterable[Sequence[Message]], more: int) -> Wave:

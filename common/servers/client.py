@@ -370,7 +370,7 @@ class Server:
         about_roles = status not in NOT_OF_THE_REQUEST and is_about_roles(reason)
         if status in (401, 403):
             return ServerError(
-                f"{self._where} refuses the key ({status}): give the right one in {OPENAI_VARIABLE} or --api-key",
+                f"{self._where} refuses the key ({status}): give the right one in {OPENAI_VARIABLE}",
                 exit_code=2,
             )
         if status in (408, 409, 429) or status >= 500:

@@ -223,7 +223,7 @@ def serve_base(args: TrainingArgs) -> Iterator[TrainingArgs]:
     local = Path(_model_of(args)).is_dir()
     with log.open("wb") as stream:
         server = start(
-            Path(args.vllm_python),
+            Path(args.vllm_python).absolute(),
             command,
             stream.fileno(),
             {
@@ -247,10 +247,13 @@ def check_own_server(args: TrainingArgs) -> None:
     Raises:
         UserError: if it cannot be started.
     """
-    if args.vllm_python is None or not Path(args.vllm_python).is_file():
+    if args.vllm_python is None or not Path(args.vllm_python).exists():
         raise UserError(
             f"--vllm-python {args.vllm_python} does not exist: name the Python of an environment that has vLLM"
         )
+    no_python = UserError(
+        f"--vllm-python {args.vllm_python} is no Python that runs: name that of an environment with vLLM"
+    )
     if not port_is_free(args.vllm_port):
         raise UserError(f"--vllm-port {args.vllm_port} is in use: name another")
     import torch
@@ -261,11 +264,14 @@ def check_own_server(args: TrainingArgs) -> None:
     quantised = torch.cuda.is_available() and models.use_4bit(args)
     wanted = ["vllm", *(["vllm_bnb_plugin", "bitsandbytes"] if quantised else [])]
     look = "import sys; from importlib.util import find_spec; print(*(n for n in sys.argv[1:] if find_spec(n) is None))"
-    done = subprocess.run([args.vllm_python, "-c", look, *wanted], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            f"--vllm-python {args.vllm_python} is no Python that runs: name that of an environment with vLLM"
+    try:
+        done = subprocess.run(
+            [Path(args.vllm_python).absolute(), "-c", look, *wanted], capture_output=True, text=True, check=False
         )
+    except OSError:  # a folder, or a file that is not executable
+        raise no_python from None
+    if done.returncode:
+        raise no_python
     if lacking := done.stdout.split():
         raise UserError(
             f"--vllm-python {args.vllm_python} lacks {', '.join(lacking)}: pip install -r requirements-vllm.txt there"

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from common.errors import UserErrors
+from common.errors import UserError, UserErrors
 from common.plans import MAX_SUBPROBLEM_CHARS, MAX_SUBPROBLEMS
 from common.processes import ranks
 from common.settings.fields import advice_problem, check_values, setting, url_problem
@@ -31,7 +31,7 @@ class TrainingArgs:
     # fmt: off
     base_model: str = setting("meta-llama/Llama-3.1-8B-Instruct", "model", "Hub id or folder of the base model (planner and frozen worker)", metavar="MODEL")
     adapter_path: str | None = setting(None, "model", "start from this LoRA adapter, such as a supervised one", metavar="DIR")
-    use_4bit: bool | None = setting(None, "model", "base model in NF4 with double quantisation (default: 4-bit on a GPU, fp32 without a GPU)")
+    use_4bit: bool | None = setting(None, "model", "base model in NF4 with double quantisation (default: 4-bit on a GPU, --cpu-dtype without)")
     cpu_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "model", "number format of matrix products on a CPU. bfloat16 is faster, most of all in forward and backward; but where two tokens are almost equally likely, a greedy answer may then depend on the other prompts in its batch. auto: bfloat16 if the processor has instructions for it (AVX512-BF16, AMX) and weights are not quantised, else float32; with vLLM servers float32, because the check of who wrote the plans is most exact then. Not used on a GPU")
     lora_r: int = setting(16, "model", "LoRA rank", positive=True)
     lora_alpha: int = setting(32, "model", "LoRA scale numerator: the update is multiplied by alpha / r", positive=True)
@@ -190,6 +190,24 @@ def _vllm_problems(args: TrainingArgs) -> list[str]:
             "trainer scores with it"
         )
     return problems
+
+
+def check_plan_fits(args: TrainingArgs, prompt: int, context: int | None) -> None:
+    """Refuse plans that may grow beyond the model's context.
+
+    Args:
+        args: settings of the run.
+        prompt: tokens of the longest planner prompt.
+        context: tokens that the model was made for; None if its config does not tell.
+
+    Raises:
+        UserError: with the lengths.
+    """
+    if context is not None and prompt + args.max_completion_length > context:
+        raise UserError(
+            f"--max-completion-length {args.max_completion_length}: with a prompt of {prompt} tokens a plan "
+            f"leaves the model's context of {context}: lower it"
+        )
 
 
 def _divisibility_problem(args: TrainingArgs, processes: int) -> list[str]:

@@ -19,7 +19,7 @@ class SupervisedArgs:
 
     # fmt: off
     base_model: str = setting(MISSING, "model", "Hub id or folder of the base model", metavar="MODEL")
-    use_4bit: bool | None = setting(None, "model", "base model in NF4 with double quantisation (default: 4-bit on a GPU, fp32 without a GPU)")
+    use_4bit: bool | None = setting(None, "model", "base model in NF4 with double quantisation (default: 4-bit on a GPU, --cpu-dtype without)")
     cpu_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "model", "number format of matrix products on a CPU. bfloat16 is faster, most of all in forward and backward; but where two tokens are almost equally likely, a greedy answer may then depend on the other prompts in its batch. auto: bfloat16 if the processor has instructions for it (AVX512-BF16, AMX) and weights are not quantised, else float32. Not used on a GPU")
     lora_r: int = setting(16, "model", "LoRA rank", positive=True)
     lora_alpha: int = setting(32, "model", "LoRA scale numerator: the update is multiplied by alpha / r", positive=True)

@@ -15,6 +15,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from common import models, prompts
 from common.errors import UserError
 from common.evaluation.during_training import Scoring, how_to_continue
+from common.fit.step import context_of, longest_planner_prompt
 from common.models.chat_date import fix_date
 from common.pipeline import PipelineExecutor, run_executor
 from common.problems.questions import Question, check_enough, fingerprint, kind_of_source
@@ -30,7 +31,7 @@ from common.runs import storage
 from common.runs.adapters import save_adapter
 from common.runs.checkpoints import answers_file, checkpoint_step
 from common.servers.vllm import server_command, shown_command
-from common.settings.grpo import TrainingArgs
+from common.settings.grpo import TrainingArgs, check_plan_fits
 from common.similarity import SentenceEncoder
 from common.training import callbacks, progress, records
 from common.training.device import announce_device, device_options
@@ -165,14 +166,15 @@ def build_trainer(
         samples: receives the samples of each batch, or None.
 
     Raises:
-        UserError: for too few questions, for a model or adapter that cannot be loaded, or for an adapter that changes
-            the base model.
+        UserError: for too few questions, for plans that may outgrow the model's context, for a model or adapter that
+            cannot be loaded, or for an adapter that changes the base model.
     """
     check_enough(args, len(questions))
     encoder = SentenceEncoder(args.embedding_model)
     encoder.load()
     four_bit = models.use_4bit(args)
     base = models.load_base(args.base_model, four_bit=four_bit, cpu_dtype=models.cpu_dtype(args))
+    check_plan_fits(args, longest_planner_prompt(args, questions, tokenizer), context_of(base.config))
     announce_device(args)
     frozen = FrozenBase(base, tokenizer)
     # The executor is needed to build the trainer, and uses the trainer's model; the trainer is put in here afterwards.

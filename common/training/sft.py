@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from common.reports.tables import format_table
 from common.runs import storage
 from common.runs.adapters import save_adapter
 from common.runs.record import check_same_data
-from common.settings.grpo import PACKAGED_MODEL
+from common.settings.grpo import DEMO, TrainingArgs
 from common.settings.sft import SupervisedArgs
 from common.training import callbacks, progress
 from common.training.device import announce_device, device_options
@@ -156,9 +157,21 @@ def _run(
             )
         )
         print(f"\nadapter and curves: {output_dir}")
-        preset = "--demo" if args.base_model == PACKAGED_MODEL else f"--base-model {args.base_model}"
-        print(f"go on with GRPO:\n  {sys.executable} grpo_training.py {preset} --adapter-path {output_dir}")
+        print(f"go on with GRPO:\n  {sys.executable} grpo_training.py {shlex.join(grpo_flags(args))}")
     return 0
+
+
+def grpo_flags(args: SupervisedArgs) -> list[str]:
+    """The flags with which GRPO goes on from the adapter of a run: the same base, questions and planner prompt."""
+    told = {"base_model": args.base_model, **args.planner_prompt()}
+    if args.format == "json-plan":
+        told["dataset"] = args.dataset
+    demo = all(value == DEMO.get(name, getattr(TrainingArgs, name)) for name, value in told.items())
+    flags = ["--demo"] if demo else []
+    for name, value in told.items():
+        if not demo and (name in ("base_model", "dataset") or value != getattr(TrainingArgs, name)):
+            flags += [f"--{name.replace('_', '-')}", value]
+    return [*flags, "--adapter-path", args.output_dir]
 
 
 def sft_config(args: SupervisedArgs, base: Any) -> SFTConfig:

@@ -49,3 +49,11 @@ def test_an_environment_without_what_the_server_needs_is_told_before_it_is_start
     args = TrainingArgs(vllm_python=sys.executable, vllm_port=free_port(), use_4bit=four_bit)
     with pytest.raises(UserError, match=rf" lacks {lacking}: pip install -r requirements-vllm.txt"):
         check_own_server(args)
+
+
+@pytest.mark.parametrize("name", ["words.txt", "."])
+def test_what_is_no_python_is_told(monkeypatch, tmp_path, name):
+    (tmp_path / "words.txt").write_text("words")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"--vllm-python {name} is no Python that runs"):
+        check_own_server(TrainingArgs(vllm_python=name, vllm_port=free_port()))

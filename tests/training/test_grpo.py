@@ -219,6 +219,19 @@ def test_a_run_stopped_after_its_last_step_is_only_finished(finished_run, tmp_pa
     assert [line["step"] for line in read_jsonl(copy / "metrics.jsonl")] == [1, 2, 3, 4]
     expected = adapter_weights(folder)
     assert all(torch.equal(value, expected[name]) for name, value in adapter_weights(copy).items())
+    record = (copy / "training_config.json").read_bytes()
+    fewer = run_script("grpo_training.py", "--output-dir", str(copy), "--resume", "--max-steps", "3")
+    assert fewer.returncode == 2 and "--max-steps 3: the run in" in fewer.stderr and "has done 4" in fewer.stderr
+    assert (copy / "training_config.json").read_bytes() == record
+
+
+def test_plans_beyond_the_models_context_are_refused_before_anything_is_generated(tiny_planner, tmp_path):
+    done = run_script(
+        "grpo_training.py", "--base-model", tiny_planner, "--dataset", "generated:shares", "--max-samples", "8",
+        "--max-completion-length", "999999", "--no-wandb", "--output-dir", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert done.returncode == 2 and "leaves the model's context of" in done.stderr
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
 
 
 def test_the_other_script_does_not_take_the_run_for_its_own(finished_run):

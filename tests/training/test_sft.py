@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from datetime import date
 from pathlib import Path
@@ -42,6 +43,13 @@ def test_json_plans_then_grpo_from_the_adapter(tiny_planner, tmp_path):
         "--max-samples", "50", "--batch-size", "8", "--planner-style", "short",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    _, _, told = done.stdout.partition("go on with GRPO:\n  ")
+    assert f"grpo_training.py --base-model {tiny_planner} --planner-style short --dataset generated:shares" in told
+    goes_on = run_script(
+        "grpo_training.py", *shlex.split(told.splitlines()[0])[2:], "--output-dir", str(tmp_path / "grpo"), "--no-wandb",
+        "--max-steps", "1", "--max-samples", "8", "--max-completion-length", "16", "--worker-max-tokens", "8",
+    )  # fmt: skip
+    assert goes_on.returncode == 0, goes_on.stderr
     lines = read_jsonl(warm / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 7
@@ -59,6 +67,21 @@ def test_json_plans_then_grpo_from_the_adapter(tiny_planner, tmp_path):
         in (resumed.stderr)
     )
     assert [line["step"] for line in read_jsonl(warm / "metrics.jsonl") if "loss" in line] == list(range(1, 8))
+
+
+def test_the_next_command_names_what_the_warm_start_was_told():
+    from common.settings.sft import SFT_DEMO, SupervisedArgs
+    from common.training.sft import grpo_flags
+    from dummy_planner import DEFAULTS
+
+    def flags(**changes: object) -> str:
+        return " ".join(grpo_flags(SupervisedArgs(**{**DEFAULTS, **changes})))
+
+    assert flags(**SFT_DEMO) == "--demo --adapter-path ./demo_warm_start"
+    composed = flags(**{**SFT_DEMO, "dataset": "multi:x?parts=3", "worker_context": "none", "planner_style": "full"})
+    assert "--demo" not in composed
+    assert "--worker-context none --dataset multi:x?parts=3 --adapter-path" in composed
+    assert "--dataset" not in flags(format="planning-data", dataset="x")  # holds no questions
 
 
 def test_planning_data_in_its_own_columns_with_a_validation_split(tiny_planner, tmp_path):
