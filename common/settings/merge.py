@@ -62,6 +62,8 @@ class MergeArgs:
                 f"--repo-name {self.repo_name} has no owner, which only the Hub's login could add: with --no-push give "
                 "it as user/name"
             )
+        if self.private and not self.push:
+            problems.append("--private is of the Hub's repo, and --no-push makes none: leave one of them out")
         if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMG]i?B", self.max_shard_size):
             problems.append(f"--max-shard-size must be a size such as 500MB or 5GB, found {self.max_shard_size}")
         if problems:
