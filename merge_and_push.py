@@ -74,9 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_shard_size=args.max_shard_size,
     )
     for source, what in ((args.adapter_path, "the adapter"), (base, "the base model")):
-        if Path(source).expanduser().resolve().is_relative_to(args.target.resolve()):
+        folder, target = Path(source).expanduser().resolve(), args.target.resolve()
+        if folder.is_relative_to(target):
             raise UserError(
                 f"--local-save-path {args.target} holds {what}, which would be replaced: name another folder"
+            )
+        if folder.is_dir() and target.is_relative_to(folder):
+            raise UserError(
+                f"--local-save-path {args.target} lies in the folder of {what}, which a merge leaves as it is: name "
+                "another folder"
             )
     check_writable(args.target, "--local-save-path")
     target = args.target.resolve()

@@ -68,6 +68,10 @@ def test_wrong_input_is_one_line_exit_code_2_and_light(finished_run, adapter, me
         "target in use": ([*good, "--local-save-path", str(tmp_path / "full"), "--overwrite"], "no merge of this script"),
         "target the adapter": ([*good, "--local-save-path", str(adapter)], "holds the adapter, which would be replaced"),
         "target above the adapter": ([*good, "--local-save-path", str(adapter.parent)], "holds the adapter"),
+        "target in the adapter": ([*good, "--local-save-path", str(adapter / "merged")], "lies in the folder of the adapter"),
+        "target in the base": (
+            [*good, "--local-save-path", f"{finished_run[0].base_model}/merged"], "lies in the folder of the base model",
+        ),
         "target the base": ([*good, "--local-save-path", finished_run[0].base_model], "holds the base model"),
         "repo with dashes": (["--repo-name", "user/a--b"], "is no Hub repo"),
         "another merge": ([*good, "--local-save-path", str(merged)], "holds another merge (max_shard_size"),
