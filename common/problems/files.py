@@ -18,6 +18,7 @@ from common.grading import parse_gold
 SUFFIXES = (".jsonl", ".json", ".parquet")
 COLUMNS = ("question", "answer")
 BYTE_ORDER_MARK = "\ufeff"
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # The name of a numbered part on the Hub, for example train-00000-of-00002.parquet.
 _PART = r"-(?P<number>\d+)-of-(?P<count>\d+)"
 
@@ -78,6 +79,17 @@ def as_question(row: Any, where: str) -> Question:
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     return Question(row["question"], row["answer"])
+
+
+def local_path(source: str) -> Path:
+    """The path that a source names; `~` is the user's home.
+
+    Raises:
+        UserError: for a URL, from which nothing is read.
+    """
+    if _URL.match(source):
+        raise UserError(f"--dataset {source}: data are not read from a URL: download the file and name that")
+    return Path(source).expanduser()
 
 
 def is_data_file(path: Path) -> bool:

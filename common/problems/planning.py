@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.problems import composed
-from common.problems.files import data_files, read_records, split_files
+from common.problems.files import data_files, local_path, read_records, split_files
 from common.problems.questions import is_local
 
 COLUMNS = ("SystemPrompt", "UserPrompt", "ExpectedOutput")
@@ -33,7 +33,7 @@ def load_planning_data(source: str, config: str | None) -> tuple[list[Row], list
             f"--dataset {source}: generated and composed questions have no plans of their own: add --format json-plan, "
             "which makes some"
         )
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir() or is_local(source):
         rows = _read_folder(path) if path.is_dir() else (_read_files(path), [])
         if sum(map(len, rows)) < 2:

@@ -18,7 +18,7 @@ from common.cli import say
 from common.errors import UserError
 from common.plans import letters_of
 from common.problems import composed, generated
-from common.problems.files import SUFFIXES, as_question, data_files, read_records, split_files
+from common.problems.files import SUFFIXES, as_question, data_files, local_path, read_records, split_files
 from common.problems.files import Question as Question
 from common.processes.ranks import world_size
 from common.settings.grpo import TrainingArgs
@@ -59,7 +59,8 @@ def check_source(dataset: str, split: str = "train", flag: str = "--dataset") ->
         elif dataset.startswith(generated.PREFIX):
             generated.parse_source(dataset)
         elif is_local(dataset):
-            _read_path(Path(dataset), split if Path(dataset).is_dir() else "train")
+            path = local_path(dataset)
+            _read_path(path, split if path.is_dir() else "train")
         else:
             hub_token()  # an invalid token is reported now, not later by a library
     except UserError as error:
@@ -211,7 +212,6 @@ def is_local(dataset: str) -> bool:
 
 
 def _read_path(path: Path, split: str) -> list[Question]:
-    path = path.expanduser()
     if path.is_dir():
         chosen = split_files(path, split)
         if not chosen:
@@ -228,7 +228,7 @@ def _read_path(path: Path, split: str) -> list[Question]:
 
 
 def _read(dataset: str, config: str | None, split: str) -> list[Question]:
-    return _read_path(Path(dataset), split) if is_local(dataset) else _read_hub(dataset, config, split)
+    return _read_path(local_path(dataset), split) if is_local(dataset) else _read_hub(dataset, config, split)
 
 
 def _tell_kinds(questions: list[Question], dataset: str, limit: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -138,6 +139,16 @@ def test_planning_data_that_cannot_be_used_are_named_with_their_own_columns(name
     assert "question" not in str(caught.value)
     if name in ("broken.jsonl", "plans.csv"):
         assert "SystemPrompt, UserPrompt, ExpectedOutput" in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["http://x/y.jsonl", "https://huggingface.co/datasets/a/b", "s3://bucket/y.parquet"])
+def test_a_url_is_shown_as_it_was_given_with_what_to_do(source):
+    whole = re.escape(f"{source}: data are not read from a URL: download")
+    for read in (check_source, lambda name: load_planning_data(name, None), lambda name: questions(name)):
+        with pytest.raises(UserError, match=f"--dataset {whole}"):
+            read(source)
+    with pytest.raises(UserError, match=f"--eval-dataset {whole}"):
+        check_source(f"multi:{source}", flag="--eval-dataset")
 
 
 def test_repeated_questions_are_kept_and_told_once(tmp_path, capsys):
