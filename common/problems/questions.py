@@ -9,13 +9,15 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from common.cli import say
 from common.errors import UserError
+from common.grading import parse_gold
 from common.plans import letters_of
 from common.problems import composed, generated
 from common.problems.files import SUFFIXES, as_question, data_files, local_path, read_records, split_files
@@ -100,7 +102,7 @@ def load_questions(
         recipe = composed.parse_source(dataset)
         made = is_generated(recipe.source)
         problems = (
-            _generate(recipe.source, limit * recipe.most, seed, left_out)
+            _generate(recipe.source, limit * recipe.most, seed, left_out, composed.OPTIONS)
             if made
             else [item for item in _read(recipe.source, config, split) if item.question not in left_out]
         )
@@ -274,9 +276,7 @@ def _task_and_options(dataset: str) -> tuple[str, dict[str, Any]]:
     task, _, query = dataset.removeprefix(generated.REASONING_GYM).partition("?")
     known = _known_tasks()
     if task not in known:
-        import difflib
-
-        close = difflib.get_close_matches(task, known, n=3, cutoff=0.3) or ["chain_sum", "gsm_symbolic"]
+        close = _usable_tasks_like(task, known) or ["chain_sum", "gsm_symbolic"]
         raise UserError(
             f"--dataset {dataset}: reasoning-gym has no task {task!r}: use one of its {len(known)}, "
             f"such as {', '.join(close)}"
@@ -288,6 +288,23 @@ def _task_and_options(dataset: str) -> tuple[str, dict[str, Any]]:
         except json.JSONDecodeError:
             options[name] = value
     return task, options
+
+
+def _usable_tasks_like(task: str, known: list[str]) -> list[str]:
+    """At most three tasks of a similar name whose answers are numbers; in most tasks of reasoning-gym they are not."""
+    import difflib
+
+    import reasoning_gym
+
+    usable = []
+    for name in difflib.get_close_matches(task, known, n=10):
+        try:
+            for item in reasoning_gym.create_dataset(name, seed=0, size=5):
+                parse_gold(f"#### {item['answer']}")
+        except (ValueError, AssertionError):  # no number, or a task that needs options
+            continue
+        usable.append(name)
+    return usable[:3]
 
 
 def _known_tasks() -> list[str]:
@@ -304,7 +321,14 @@ def _known_tasks() -> list[str]:
     )
 
 
-def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Question]:
+def _generate(dataset: str, limit: int, seed: int, exclude: set[str], outer: Sequence[str] = ()) -> list[Question]:
+    """At most `limit` different generated questions that are not in `exclude`.
+
+    Args:
+        dataset: the generator.
+        limit, seed, exclude: see `load_questions`.
+        outer: options of `multi:` that were possible besides the generator's, for error messages.
+    """
     draws = 20 * limit + 1000  # stop after this many draws: a task with few different questions repeats them
     since_new, patience = 0, max(limit, 20_000)  # or after so many in a row without a new one
     if limit >= MAX_GENERATED // 10:
@@ -314,7 +338,7 @@ def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Qu
             (item.question, item.answer) for item in islice(generated.shares(dataset, seed), draws)
         )
     else:
-        stream = _reasoning_gym(dataset, draws, seed)
+        stream = _reasoning_gym(dataset, draws, seed, outer)
     found: dict[str, Question] = {}
     for number, (text, answer) in enumerate(stream, start=1):
         since_new += 1
@@ -326,17 +350,20 @@ def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Qu
     return list(found.values())
 
 
-def _reasoning_gym(dataset: str, draws: int, seed: int) -> Iterator[tuple[str, str]]:
+def _reasoning_gym(dataset: str, draws: int, seed: int, outer: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield (question, answer) of a reasoning-gym task."""
     task, options = _task_and_options(dataset)
     import reasoning_gym
 
+    names = [spec.name for spec in fields(reasoning_gym.factory.DATASETS[task][1])]
+    unknown = next((name for name in options if name not in names), None)
+    if unknown is not None:
+        known = ", ".join(name for name in names if name not in ("seed", "size"))  # the run's own
+        more = f" (those of {composed.PREFIX} are {', '.join(outer)})" if outer else ""
+        raise UserError(f"--dataset {dataset}: {task} has no option {unknown}, its options are {known or 'none'}{more}")
     try:
         source = reasoning_gym.create_dataset(task, **{"seed": seed, **options, "size": draws})
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"--dataset {dataset}: {task} refuses these options: {first_line(error)} (those of {composed.PREFIX} are "
-            f"{', '.join(composed.OPTIONS)})"
-        ) from error
+        raise UserError(f"--dataset {dataset}: {task} refuses these options: {first_line(error)}") from error
     for item in source:
         yield item["question"], f"#### {item['answer']}"

@@ -124,7 +124,9 @@ def test_wrong_options_are_told_in_one_line_before_anything_is_read(options, mes
     ):
         with pytest.raises(UserError, match=wrong):
             check_source(source)
-    with pytest.raises(UserError, match=r"chain_sum refuses .* \(those of multi: are parts, single, max_steps, kind\)"):
+    with pytest.raises(
+        UserError, match=r"chain_sum has no option kin.* \(those of multi: are parts, single, max_steps, kind\)"
+    ):
         load_questions("multi:reasoning-gym:chain_sum?kin=sum", limit=2)
     with pytest.raises(UserError, match="people must lie"):
         check_source("multi:generated:shares?people=99&parts=2")

@@ -92,6 +92,22 @@ def test_generators_say_what_they_would_take(source, message):
         check_source(source)
 
 
+def test_reasoning_gym_tells_its_options_and_near_tasks_that_can_be_used():
+    with pytest.raises(UserError) as caught:
+        load_questions("reasoning-gym:chain_sum?nope=2", limit=2)
+    assert str(caught.value) == (
+        "--dataset reasoning-gym:chain_sum?nope=2: chain_sum has no option nope, its options are min_terms, max_terms, "
+        "min_digits, max_digits, allow_negation"
+    )
+    with pytest.raises(UserError, match=r"chain_sum refuses these options: .*min_terms must be positive"):
+        load_questions("reasoning-gym:chain_sum?min_terms=0", limit=2)
+    for name, near in (("chain_sums", "chain_sum, "), ("ransom_notes", "chain_sum, gsm_symbolic")):
+        with pytest.raises(UserError, match=f"such as {near}") as caught:
+            check_source(f"reasoning-gym:{name}")
+        for task in str(caught.value).split("such as ")[1].split(", "):
+            assert load_questions(f"reasoning-gym:{task}", limit=3)
+
+
 @pytest.mark.parametrize("source", ["generated:shares", "multi:generated:shares", "reasoning-gym:chain_sum"])
 def test_more_generated_questions_than_anybody_uses_are_refused_at_once(source):
     with pytest.raises(UserError, match="100,000,000 generated questions are too many, at most 100,000"):
