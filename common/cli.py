@@ -50,6 +50,14 @@ class Parser(argparse.ArgumentParser):
         return f": did you mean {close[0]}?" if close else ""
 
 
+def count(text: str) -> int:
+    """The value of a flag that counts something: a whole number from 1 (a `type` of `add_argument`)."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
+    return number
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags that every training script has besides its settings; returns their group."""
     group = parser.add_argument_group("run")

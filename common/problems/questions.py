@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -54,7 +55,7 @@ def check_source(dataset: str, split: str = "train", flag: str = "--dataset") ->
     """
     if not dataset.strip():
         raise UserError(f"{flag} is empty: name a file, a folder, a Hub id or a generator")
-    try:
+    with naming(flag):
         dataset = composed.inner_source(dataset)
         if dataset.startswith(generated.REASONING_GYM):
             _task_and_options(dataset)
@@ -65,8 +66,15 @@ def check_source(dataset: str, split: str = "train", flag: str = "--dataset") ->
             _read_path(path, split if path.is_dir() else "train")
         else:
             hub_token()  # an invalid token is reported now, not later by a library
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Context manager: errors name `flag` in place of `--dataset`, for a source that another flag sets."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(str(error).replace("--dataset ", f"{flag} ")) from error
+        raise UserError(str(error).replace("--dataset ", f"{flag} "), exit_code=error.exit_code) from error
 
 
 def load_questions(
