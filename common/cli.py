@@ -159,6 +159,11 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 question`, `2 questions`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class GuardedStream(io.TextIOWrapper):
     """stdout or stderr that replaces secrets in everything written, also in library logs and tracebacks.
 

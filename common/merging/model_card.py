@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import counted
 from common.errors import UserError
 from common.merging import certificate as certifying
 from common.prompts import planner_messages
@@ -249,8 +250,8 @@ def _evaluation(evaluation: dict[str, Any] | None) -> str:
             f"{'-' if row['total_tokens'] is None else format(row['total_tokens'], '.0f')} |"
         )
     return (
-        f"## Evaluation\n\n{evaluation['questions']} held-out questions, greedy, measured with the adapter on the base "
-        "model, before merging:\n\n" + "\n".join(lines)
+        f"## Evaluation\n\n{counted(evaluation['questions'], 'held-out question')}, greedy, measured with the "
+        "adapter on the base model, before merging:\n\n" + "\n".join(lines)
     )
 
 

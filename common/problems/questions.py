@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.cli import say
+from common.cli import counted, say
 from common.errors import UserError
 from common.grading import parse_gold
 from common.plans import letters_of
@@ -133,7 +133,7 @@ def check_enough(args: TrainingArgs, questions: int) -> None:
     needed = args.batch_size * world_size() * args.grad_accum // args.num_generations
     if questions < needed:
         raise UserError(
-            f"--dataset {args.dataset} gives {questions} questions, one step takes {needed} (--batch-size × "
+            f"--dataset {args.dataset} gives {counted(questions, 'question')}, one step takes {needed} (--batch-size × "
             "processes × --grad-accum / --num-generations): lower --grad-accum or --batch-size, or add questions"
         )
 
@@ -192,7 +192,8 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
         exclude=known if made else (),
     )
     check_disjoint(known, [text for item in found for text in item.texts])
-    say(f"{len(found)} held-out questions from {source}: none of the {len(training)} training questions is among them")
+    apart = f": none of them is among the {counted(len(training), 'training question')}" if training else ""
+    say(f"{counted(len(found), 'held-out question')} from {source}{apart}")
     return found
 
 
@@ -206,7 +207,7 @@ def check_disjoint(training: Iterable[str], held_out: Iterable[str]) -> None:
     shared = [text for text in held_out if letters_of(text) in known]
     if shared:
         raise UserError(
-            f"{len(shared)} held-out questions are in the training set too, such as {shared[0][:80]!r}: "
+            f"the training set holds {counted(len(shared), 'held-out problem')} too, such as {shared[0][:80]!r}: "
             "name another --eval-dataset"
         )
 
@@ -253,16 +254,16 @@ def _tell_kinds(questions: list[Question], dataset: str, limit: int) -> None:
             why += " and whose solutions are annotated as GSM8K's are (<<48/2=24>>)"
         raise UserError(f"--dataset {dataset} gives no question: {why}")
     counts = Counter(max(1, len(item.parts)) for item in questions)
-    shares = ", ".join(f"{counts[count]} of {count} problem{'s' * (count > 1)}" for count in sorted(counts))
+    shares = ", ".join(f"{counts[count]} of {counted(count, 'problem')}" for count in sorted(counts))
     less = f"; its source gives no more ({limit} were asked for)" if len(questions) < limit else ""
-    say(f"{dataset}: {len(questions)} questions, {shares}{less}")
+    say(f"{dataset}: {counted(len(questions), 'question')}, {shares}{less}")
 
 
 def _tell_repeats(rows: list[Question], dataset: str) -> None:
     """Print one line if a source contains a question more than once. All copies are kept; the user should know."""
     repeated = len(rows) - len({item.question for item in rows})
     if repeated:
-        say(f"{dataset}: {repeated} of {len(rows)} questions occurred before in it; they are kept")
+        say(f"{dataset}: {repeated} of {len(rows)} questions occurred before in it; all are kept")
 
 
 def _read_hub(dataset: str, config: str | None, split: str) -> list[Question]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common import prompts
-from common.cli import Parser, count, run, say
+from common.cli import Parser, count, counted, run, say
 from common.errors import UserError
 from common.evaluation.fingerprint import digest, worker_prompts
 from common.evaluation.scoreboard import VOTE_TEMPERATURE, Answerer, run_direct, run_vote
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 done = len(questions) - len(left) + min(start + options.batch, len(left))
                 say(f"{arm}: {done} of {len(questions)}")
     dtype = "on a server" if options.server_url else options.cpu_dtype
-    print(f"{source}, {len(questions)} questions ({fingerprint(questions)}), {options.model}, {dtype}")
+    print(f"{source}, {counted(len(questions), 'question')} ({fingerprint(questions)}), {options.model}, {dtype}")
     print(table({arm: [records[arm, item.question] for item in questions] for arm in arms}))
     return 0
 

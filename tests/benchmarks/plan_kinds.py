@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from common.cli import Parser, count, run
+from common.cli import Parser, count, counted, run
 from common.errors import UserError
 from common.plans import Plan
 from common.problems.generated import amounts_of
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         low, high = wilson_interval(correct, len(results))
         rows.append(
             {
-                f"{len(results)} questions, {args.dataset}": name,
+                f"{counted(len(results), 'question')}, {args.dataset}": name,
                 "accuracy": f"{100 * correct / len(results):.0f}%",
                 "95% interval": f"{100 * low:.0f}-{100 * high:.0f}",
                 "worker tokens": f"{sum(result.worker_tokens or 0 for result in results) / len(results):.0f}",

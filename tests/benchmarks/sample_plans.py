@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import prompts
-from common.cli import Parser, count, run
+from common.cli import Parser, count, counted, run
 from common.problems.questions import load_questions
 from common.runs.adapters import check_adapter_base
 from common.settings.grpo import PACKAGED_MODEL
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         group = [next(answers) for _ in range(options.group)]
         completions = [{"text": a.text, "tokens": a.tokens, "finished": a.finished} for a in group]
         append_jsonl(options.output, {"question": item.question, "answer": item.answer, "completions": completions})
-    print(f"{len(asked)} completions: {options.output}")
+    print(f"{counted(len(asked), 'completion')}: {options.output}")
     return 0
 
 

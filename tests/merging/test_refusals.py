@@ -122,7 +122,7 @@ def test_a_damaged_adapter_is_found_before_the_base_is_loaded(damage, adapter, t
             del tensors[name]
 
     config = {"rank": {"r": 8}, "targets": {"target_modules": ["c_attn"]}}.get(damage)
-    message = {"nan": "NaN", "missing": "lacks 1 tensors", "rank": "has shape", "targets": "c_attn"}[damage]
+    message = {"nan": "NaN", "missing": "lacks 1 tensor that", "rank": "has shape", "targets": "c_attn"}[damage]
     error = refused(edited(adapter, tmp_path / "damaged", change, config), tmp_path / "merged")
     assert error.exit_code == 2 and message in str(error)
     assert not (tmp_path / "merged").exists()
