@@ -25,6 +25,7 @@ from common.cli import Parser, add_settings, given_settings, run, say, settings_
 from common.errors import UserError, UserErrors
 from common.merging import certificate as certifying
 from common.merging import hub, model_card
+from common.merging.report import certificate_table
 from common.merging.unfinished import remove_unfinished_merges
 from common.runs import storage
 from common.runs.adapters import adapter_origin
@@ -148,7 +149,7 @@ def start(
 def tell(target: Path, report: dict[str, Any]) -> None:
     """Print the outcome of the merge."""
     found = report["certificate"]
-    print(certifying.table(found))
+    print(certificate_table(found))
     memory = ", ".join(f"{size / 1e9:.2f} GB ({kind})" for kind, size in report["peak_memory_bytes"].items())
     print(f"\nmodel {report['model_bytes'] / 1e9:.2f} GB, peak memory {memory}, {report['seconds']:.0f} s")
     print(f"{'certified' if found['passed'] else 'NOT certified'}: {target} (figures: {certifying.REPORT})")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import counted
 from common.errors import UserError
 from common.merging import certificate as certifying
+from common.merging.report import certificate_table
 from common.prompts import planner_messages
 from common.settings.grpo import PACKAGED_MODEL
 
@@ -263,7 +264,7 @@ def _checked(report: dict[str, Any]) -> str:
         weights = f"dequantised NF4 weights, quantised on {report.get('quantised_on') or 'an unknown device'}"
     text = (
         f"{CHECKED}\n\nAdapter on base ({weights}) against this merged model ({found['dtype']}), loaded back "
-        f"from disk, on {len(found['plans'])} planner prompts; {verdict}:\n\n```\n{certifying.table(found)}\n```\n\n"
+        f"from disk, on {len(found['plans'])} planner prompts; {verdict}:\n\n```\n{certificate_table(found)}\n```\n\n"
         f"All figures, and the plans: `{certifying.REPORT}`."
     )
     if found["learned_nothing"]:
