@@ -25,6 +25,7 @@ from common.cli import Parser, add_settings, given_settings, run, say, settings_
 from common.errors import UserError, UserErrors
 from common.merging import certificate as certifying
 from common.merging import hub, model_card
+from common.merging.report import certificate_table
 from common.merging.unfinished import remove_unfinished_merges
 from common.runs import storage
 from common.runs.adapters import adapter_origin
@@ -74,9 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_shard_size=args.max_shard_size,
     )
     for source, what in ((args.adapter_path, "the adapter"), (base, "the base model")):
-        if Path(source).expanduser().resolve().is_relative_to(args.target.resolve()):
+        folder, target = Path(source).expanduser().resolve(), args.target.resolve()
+        if folder.is_relative_to(target):
             raise UserError(
                 f"--local-save-path {args.target} holds {what}, which would be replaced: name another folder"
+            )
+        if folder.is_dir() and target.is_relative_to(folder):
+            raise UserError(
+                f"--local-save-path {args.target} lies in the folder of {what}, which a merge leaves as it is: name "
+                "another folder"
             )
     check_writable(args.target, "--local-save-path")
     target = args.target.resolve()
@@ -142,7 +149,7 @@ def start(
 def tell(target: Path, report: dict[str, Any]) -> None:
     """Print the outcome of the merge."""
     found = report["certificate"]
-    print(certifying.table(found))
+    print(certificate_table(found))
     memory = ", ".join(f"{size / 1e9:.2f} GB ({kind})" for kind, size in report["peak_memory_bytes"].items())
     print(f"\nmodel {report['model_bytes'] / 1e9:.2f} GB, peak memory {memory}, {report['seconds']:.0f} s")
     print(f"{'certified' if found['passed'] else 'NOT certified'}: {target} (figures: {certifying.REPORT})")

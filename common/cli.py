@@ -50,6 +50,14 @@ class Parser(argparse.ArgumentParser):
         return f": did you mean {close[0]}?" if close else ""
 
 
+def count(text: str) -> int:
+    """The value of a flag that counts something: a whole number from 1 (a `type` of `add_argument`)."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
+    return number
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags that every training script has besides its settings; returns their group."""
     group = parser.add_argument_group("run")
@@ -149,6 +157,11 @@ def say(message: str) -> None:
     """Print one line for the user on stderr, from the first process of a run only."""
     if is_first():
         print(message, file=sys.stderr, flush=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 question`, `2 questions`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 class GuardedStream(io.TextIOWrapper):

@@ -185,6 +185,24 @@ def test_a_mistyped_flag_is_told_with_the_one_that_was_meant():
     assert "did you mean" not in run_script("grpo_training.py", "--zebra").stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("plan_kinds --dataset nope.jsonl", "--dataset nope.jsonl does not exist"),
+        ("plan_kinds --dataset generated:shares?people=4", "the plans are made for 6 people"),
+        ("plan_kinds --questions 0", "--questions: must be at least 1, found 0"),
+        ("composed --source nope.jsonl", "--source nope.jsonl does not exist"),
+        ("composed --source generated:shares?people=99", "--source generated:shares?people=99: people must lie"),
+    ],
+)
+def test_a_benchmark_tells_wrong_input_as_the_scripts_do(command, message):
+    done = subprocess.run(
+        [sys.executable, "-m", *f"tests.benchmarks.{command}".split()],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 @pytest.mark.parametrize(("flags", "level"), [([], "ERROR"), (["--debug"], "WARNING")])
 def test_the_hubs_retries_are_told_to_a_debugging_user_only(flags, level):
     """Its client warns of each of five attempts before the one line that says what is wrong."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import models
-from common.cli import say
+from common.cli import counted, say
 from common.evaluation.fingerprint import Fingerprint, RunFingerprints
 from common.evaluation.scoreboard import (
     DIRECT,
@@ -126,7 +126,7 @@ class Scoring:
         """Make the rows of direct solving, of the base model as planner, and of the planner of a warm start."""
         args = self._args
         self._earlier = {} if self._anew or not ranks.is_first() else stored_rows(Path(args.output_dir))
-        say(f"scoreboard: {len(held_out)} questions, before training")
+        say(f"scoreboard: {counted(len(held_out), 'question')}, before training")
         fingerprints = self._fingerprints(held_out)
         self._keep_or_make(
             DIRECT, fingerprints.direct, held_out, lambda part: run_direct(held_out[part], self._executor)
@@ -142,7 +142,7 @@ class Scoring:
     def after(self, held_out: list[Question]) -> None:
         """Make the rows of the trained planner, and of direct solving with at least as many tokens."""
         args = self._args
-        say(f"scoreboard: {len(held_out)} questions, the trained planner")
+        say(f"scoreboard: {counted(len(held_out), 'question')}, the trained planner")
         fingerprints = self._fingerprints(held_out)
         trained = self._plan(TRAINED, lambda: fingerprints.planner(args.output_dir), held_out, adapter=True)
         direct = self._rows[DIRECT]

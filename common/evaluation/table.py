@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from common.cli import counted
 from common.evaluation.scoreboard import DIRECT, SUPERVISED, TRAINED, UNTRAINED, VOTE
 from common.reports.tables import format_table
 
@@ -14,7 +15,7 @@ TITLES = {DIRECT: "direct", VOTE: "votes", UNTRAINED: "untrained", SUPERVISED: "
 def scoreboard_table(summary: dict[str, Any]) -> str:
     """The table of a summary of `common.evaluation.scoreboard.summarise`, for the terminal."""
     rows = summary["rows"]
-    head = f"{summary['questions']} held-out questions"
+    head = counted(summary["questions"], "held-out question")
 
     def line(label: str, show: Callable[[str, dict[str, Any]], str | None]) -> dict[str, object]:
         cells = {TITLES.get(name, name): show(name, row) or "-" for name, row in rows.items()}
@@ -42,11 +43,12 @@ def scoreboard_table(summary: dict[str, Any]) -> str:
     text = ""
     if any(row["errors"] for row in rows.values()):
         lines.insert(2, line("failed, so wrong", lambda _, row: str(row["errors"])))
+        of = counted(summary["questions"], "question")
         for name, row in rows.items():
             if row["errors"]:
                 text += (
-                    f"\n{name}: {row['planner_failures']} of {summary['questions']} questions failed without a plan, "
-                    f"{row['worker_failures']} while the worker solved them"
+                    f"\n{name}: {row['planner_failures']} of {of} failed without "
+                    f"a plan, {row['worker_failures']} while the worker solved them"
                     f"\n  the first: {_shortened(row['first_error'])}"
                 )
     if any(row.get("plan_contains_answer_rate") for row in rows.values()):

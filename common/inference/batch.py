@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import say
+from common.cli import counted, say
 from common.errors import UserError
 from common.grading import parse_gold, parse_number
 from common.inference.session import Session, plan_shares
@@ -143,7 +143,7 @@ def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
         _write(output, records)  # drops the failures of an earlier run
     waiting = [item for item in asked if item.line not in records]
     if records:
-        say(f"{len(records)} of {len(asked)} questions were answered before")
+        say(f"answered before: {len(records)} of {counted(len(asked), 'question')}")
     with tqdm(
         total=len(asked), initial=len(records), unit="question", file=sys.stderr, disable=not sys.stderr.isatty()
     ) as bar:
@@ -159,13 +159,14 @@ def answer_file(session: Session, asked: list[Asked], output: Path) -> int:
                 session.run(_answer_all(session, waiting, done))
         except KeyboardInterrupt:
             bar.close()
-            say(f"stopped: {len(records)} of {len(asked)} questions answered; the same command goes on from there")
+            of = counted(len(asked), "question")
+            say(f"stopped: {len(records)} of {of} answered; the same command goes on from there")
             return 130
     seconds = time.perf_counter() - started
     with _room_for(output, records, len(asked)):
         _write(output, records)
     if waiting:
-        say(f"{len(waiting)} questions asked in {seconds:.1f} s, {len(waiting) / seconds:.2f} a second")
+        say(f"{counted(len(waiting), 'question')} asked in {seconds:.1f} s, {len(waiting) / seconds:.2f} a second")
     return _say_summary(records, output)
 
 
@@ -184,8 +185,8 @@ def _room_for(output: Path, records: Mapping[int, object], of: int) -> Iterator[
             raise
         reason = error if unwritten is None else unwritten.exceptions[0]
         raise UserError(
-            f"--output {output} could not be written ({reason}) after {len(records)} of {of} questions: make room, "
-            "then the same command goes on from there",
+            f"--output {output} could not be written ({reason}) after {len(records)} of {counted(of, 'question')}: "
+            "make room, then the same command goes on from there",
             exit_code=1,
         ) from error
 
@@ -218,12 +219,12 @@ def _write(output: Path, records: dict[int, dict[str, Any]]) -> None:
 def _say_summary(records: dict[int, dict[str, Any]], output: Path) -> int:
     failed = [record for record in records.values() if record["error"] is not None]
     answered = [record for record in records.values() if record["error"] is None]
-    say(f"{len(answered)} of {len(records)} questions answered: {output}")
+    say(f"{len(answered)} of {counted(len(records), 'question')} answered: {output}")
     if answered:
         say(f"plans: {plan_shares(answered)}")
     graded = [record["correct"] for record in answered if "correct" in record]
     if graded:
         say(f"correct: {sum(graded)} of {len(graded)} with a known answer")
     if failed:
-        say(f"{len(failed)} failed and are asked again by the same command; the first: {failed[0]['error']}")
+        say(f"{len(failed)} failed, to be asked again by the same command; the first: {failed[0]['error']}")
     return 1 if failed else 0

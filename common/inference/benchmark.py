@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.cli import say
+from common.cli import counted, say
 from common.errors import UserError
 from common.evaluation.fingerprint import digest, direct_parts, planner_parts, vote_parts, worker_prompts
 from common.evaluation.scoreboard import (
@@ -97,7 +97,7 @@ def benchmark(session: Session, temperature: float, output: Path | None) -> int:
     encoder.load()
     executor = session.pipeline(Embeddings(encoder))
     how = "greedily" if temperature == 0 else f"at temperature {temperature:g}"
-    say(f"{len(questions)} questions to {session.base.name} and {session.adapter}, plans {how}")
+    say(f"{counted(len(questions), 'question')} to {session.base.name} and {session.adapter}, plans {how}")
 
     rows = _rows(session, questions, executor, temperature)
     summary = summarise([row for row, _ in rows])

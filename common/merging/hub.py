@@ -5,6 +5,7 @@ The endpoint is huggingface_hub's own setting, HF_ENDPOINT.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,10 +31,10 @@ def api_for(token: str | None) -> HfApi:
     """A client of the Hub, with the given token, or else that of the environment or the login.
 
     Raises:
-        UserError: if there is no token, or it contains characters that no token has.
+        UserError: if there is no token, it contains characters that no token has, or the library is set offline.
     """
     import httpx2
-    from huggingface_hub import HfApi, get_token, set_client_factory
+    from huggingface_hub import HfApi, constants, get_token, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -53,6 +54,9 @@ def api_for(token: str | None) -> HfApi:
             "no Hub token found to push with: set HF_TOKEN, run `hf auth login`, pass --token, or keep the model "
             "local with --no-push"
         )
+    if constants.HF_HUB_OFFLINE:
+        name = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+        raise UserError(f"{name} is set, so nothing can be pushed: unset it, or keep the model local with --no-push")
     return HfApi(token=found)
 
 

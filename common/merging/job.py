@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import models
+from common.cli import counted
 from common.errors import UserError
 from common.runs.files import check_writable, megabytes
 from common.settings.merge import MergeArgs
@@ -177,7 +178,7 @@ def check_fit(config: Any, adapter: Path, base: str) -> tuple[int, int | None]:
         if names:
             example = min(names)
             raise UserError(
-                f"the adapter in {adapter} does not fit {base}: it {what} {len(names)} tensors "
+                f"the adapter in {adapter} does not fit {base}: it {what} {counted(len(names), 'tensor')} "
                 f"{'that its config promises' if what == 'lacks' else 'that the base has no place for'}, such as "
                 f"{example}: {remedy}, or save the adapter again"
             )

@@ -65,7 +65,7 @@ def merge(job: Job) -> dict[str, Any]:
         save(plain, job, folder)
         del model, plain
         free_memory()
-        say("merged model, loaded back from disk: the same plans")
+        say("merged model, loaded back from disk: comparing the same plans")
         merged = measure_merged(job, folder, asked, reference, gpu=gpu)
         found = certifying.certify(
             job.tokenizer, reference, base_logits, merged, update_kept=kept, dtype=dtype_name(job.dtype)

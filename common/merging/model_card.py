@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import counted
 from common.errors import UserError
 from common.merging import certificate as certifying
+from common.merging.report import certificate_table
 from common.prompts import planner_messages
 from common.settings.grpo import PACKAGED_MODEL
 
@@ -249,8 +251,8 @@ def _evaluation(evaluation: dict[str, Any] | None) -> str:
             f"{'-' if row['total_tokens'] is None else format(row['total_tokens'], '.0f')} |"
         )
     return (
-        f"## Evaluation\n\n{evaluation['questions']} held-out questions, greedy, measured with the adapter on the base "
-        "model, before merging:\n\n" + "\n".join(lines)
+        f"## Evaluation\n\n{counted(evaluation['questions'], 'held-out question')}, greedy, measured with the "
+        "adapter on the base model, before merging:\n\n" + "\n".join(lines)
     )
 
 
@@ -262,7 +264,7 @@ def _checked(report: dict[str, Any]) -> str:
         weights = f"dequantised NF4 weights, quantised on {report.get('quantised_on') or 'an unknown device'}"
     text = (
         f"{CHECKED}\n\nAdapter on base ({weights}) against this merged model ({found['dtype']}), loaded back "
-        f"from disk, on {len(found['plans'])} planner prompts; {verdict}:\n\n```\n{certifying.table(found)}\n```\n\n"
+        f"from disk, on {len(found['plans'])} planner prompts; {verdict}:\n\n```\n{certificate_table(found)}\n```\n\n"
         f"All figures, and the plans: `{certifying.REPORT}`."
     )
     if found["learned_nothing"]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from common.errors import UserError
 from common.grading import parse_gold
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+COLUMNS = ("question", "answer")
 BYTE_ORDER_MARK = "\ufeff"
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # The name of a numbered part on the Hub, for example train-00000-of-00002.parquet.
 _PART = r"-(?P<number>\d+)-of-(?P<count>\d+)"
 
@@ -62,7 +64,7 @@ def as_question(row: Any, where: str) -> Question:
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: found {type(row).__name__}, expected an object with question and answer")
-    for name in ("question", "answer"):
+    for name in COLUMNS:
         value = row.get(name)
         if not isinstance(value, str) or not value.strip():
             what = f"found {value!r:.40} in" if name in row else "there is no"
@@ -77,6 +79,17 @@ def as_question(row: Any, where: str) -> Question:
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     return Question(row["question"], row["answer"])
+
+
+def local_path(source: str) -> Path:
+    """The path that a source names; `~` is the user's home.
+
+    Raises:
+        UserError: for a URL, from which nothing is read.
+    """
+    if _URL.match(source):
+        raise UserError(f"--dataset {source}: data are not read from a URL: download the file and name that")
+    return Path(source).expanduser()
 
 
 def is_data_file(path: Path) -> bool:
@@ -123,8 +136,12 @@ def split_files(folder: Path, split: str) -> list[Path]:
     return like
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+def read_records(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[tuple[str, Any]]:
     """Yield (place, record) for every record of a data file: JSON Lines, a list in a .json file, or parquet.
+
+    Args:
+        path: of the file.
+        columns: those that a record should have. They are not checked here, only named in error messages.
 
     Raises:
         UserError: for a file of another kind, a file that cannot be read, or a line that is not JSON.
@@ -133,10 +150,10 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"--dataset {path} does not exist: name a .jsonl or .parquet file, a folder or a Hub id")
     if not is_data_file(path):
         raise UserError(
-            f"--dataset {path} is neither .jsonl nor .parquet: convert it, one object with question and answer a line"
+            f"--dataset {path} is neither .jsonl nor .parquet: convert it, one object with {', '.join(columns)} a line"
         )
     try:
-        yield from _parquet_rows(path) if path.suffix.casefold() == ".parquet" else _json_rows(path)
+        yield from _parquet_rows(path) if path.suffix.casefold() == ".parquet" else _json_rows(path, columns)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--dataset {path} cannot be read: {error}") from error
 
@@ -160,7 +177,7 @@ def _ambiguous(folder: Path, split: str, found: list[Path]) -> UserError:
     )
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yield (place, record) for each line of a JSON Lines file; a .json file may also be one list."""
     lines = read_lines(path)
     if path.suffix.casefold() == ".json" and "".join(lines[:1]).lstrip().startswith("["):
@@ -178,8 +195,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}:{number}", json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}:{number}: not valid JSON ({error}): one object a line is expected, "
-                'such as {"question": "…", "answer": "… #### 7"}'
+                f"{path}:{number}: not valid JSON ({error}): one object a line is expected, with {', '.join(columns)}"
             ) from error
 
 

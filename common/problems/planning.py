@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.problems import composed
-from common.problems.files import data_files, read_records, split_files
+from common.problems.files import data_files, local_path, read_records, split_files
 from common.problems.questions import is_local
 
 COLUMNS = ("SystemPrompt", "UserPrompt", "ExpectedOutput")
@@ -33,11 +33,12 @@ def load_planning_data(source: str, config: str | None) -> tuple[list[Row], list
             f"--dataset {source}: generated and composed questions have no plans of their own: add --format json-plan, "
             "which makes some"
         )
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _read_folder(path)
-    if is_local(source):
-        return _rows(read_records(path)), []
+    path = local_path(source)
+    if path.is_dir() or is_local(source):
+        rows = _read_folder(path) if path.is_dir() else (_read_files(path), [])
+        if sum(map(len, rows)) < 2:
+            raise UserError(f"--dataset {source} holds one row only: add rows, one of them is kept to validate on")
+        return rows
     import datasets
 
     try:
@@ -53,7 +54,8 @@ def load_planning_data(source: str, config: str | None) -> tuple[list[Row], list
     held_out = next((name for name in HELD_OUT_SPLITS if name in table and name != training), None)
     splits = [name for name in (training, held_out) if name is not None]
     found = [
-        _rows((f"{source} {name} row {number}", row) for number, row in enumerate(table[name], 1)) for name in splits
+        _rows(((f"{source} {name} row {number}", row) for number, row in enumerate(table[name], 1)), f"{source} {name}")
+        for name in splits
     ]
     return found[0], found[1] if held_out is not None else []
 
@@ -67,15 +69,17 @@ def _read_folder(folder: Path) -> tuple[list[Row], list[Row]]:
             raise UserError(
                 f"--dataset {folder} has no file of the split 'train' (data files found: {names}): name the file itself"
             )
-        return _rows(read_records(others[0])), []
+        return _read_files(others[0]), []
     held_out = next((files for name in HELD_OUT_SPLITS if (files := split_files(folder, name))), [])
-    return (
-        _rows(record for path in training for record in read_records(path)),
-        _rows(record for path in held_out for record in read_records(path)),
-    )
+    return _read_files(*training), _read_files(*held_out) if held_out else []
 
 
-def _rows(records: Iterable[tuple[str, Any]]) -> list[Row]:
+def _read_files(*paths: Path) -> list[Row]:
+    records = (record for path in paths for record in read_records(path, COLUMNS))
+    return _rows(records, ", ".join(map(str, paths)))
+
+
+def _rows(records: Iterable[tuple[str, Any]], source: str) -> list[Row]:
     found = []
     for where, row in records:
         if not isinstance(row, dict):
@@ -91,5 +95,5 @@ def _rows(records: Iterable[tuple[str, Any]]) -> list[Row]:
             raise UserError(f"{where}: ExpectedOutput is empty, so there is nothing to imitate: leave the row out")
         found.append((row["SystemPrompt"], row["UserPrompt"], row["ExpectedOutput"]))
     if not found:
-        raise UserError("the planning data hold no row: name another --dataset")
+        raise UserError(f"--dataset {source} holds no row to imitate: it is empty")
     return found

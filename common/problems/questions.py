@@ -9,16 +9,19 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.cli import say
+from common.cli import counted, say
 from common.errors import UserError
+from common.grading import parse_gold
 from common.plans import letters_of
 from common.problems import composed, generated
-from common.problems.files import SUFFIXES, as_question, data_files, read_records, split_files
+from common.problems.files import SUFFIXES, as_question, data_files, local_path, read_records, split_files
 from common.problems.files import Question as Question
 from common.processes.ranks import world_size
 from common.settings.grpo import TrainingArgs
@@ -52,18 +55,26 @@ def check_source(dataset: str, split: str = "train", flag: str = "--dataset") ->
     """
     if not dataset.strip():
         raise UserError(f"{flag} is empty: name a file, a folder, a Hub id or a generator")
-    try:
+    with naming(flag):
         dataset = composed.inner_source(dataset)
         if dataset.startswith(generated.REASONING_GYM):
             _task_and_options(dataset)
         elif dataset.startswith(generated.PREFIX):
             generated.parse_source(dataset)
         elif is_local(dataset):
-            _read_path(Path(dataset), split if Path(dataset).is_dir() else "train")
+            path = local_path(dataset)
+            _read_path(path, split if path.is_dir() else "train")
         else:
             hub_token()  # an invalid token is reported now, not later by a library
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Context manager: errors name `flag` in place of `--dataset`, for a source that another flag sets."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(str(error).replace("--dataset ", f"{flag} ")) from error
+        raise UserError(str(error).replace("--dataset ", f"{flag} "), exit_code=error.exit_code) from error
 
 
 def load_questions(
@@ -99,7 +110,7 @@ def load_questions(
         recipe = composed.parse_source(dataset)
         made = is_generated(recipe.source)
         problems = (
-            _generate(recipe.source, limit * recipe.most, seed, left_out)
+            _generate(recipe.source, limit * recipe.most, seed, left_out, composed.OPTIONS)
             if made
             else [item for item in _read(recipe.source, config, split) if item.question not in left_out]
         )
@@ -122,7 +133,7 @@ def check_enough(args: TrainingArgs, questions: int) -> None:
     needed = args.batch_size * world_size() * args.grad_accum // args.num_generations
     if questions < needed:
         raise UserError(
-            f"--dataset {args.dataset} gives {questions} questions, one step takes {needed} (--batch-size × "
+            f"--dataset {args.dataset} gives {counted(questions, 'question')}, one step takes {needed} (--batch-size × "
             "processes × --grad-accum / --num-generations): lower --grad-accum or --batch-size, or add questions"
         )
 
@@ -181,7 +192,8 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
         exclude=known if made else (),
     )
     check_disjoint(known, [text for item in found for text in item.texts])
-    say(f"{len(found)} held-out questions from {source}: none of the {len(training)} training questions is among them")
+    apart = f": none of them is among the {counted(len(training), 'training question')}" if training else ""
+    say(f"{counted(len(found), 'held-out question')} from {source}{apart}")
     return found
 
 
@@ -195,7 +207,7 @@ def check_disjoint(training: Iterable[str], held_out: Iterable[str]) -> None:
     shared = [text for text in held_out if letters_of(text) in known]
     if shared:
         raise UserError(
-            f"{len(shared)} held-out questions are in the training set too, such as {shared[0][:80]!r}: "
+            f"the training set holds {counted(len(shared), 'held-out problem')} too, such as {shared[0][:80]!r}: "
             "name another --eval-dataset"
         )
 
@@ -211,7 +223,6 @@ def is_local(dataset: str) -> bool:
 
 
 def _read_path(path: Path, split: str) -> list[Question]:
-    path = path.expanduser()
     if path.is_dir():
         chosen = split_files(path, split)
         if not chosen:
@@ -228,7 +239,7 @@ def _read_path(path: Path, split: str) -> list[Question]:
 
 
 def _read(dataset: str, config: str | None, split: str) -> list[Question]:
-    return _read_path(Path(dataset), split) if is_local(dataset) else _read_hub(dataset, config, split)
+    return _read_path(local_path(dataset), split) if is_local(dataset) else _read_hub(dataset, config, split)
 
 
 def _tell_kinds(questions: list[Question], dataset: str, limit: int) -> None:
@@ -243,16 +254,16 @@ def _tell_kinds(questions: list[Question], dataset: str, limit: int) -> None:
             why += " and whose solutions are annotated as GSM8K's are (<<48/2=24>>)"
         raise UserError(f"--dataset {dataset} gives no question: {why}")
     counts = Counter(max(1, len(item.parts)) for item in questions)
-    shares = ", ".join(f"{counts[count]} of {count} problem{'s' * (count > 1)}" for count in sorted(counts))
+    shares = ", ".join(f"{counts[count]} of {counted(count, 'problem')}" for count in sorted(counts))
     less = f"; its source gives no more ({limit} were asked for)" if len(questions) < limit else ""
-    say(f"{dataset}: {len(questions)} questions, {shares}{less}")
+    say(f"{dataset}: {counted(len(questions), 'question')}, {shares}{less}")
 
 
 def _tell_repeats(rows: list[Question], dataset: str) -> None:
     """Print one line if a source contains a question more than once. All copies are kept; the user should know."""
     repeated = len(rows) - len({item.question for item in rows})
     if repeated:
-        say(f"{dataset}: {repeated} of {len(rows)} questions occurred before in it; they are kept")
+        say(f"{dataset}: {repeated} of {len(rows)} questions occurred before in it; all are kept")
 
 
 def _read_hub(dataset: str, config: str | None, split: str) -> list[Question]:
@@ -274,9 +285,7 @@ def _task_and_options(dataset: str) -> tuple[str, dict[str, Any]]:
     task, _, query = dataset.removeprefix(generated.REASONING_GYM).partition("?")
     known = _known_tasks()
     if task not in known:
-        import difflib
-
-        close = difflib.get_close_matches(task, known, n=3, cutoff=0.3) or ["chain_sum", "gsm_symbolic"]
+        close = _usable_tasks_like(task, known) or ["chain_sum", "gsm_symbolic"]
         raise UserError(
             f"--dataset {dataset}: reasoning-gym has no task {task!r}: use one of its {len(known)}, "
             f"such as {', '.join(close)}"
@@ -288,6 +297,23 @@ def _task_and_options(dataset: str) -> tuple[str, dict[str, Any]]:
         except json.JSONDecodeError:
             options[name] = value
     return task, options
+
+
+def _usable_tasks_like(task: str, known: list[str]) -> list[str]:
+    """At most three tasks of a similar name whose answers are numbers; in most tasks of reasoning-gym they are not."""
+    import difflib
+
+    import reasoning_gym
+
+    usable = []
+    for name in difflib.get_close_matches(task, known, n=10):
+        try:
+            for item in reasoning_gym.create_dataset(name, seed=0, size=5):
+                parse_gold(f"#### {item['answer']}")
+        except (ValueError, AssertionError):  # no number, or a task that needs options
+            continue
+        usable.append(name)
+    return usable[:3]
 
 
 def _known_tasks() -> list[str]:
@@ -304,7 +330,14 @@ def _known_tasks() -> list[str]:
     )
 
 
-def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Question]:
+def _generate(dataset: str, limit: int, seed: int, exclude: set[str], outer: Sequence[str] = ()) -> list[Question]:
+    """At most `limit` different generated questions that are not in `exclude`.
+
+    Args:
+        dataset: the generator.
+        limit, seed, exclude: see `load_questions`.
+        outer: options of `multi:` that were possible besides the generator's, for error messages.
+    """
     draws = 20 * limit + 1000  # stop after this many draws: a task with few different questions repeats them
     since_new, patience = 0, max(limit, 20_000)  # or after so many in a row without a new one
     if limit >= MAX_GENERATED // 10:
@@ -314,7 +347,7 @@ def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Qu
             (item.question, item.answer) for item in islice(generated.shares(dataset, seed), draws)
         )
     else:
-        stream = _reasoning_gym(dataset, draws, seed)
+        stream = _reasoning_gym(dataset, draws, seed, outer)
     found: dict[str, Question] = {}
     for number, (text, answer) in enumerate(stream, start=1):
         since_new += 1
@@ -326,17 +359,20 @@ def _generate(dataset: str, limit: int, seed: int, exclude: set[str]) -> list[Qu
     return list(found.values())
 
 
-def _reasoning_gym(dataset: str, draws: int, seed: int) -> Iterator[tuple[str, str]]:
+def _reasoning_gym(dataset: str, draws: int, seed: int, outer: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield (question, answer) of a reasoning-gym task."""
     task, options = _task_and_options(dataset)
     import reasoning_gym
 
+    names = [spec.name for spec in fields(reasoning_gym.factory.DATASETS[task][1])]
+    unknown = next((name for name in options if name not in names), None)
+    if unknown is not None:
+        known = ", ".join(name for name in names if name not in ("seed", "size"))  # the run's own
+        more = f" (those of {composed.PREFIX} are {', '.join(outer)})" if outer else ""
+        raise UserError(f"--dataset {dataset}: {task} has no option {unknown}, its options are {known or 'none'}{more}")
     try:
         source = reasoning_gym.create_dataset(task, **{"seed": seed, **options, "size": draws})
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"--dataset {dataset}: {task} refuses these options: {first_line(error)} (those of {composed.PREFIX} are "
-            f"{', '.join(composed.OPTIONS)})"
-        ) from error
+        raise UserError(f"--dataset {dataset}: {task} refuses these options: {first_line(error)}") from error
     for item in source:
         yield item["question"], f"#### {item['answer']}"

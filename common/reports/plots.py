@@ -300,7 +300,7 @@ def plot_scoreboard(summary: dict[str, Any], path: Path, highlight: str) -> None
     axes.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
     axes.set_ylim(0, min(100.0, max(100 * high for _, high in bounds) * 1.12 + 4))
     axes.set_ylabel("correct answers (%)")
-    axes.set_title(f"{summary['questions']} held-out questions, bars: 95 % Wilson interval", fontsize=10)
+    axes.set_title(f"held-out questions: {summary['questions']}; bars: 95 % Wilson interval", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

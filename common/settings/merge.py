@@ -33,7 +33,7 @@ class MergeArgs:
     model_card: str | None = setting(None, "output", "a model card to use instead of the generated one; missing metadata is added to it", metavar="FILE")
     overwrite: bool = setting(False, "output", "replace the merged model in --local-save-path")
 
-    repo_name: str = setting(MISSING, "hub", "Hub repo, user/name (required)", metavar="NAME")
+    repo_name: str = setting(MISSING, "hub", "Hub repo, user/name (required); when pushing, a name alone is one of the token's user", metavar="NAME")
     push: bool = setting(True, "hub", "push to the Hub")
     private: bool = setting(False, "hub", "create the repo as a private one")
     # fmt: on
@@ -57,6 +57,13 @@ class MergeArgs:
             problems.append(
                 f"--repo-name {self.repo_name} is no Hub repo: user/name, of letters, digits, '-', '_' and '.' only"
             )
+        elif "/" not in self.repo_name and not self.push:
+            problems.append(
+                f"--repo-name {self.repo_name} has no owner, which only the Hub's login could add: with --no-push give "
+                "it as user/name"
+            )
+        if self.private and not self.push:
+            problems.append("--private is of the Hub's repo, and --no-push makes none: leave one of them out")
         if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMG]i?B", self.max_shard_size):
             problems.append(f"--max-shard-size must be a size such as 500MB or 5GB, found {self.max_shard_size}")
         if problems:

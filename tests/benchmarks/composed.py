@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common import prompts
-from common.cli import run, say
+from common.cli import Parser, count, counted, run, say
 from common.errors import UserError
 from common.evaluation.fingerprint import digest, worker_prompts
 from common.evaluation.scoreboard import VOTE_TEMPERATURE, Answerer, run_direct, run_vote
@@ -34,7 +34,7 @@ from common.grading import extract_prediction, parse_gold
 from common.pipeline import PipelineExecutor, PipelineItem
 from common.plans import Plan
 from common.problems.composed import CHAINED, LETTERS, PREFIX, by_reference
-from common.problems.questions import Question, fingerprint, load_questions
+from common.problems.questions import Question, fingerprint, load_questions, naming
 from common.reports.jsonl import append_jsonl, read_jsonl
 from common.reports.tables import format_table
 from common.settings.grpo import PACKAGED_MODEL
@@ -61,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--arms: there is no arm {unknown[0]!r}: use {', '.join(ARMS)}")
     steps = f"&max_steps={options.max_steps}" if options.max_steps else ""
     kind = f"&kind={options.kind}"
-    source = f"{PREFIX}{options.source}?parts={options.parts}{steps}{kind}"
-    questions = load_questions(source, limit=options.questions, split=options.split, seed=options.seed)
+    joint = "&" if "?" in options.source else "?"
+    source = f"{PREFIX}{options.source}{joint}parts={options.parts}{steps}{kind}"
+    with naming("--source"):
+        questions = load_questions(source, limit=options.questions, split=options.split, seed=options.seed)
     settings = {"model": options.model, "max_tokens": options.max_tokens, "cpu_dtype": options.cpu_dtype}
     settings |= {"server": options.server_url is not None, "votes": options.votes}
     settings["prompts"] = digest([worker_prompts(STYLE, context) for context in ("none", "question")])
@@ -80,26 +82,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                 done = len(questions) - len(left) + min(start + options.batch, len(left))
                 say(f"{arm}: {done} of {len(questions)}")
     dtype = "on a server" if options.server_url else options.cpu_dtype
-    print(f"{source}, {len(questions)} questions ({fingerprint(questions)}), {options.model}, {dtype}")
+    print(f"{source}, {counted(len(questions), 'question')} ({fingerprint(questions)}), {options.model}, {dtype}")
     print(table({arm: [records[arm, item.question] for item in questions] for arm in arms}))
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="composed", description=__doc__)
     parser.add_argument("--model", default=PACKAGED_MODEL, help="folder, Hub id or packaged model")
     parser.add_argument("--source", required=True, help="problems in GSM8K's schema: file, folder, Hub id, generated:")
     parser.add_argument("--split", default="train", help="of a folder or Hub id (default: train)")
     parser.add_argument("--parts", default="2", help="problems in a question, such as 2 or 2-3")
     parser.add_argument("--kind", default="sum", help="sum or chained")
-    parser.add_argument("--max-steps", type=int, help="of a problem's solution, at most")
-    parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--max-steps", type=count, help="of a problem's solution, at most")
+    parser.add_argument("--questions", type=count, default=100)
     parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--votes", type=int, default=3, help="answers of direct-votes (default: 3)")
+    parser.add_argument("--votes", type=count, default=3, help="answers of direct-votes (default: 3)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--max-tokens", type=int, default=320, help="of one answer")
-    parser.add_argument("--batch", type=int, default=20, help="questions answered together")
+    parser.add_argument("--max-tokens", type=count, default=320, help="of one answer")
+    parser.add_argument("--batch", type=count, default=20, help="questions answered together")
     parser.add_argument("--cpu-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--server-url", help="server of the same model, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--server-model", help="name of the base model there, if it has several")

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.cli import Parser, run
+from common.cli import Parser, count, run
 from common.errors import UserError
 from common.problems.questions import Question
 from common.reports.jsonl import read_jsonl
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = Parser(prog="gpu_step", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape and short completions, on any machine")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default: 3)")
+    parser.add_argument("--steps", type=count, default=3, metavar="N", help="training steps (default: 3)")
     parser.add_argument(
         "--model-dir", type=Path, metavar="DIR", help="where the model lies or goes (default: temporary)"
     )

@@ -8,18 +8,20 @@ numbers and its few-shot turns: it says where splitting pays, and by how much, b
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from common.cli import Parser, count, counted, run
+from common.errors import UserError
 from common.plans import Plan
 from common.problems.generated import amounts_of
-from common.problems.questions import load_questions
+from common.problems.questions import check_source, load_questions
 from common.settings.grpo import DEMO, TrainingArgs
 
 Amounts = Sequence[int]
 Grouping = Callable[[Amounts], list[list[int]]]
 
+PEOPLE = 6
 KINDS: dict[str, Grouping] = {
     "direct, steps written out": lambda x: [],
     "pairs, in order": lambda x: [[x[0], x[1]], [x[2], x[3]], [x[4], x[5]]],
@@ -34,12 +36,24 @@ KINDS: dict[str, Grouping] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=128)
+    """Print the table. Returns the exit code 0.
+
+    Raises:
+        UserError: if there is no question, or one that is not of six people.
+    """
+    parser = Parser(prog="plan_kinds", description=__doc__)
+    parser.add_argument("--questions", type=count, default=128, metavar="N", help="questions (default: 128)")
     parser.add_argument("--dataset", default=DEMO["dataset"], help="generated:shares of six people")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the questions (default: 1)")
     options = parser.parse_args(argv)
+    check_source(options.dataset)
+    questions = load_questions(options.dataset, limit=options.questions, seed=options.seed)
+    for item in questions:
+        if len(amounts_of(item.question)) != PEOPLE:
+            raise UserError(
+                f"--dataset {options.dataset}: the plans are made for {PEOPLE} people of generated:shares, found "
+                f"{item.question[:80]!r}: use {DEMO['dataset']}"
+            )
 
     from common import models
     from common.evaluation.statistics import wilson_interval
@@ -51,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = models.load_tokenizer(args.base_model)
     model = models.load_base(args.base_model, four_bit=False).eval()
     executor = run_executor(args, model, tokenizer, SentenceEncoder(args.embedding_model))
-    questions = load_questions(args.dataset, limit=options.questions, seed=options.seed)
     rows = []
     for name, grouping in KINDS.items():
         plans = []
@@ -68,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         low, high = wilson_interval(correct, len(results))
         rows.append(
             {
-                f"{len(results)} questions, {args.dataset}": name,
+                f"{counted(len(results), 'question')}, {args.dataset}": name,
                 "accuracy": f"{100 * correct / len(results):.0f}%",
                 "95% interval": f"{100 * low:.0f}-{100 * high:.0f}",
                 "worker tokens": f"{sum(result.worker_tokens or 0 for result in results) / len(results):.0f}",
@@ -80,4 +93,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common.cli import Parser, run, say
+from common.cli import Parser, count, run, say
 from common.errors import UserError
 from tests.benchmarks.measure import CpuDtype, Job
 
@@ -46,11 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}"
     )
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="repeats (default: 5)")
-    parser.add_argument("--completions", type=int, default=24, metavar="N", help="of the mixes (default: 24)")
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    parser.add_argument("--repeats", type=count, default=5, metavar="N", help="repeats (default: 5)")
+    parser.add_argument("--completions", type=count, default=24, metavar="N", help="of the mixes (default: 24)")
+    parser.add_argument("--max-tokens", type=count, default=128, metavar="N", help="longest answer (default: 128)")
     parser.add_argument("--style", choices=STYLES, default="instruct", help="the worker's (default: instruct)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default: 1)")
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="torch threads (default: 1)")
     parser.add_argument("--vllm-url", default="", metavar="URL", help="compare with this server's base model too")
     parser.add_argument("--vllm-pid", type=int, default=0, metavar="PID", help="its process, for CPU time and memory")
     parser.add_argument("--vllm-bf16-url", default="", metavar="URL", help="the same of a server with --dtype bfloat16")

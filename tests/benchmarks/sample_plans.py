@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import prompts
-from common.cli import Parser, run
+from common.cli import Parser, count, counted, run
 from common.problems.questions import load_questions
 from common.runs.adapters import check_adapter_base
 from common.settings.grpo import PACKAGED_MODEL
@@ -30,10 +30,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = Parser(prog="sample_plans", description=__doc__)
     parser.add_argument("--adapter-path", required=True, metavar="DIR", help="the warm-started planner")
-    parser.add_argument("--questions", type=int, default=20, metavar="N", help="questions (default: 20)")
-    parser.add_argument("--group", type=int, default=8, metavar="N", help="completions a question (default: 8)")
+    parser.add_argument("--questions", type=count, default=20, metavar="N", help="questions (default: 20)")
+    parser.add_argument("--group", type=count, default=8, metavar="N", help="completions a question (default: 8)")
     parser.add_argument("--temperature", type=float, default=0.5, metavar="X", help="of sampling (default: 0.5)")
-    parser.add_argument("--max-tokens", type=int, default=160, metavar="N", help="longest completion (default: 160)")
+    parser.add_argument("--max-tokens", type=count, default=160, metavar="N", help="longest completion (default: 160)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of questions and samples (default: 1)")
     parser.add_argument("--output", type=Path, default=PLANS, metavar="FILE", help="where the plans go")
     return parser
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         group = [next(answers) for _ in range(options.group)]
         completions = [{"text": a.text, "tokens": a.tokens, "finished": a.finished} for a in group]
         append_jsonl(options.output, {"question": item.question, "answer": item.answer, "completions": completions})
-    print(f"{len(asked)} completions: {options.output}")
+    print(f"{counted(len(asked), 'completion')}: {options.output}")
     return 0
 
 

@@ -161,7 +161,7 @@ def misfit(case: Case, run: Run) -> Iterator[str]:
         yield f"exit code {code}: {run.tail()}"
     elif code in (KILLED, ABORTED):  # nothing could be said
         return
-    elif len(told) != 1 and "failed and are asked again" not in text and " of them: " not in text:
+    elif len(told) != 1 and "failed, to be asked again" not in text and " of them: " not in text:
         yield f"{len(told)} lines of error: {run.tail()}"
     elif any("--debug shows where" in line for line in told):
         yield f"an unforeseen error: {told[0]}"

@@ -108,7 +108,7 @@ def test_two_steps_on_composed_questions_keep_score_of_them_apart(tiny_args, tmp
     tiny_args.batch_size, tiny_args.grad_accum = 4, 1
     done = run_script("grpo_training.py", *flags(tiny_args))
     assert done.returncode == 0, done.stderr
-    assert "questions, " in done.stderr and "none of the 12 training questions is among them" in done.stderr
+    assert "questions, " in done.stderr and "none of them is among the 12 training questions" in done.stderr
     folder = tmp_path / "run"
     apart = json.loads((folder / "evaluation.json").read_text())["composed"]
     assert apart["composed"] + apart["single"] == 10 and apart["composed"] > 2 and apart["single"] > 0

@@ -191,7 +191,7 @@ def test_ten_questions_on_a_real_model_before_after_and_again(tiny_args, tmp_pat
     tiny_args.max_steps = 1
     done = run_script("grpo_training.py", *flags(tiny_args))
     assert done.returncode == 0, done.stderr
-    assert "none of the 20 training questions is among them" in done.stderr
+    assert "none of them is among the 20 training questions" in done.stderr
     folder = tmp_path / "run"
     first = json.loads((folder / "evaluation.json").read_text())
     assert first["questions"] == 10

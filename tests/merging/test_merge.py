@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 from merges import edited, merge, refused, report_of, weights_of
 from safetensors.torch import load_file
 
 from common import models, prompts
 from common.merging import certificate
+from common.merging.report import certificate_table
 from common.settings.grpo import PACKAGED_MODEL
 
 
@@ -190,6 +191,18 @@ def test_an_update_that_rounding_swallows_is_refused_and_fp32_keeps_it(adapter, 
     assert refused(small, tmp_path / "merged", *flags).exit_code == 4
     assert merge(small, tmp_path / "wide", *flags, "--dtype", "float32") == 0
     assert report_of(tmp_path / "wide")["certificate"]["update_kept"] > 0.99
+
+
+def test_an_error_larger_than_the_adapters_effect_is_noted_though_it_is_within_the_limits():
+    found = json.loads((ROOT / "docs" / "demo_certification.json").read_text())["certificate"]
+    assert "note" not in certificate_table(found)
+    found["difference"]["mean_kl"], found["adapter_effect"]["mean_kl"] = 0.00093, 0.00018
+    larger = "note: the merge's error (mean KL 0.00093) is larger than the adapter's effect (0.00018)"
+    assert certificate_table(found).splitlines()[-1] == larger
+    found["dtype"] = "bfloat16"
+    assert certificate_table(found).splitlines()[-1] == f"{larger}: try --dtype float32"
+    found["learned_nothing"] = True
+    assert "note" not in certificate_table(found)
 
 
 def test_an_adapter_that_learned_nothing_is_reported(adapter, tmp_path, capsys):

@@ -239,6 +239,15 @@ def test_an_unreachable_hub_is_one_line(hub, finished_run, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_a_variable_that_forbids_the_network_is_named_before_the_merge(name, hub, finished_run, tmp_path):
+    env = environment(hub, WRITE, tmp_path) | {"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": "", name: "1"}
+    done = run_script("merge_and_push.py", *flags(finished_run, tmp_path / "merged"), env=env)
+    assert done.returncode == 2, done.stderr
+    assert f"{name} is set, so nothing can be pushed: unset it" in done.stderr and "network" not in done.stderr
+    assert not (tmp_path / "merged").exists() and not hub.log
+
+
 @pytest.mark.parametrize("part", ["/api/whoami-v2", "/api/models/user/planner"])
 def test_a_hub_that_takes_requests_and_never_answers_is_one_line(part, hub, finished_run, copy, tmp_path):
     """A question has no body, so a fault in the middle of it waits for ever."""

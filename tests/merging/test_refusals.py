@@ -46,6 +46,8 @@ def test_wrong_input_is_one_line_exit_code_2_and_light(finished_run, adapter, me
     cases = {
         "no repo name": (["--adapter-path", str(adapter)], "--repo-name is required"),
         "bad repo name": (["--repo-name", "a/b/c"], "a/b/c is no Hub repo"),
+        "no owner": (["--repo-name", "name", "--no-push"], "--repo-name name has no owner"),
+        "private, no push": ([*name, "--private", "--no-push"], "leave one of them out"),
         "no adapter": ([*name, "--adapter-path", str(tmp_path / "none")], "is not a folder"),
         "no adapter in it": ([*name, "--adapter-path", str(tmp_path / "full")], "adapter_config.json is missing"),
         "cut off": ([*name, "--adapter-path", str(tmp_path / "cut")], "its header promises"),
@@ -66,6 +68,10 @@ def test_wrong_input_is_one_line_exit_code_2_and_light(finished_run, adapter, me
         "target in use": ([*good, "--local-save-path", str(tmp_path / "full"), "--overwrite"], "no merge of this script"),
         "target the adapter": ([*good, "--local-save-path", str(adapter)], "holds the adapter, which would be replaced"),
         "target above the adapter": ([*good, "--local-save-path", str(adapter.parent)], "holds the adapter"),
+        "target in the adapter": ([*good, "--local-save-path", str(adapter / "merged")], "lies in the folder of the adapter"),
+        "target in the base": (
+            [*good, "--local-save-path", f"{finished_run[0].base_model}/merged"], "lies in the folder of the base model",
+        ),
         "target the base": ([*good, "--local-save-path", finished_run[0].base_model], "holds the base model"),
         "repo with dashes": (["--repo-name", "user/a--b"], "is no Hub repo"),
         "another merge": ([*good, "--local-save-path", str(merged)], "holds another merge (max_shard_size"),
@@ -116,7 +122,7 @@ def test_a_damaged_adapter_is_found_before_the_base_is_loaded(damage, adapter, t
             del tensors[name]
 
     config = {"rank": {"r": 8}, "targets": {"target_modules": ["c_attn"]}}.get(damage)
-    message = {"nan": "NaN", "missing": "lacks 1 tensors", "rank": "has shape", "targets": "c_attn"}[damage]
+    message = {"nan": "NaN", "missing": "lacks 1 tensor that", "rank": "has shape", "targets": "c_attn"}[damage]
     error = refused(edited(adapter, tmp_path / "damaged", change, config), tmp_path / "merged")
     assert error.exit_code == 2 and message in str(error)
     assert not (tmp_path / "merged").exists()

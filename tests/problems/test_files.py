@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -47,7 +48,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(name, tmp_path):
     path = write(tmp_path / name, row("a"), row("b"), mark=BOM)
     check_source(str(path))
     assert questions(path) == questions(tmp_path) == ["a", "b"]
-    assert planned(write(tmp_path / "plans.jsonl", plan("a"), mark=BOM)) == (["a"], [])
+    assert planned(write(tmp_path / "plans.jsonl", plan("a"), plan("b"), mark=BOM)) == (["a", "b"], [])
 
 
 def test_marks_where_files_were_put_together(tmp_path):
@@ -99,8 +100,11 @@ def test_planning_data_named_as_on_the_hub_and_in_two_kinds_of_file(tmp_path):
 
 
 def test_planning_data_under_another_name_are_read_where_nothing_else_could_be_meant(tmp_path):
-    write(tmp_path / "plans.jsonl", plan("a"))
-    assert planned(tmp_path) == (["a"], [])
+    write(tmp_path / "plans.jsonl", plan("a"), plan("b"))
+    assert planned(tmp_path) == (["a", "b"], [])
+    (tmp_path / "plans.jsonl").rename(tmp_path / "train.jsonl")
+    assert planned(tmp_path) == (["a", "b"], []), "without a split to validate on"
+    (tmp_path / "train.jsonl").rename(tmp_path / "plans.jsonl")
     write(tmp_path / "more.parquet", plan("b"))
     with pytest.raises(UserError, match=r"more\.parquet, plans\.jsonl"):
         planned(tmp_path)
@@ -117,6 +121,34 @@ def test_a_row_without_a_text_is_named_with_its_file(name, value, tmp_path):
         load_planning_data(str(path), None)
     assert (f"{path}:2" if name.endswith("jsonl") else f"{path} row 2") in str(caught.value)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("broken.jsonl", '{"SystemPrompt": ', r"broken\.jsonl:1: not valid JSON"),
+        ("plans.csv", "a,b", r"plans\.csv is neither .jsonl nor .parquet"),
+        ("empty.jsonl", "\n", r"empty\.jsonl holds no row"),
+        ("one.jsonl", json.dumps(plan("a")), r"one\.jsonl holds one row only"),
+    ],
+)
+def test_planning_data_that_cannot_be_used_are_named_with_their_own_columns(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_planning_data(str(tmp_path / name), None)
+    assert "question" not in str(caught.value)
+    if name in ("broken.jsonl", "plans.csv"):
+        assert "SystemPrompt, UserPrompt, ExpectedOutput" in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["http://x/y.jsonl", "https://huggingface.co/datasets/a/b", "s3://bucket/y.parquet"])
+def test_a_url_is_shown_as_it_was_given_with_what_to_do(source):
+    whole = re.escape(f"{source}: data are not read from a URL: download")
+    for read in (check_source, lambda name: load_planning_data(name, None), lambda name: questions(name)):
+        with pytest.raises(UserError, match=f"--dataset {whole}"):
+            read(source)
+    with pytest.raises(UserError, match=f"--eval-dataset {whole}"):
+        check_source(f"multi:{source}", flag="--eval-dataset")
 
 
 def test_repeated_questions_are_kept_and_told_once(tmp_path, capsys):

@@ -62,18 +62,26 @@ def test_generated_questions_are_distinct_seeded_and_solvable(source):
         parse_gold(item.answer)
 
 
-def test_held_out_questions_never_overlap(tmp_path):
+def test_held_out_questions_never_overlap(tmp_path, capsys):
     args = TrainingArgs(dataset="generated:shares?people=2&low=1&high=2", eval_samples=200)
     training = load_questions(args.dataset, limit=100, seed=args.seed)
     held_out = load_held_out(args, training)
     assert len(held_out) == 200
+    alone = TrainingArgs(dataset=args.dataset, eval_samples=1)
+    for known, told in (
+        (training[:1], f"1 held-out question from {args.dataset}: none of them is among the 1 training question\n"),
+        ([], f"1 held-out question from {args.dataset}\n"),
+    ):
+        capsys.readouterr()
+        load_held_out(alone, known)
+        assert capsys.readouterr().err == told
     check_disjoint([q.question for q in training], [q.question for q in held_out])
     path = write(tmp_path / "train.jsonl", [{"question": "How many?", "answer": "#### 1"}])
     with pytest.raises(UserError, match="--eval-dataset"):
         load_held_out(TrainingArgs(dataset=str(path), eval_samples=1), [])
     other = write(tmp_path / "other.jsonl", [{"question": "how  many", "answer": "#### 1"}])
     clash = TrainingArgs(dataset=str(path), eval_dataset=str(other), eval_samples=1)
-    with pytest.raises(UserError, match="1 held-out questions are in the training set"):
+    with pytest.raises(UserError, match="the training set holds 1 held-out problem too"):
         load_held_out(clash, load_questions(str(path), limit=1))
 
 
@@ -90,6 +98,22 @@ def test_held_out_questions_never_overlap(tmp_path):
 def test_generators_say_what_they_would_take(source, message):
     with pytest.raises(UserError, match=message):
         check_source(source)
+
+
+def test_reasoning_gym_tells_its_options_and_near_tasks_that_can_be_used():
+    with pytest.raises(UserError) as caught:
+        load_questions("reasoning-gym:chain_sum?nope=2", limit=2)
+    assert str(caught.value) == (
+        "--dataset reasoning-gym:chain_sum?nope=2: chain_sum has no option nope, its options are min_terms, max_terms, "
+        "min_digits, max_digits, allow_negation"
+    )
+    with pytest.raises(UserError, match=r"chain_sum refuses these options: .*min_terms must be positive"):
+        load_questions("reasoning-gym:chain_sum?min_terms=0", limit=2)
+    for name, near in (("chain_sums", "chain_sum, "), ("ransom_notes", "chain_sum, gsm_symbolic")):
+        with pytest.raises(UserError, match=f"such as {near}") as caught:
+            check_source(f"reasoning-gym:{name}")
+        for task in str(caught.value).split("such as ")[1].split(", "):
+            assert load_questions(f"reasoning-gym:{task}", limit=3)
 
 
 @pytest.mark.parametrize("source", ["generated:shares", "multi:generated:shares", "reasoning-gym:chain_sum"])

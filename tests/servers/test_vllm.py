@@ -104,7 +104,7 @@ def test_a_file_is_answered_and_resumed(url, tmp_path):
     assert [json.loads(line)["question"] for line in lines] == [row["question"] for row in rows]
     output.write_text("\n".join(lines[:4]) + "\n" + lines[4][:30])  # killed while it wrote the fifth
     again = ask(url, *flags)
-    assert again.returncode == 0 and "4 of 6 questions were answered before" in again.stderr
+    assert again.returncode == 0 and "answered before: 4 of 6 questions" in again.stderr
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [r["answer"] for r in found] == [json.loads(line)["answer"] for line in lines]
 
