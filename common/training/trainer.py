@@ -6,6 +6,8 @@ are listed in `PRIVATE_NAMES`. A test reports the names that another version of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from trl.trainer.utils import RepeatSampler
 
 from common.decoding.branching import can_branch
 from common.decoding.decode import decode
-from common.decoding.log_probs import token_log_probs
+from common.decoding.log_probs import completion_log_probs, distinct_prompts, token_log_probs
 from common.decoding.packing import packed_linears
 from common.processes import ranks
 from common.reports.step_clock import StepClock
@@ -259,54 +261,52 @@ class PlannerTrainer(GRPOTrainer):
         """Log-probabilities of B completions; a prompt that several of them share is run once.
 
         The G completions of a group share their prompt, which is often the longer part. The gradient of all of them
-        flows through one copy of the prompt's keys and values instead of G (`docs/performance.md`).
+        flows through one copy of the prompt's keys and values instead of G. Columns that are padding in every row of
+        this micro-batch are not computed (`docs/performance.md`).
 
         Returns:
             Log-probabilities and entropies (nats; None unless asked for), each (B, `logits_to_keep`), and TRL's
             auxiliary loss of a mixture of experts (None without one).
         """
-        whole = batch_size is None or batch_size >= len(input_ids)
-        plain = all(value is None or value is False for value in others.values())  # no images, no auxiliary loss
-        # `head` tokens of the prompt run alone. Its last token runs with the completion, whose first token it predicts.
-        head = input_ids.shape[1] - logits_to_keep - 1
-        masked = torch.where(attention_mask[:, :head] == 1, input_ids[:, :head], -1)  # padding can have any token id
-        distinct, member = torch.unique(masked, dim=0, return_inverse=True)
-        shared = head > 0 and len(distinct) < len(input_ids)
-        if not (shared and whole and plain and self._shares_prompts()):
+        if any(value is not None and value is not False for value in others.values()):  # images or an auxiliary loss
             found = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
             self._log_probs = found[0].detach()
             return found
-        cache = self._empty_cache()
-        with self.accelerator.autocast():
-            model(
-                input_ids=distinct.clamp(min=0),
-                attention_mask=(distinct >= 0).long(),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
+        width = input_ids.shape[1]
+        used = attention_mask.any(dim=0).nonzero().flatten().tolist()
+        first, end = used[0], max(used[-1], width - logits_to_keep) + 1
+        ids, mask, kept = input_ids[:, first:end], attention_mask[:, first:end], logits_to_keep - (width - end)
+        shared = distinct_prompts(ids, mask, ids.shape[1] - kept - 1)
+        whole = batch_size is None or batch_size >= len(ids)
+        if whole and len(shared[0]) < len(ids) and self._shares_prompts():
+            with self.accelerator.autocast():
+                # On a GPU padding is cheaper than another pass over a micro-batch.
+                costs = {"cost_of_a_pass": input_ids.numel()} if torch.cuda.is_available() else {}
+                parts = completion_log_probs(model, shared, ids, mask, self._empty_cache(), self._score(model), **costs)
+        else:
+            parts = super()._get_per_token_logps_and_entropies(model, ids, mask, kept, batch_size, True)[:2]
+        log_probs, entropies = (torch.nn.functional.pad(part, (0, width - end)) for part in parts)
+        self._log_probs = log_probs.detach()
+        return log_probs, entropies if compute_entropy else None, None
+
+    def _score(self, model: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        """What computes log-probabilities and entropies of completions after a cached prompt: our head, or TRL's."""
+        head = self._own_head()
+        if head is not None:
+            return partial(self._in_bf16, head)
+
+        def with_fused_head(
+            tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            labels = tokens.masked_fill(mask[:, -tokens.shape[1] :] == 0, -100)
+            scored = model(
+                input_ids=tokens, attention_mask=mask, past_key_values=cache, labels=labels, fused_lm_head=True
             )
-            cache.batch_select_indices(member)
-            tail, real = input_ids[:, head:], attention_mask[:, head:] == 1
-            own_head = self._own_head()
-            if own_head is None:
-                scored = model(
-                    input_ids=tail,
-                    attention_mask=attention_mask,
-                    past_key_values=cache,
-                    labels=tail.masked_fill(~real, -100),
-                    fused_lm_head=True,
-                )
-                log_probs, entropies = scored.log_probs, scored.entropy
-            else:
-                log_probs, entropies = self._in_bf16(own_head, tail, real, attention_mask, cache)
-        self._log_probs = log_probs[:, -logits_to_keep:].detach()
-        return (
-            log_probs[:, -logits_to_keep:],
-            entropies[:, -logits_to_keep:] if compute_entropy else None,
-            None,
-        )
+            return scored.log_probs, scored.entropy
+
+        return with_fused_head
 
     def _own_head(self) -> torch.Tensor | None:
         """Weights of the LM head (V, H), if it is plain and frozen and products are in bf16 on a CPU; else None."""
@@ -316,12 +316,12 @@ class PlannerTrainer(GRPOTrainer):
         return head.weight if self._cpu_dtype == "bfloat16" and plain and can_branch(model) else None
 
     def _in_bf16(
-        self, head: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+        self, head: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all real tokens (B, T) except each row's first, and entropies, each (B, T − 1)."""
         model = self.accelerator.unwrap_model(self.model).get_base_model()
         hidden = model.base_model(input_ids=tokens, attention_mask=mask, past_key_values=cache).last_hidden_state
-        wanted = real[:, 1:]
+        wanted = mask[:, 1 - tokens.shape[1] :] == 1
         temperature: float = self.temperature
         found = token_log_probs(hidden[:, :-1][wanted], head, tokens[:, 1:][wanted], temperature)
         log_probs, entropies = (part.new_zeros(wanted.shape).masked_scatter(wanted, part) for part in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -10,11 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import flags, needs_bf16, run_script
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from common import models, prompts
 from common.decoding.decode import decode
-from common.decoding.log_probs import TOKENS_AT_ONCE, token_log_probs
+from common.decoding.log_probs import TOKENS_AT_ONCE, passes_by_length, token_log_probs
 from common.decoding.packing import NEAR, packed_linears
 from common.errors import UserError
 from common.models import precision
@@ -177,6 +180,27 @@ def test_sampled_log_probabilities_are_those_of_the_policy(tiny_planner):
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         expected = torch.log_softmax(logits / 0.7, dim=-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-3, atol=1e-3)
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=7), cost=st.integers(0, 30))
+def test_passes_by_length_hold_each_row_once_and_cost_least(lengths, cost):
+    passes = passes_by_length(lengths, cost)
+    assert sorted(row for rows in passes for row in rows) == list(range(len(lengths)))
+    assert all(lengths[rows[0]] == max(lengths[row] for row in rows) for rows in passes)
+
+    def cheapest(rows):
+        """Of all ways to divide: the first row with every subset of the others."""
+        if not rows:
+            return 0
+        first, *others = rows
+        return min(
+            (1 + len(chosen)) * max([first, *(others[i] for i in chosen)]) + cost
+            + cheapest([length for i, length in enumerate(others) if i not in chosen])
+            for size in range(len(others) + 1)
+            for chosen in itertools.combinations(range(len(others)), size)
+        )  # fmt: skip
+
+    assert sum(len(rows) * lengths[rows[0]] + cost for rows in passes) == cheapest(lengths)
 
 
 @pytest.mark.parametrize("count", [0, 5, 2 * TOKENS_AT_ONCE + 1])

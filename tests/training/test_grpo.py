@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -294,11 +295,16 @@ def test_fewer_questions_than_a_step_takes_is_said_before_anything_is_trained(ti
     assert "gives 4 questions, one step takes 8" in done.stderr
 
 
-def test_a_shared_prompt_gives_the_gradient_that_separate_prompts_give(tiny_args):
-    """Each prompt is run once for its group: log-probabilities, entropies and gradient are the same as in TRL."""
+@pytest.mark.parametrize(("cost", "read_tokens"), [(64, 2 * 5 + 4 * 4), (0, 2 * 5 + 2 * 4 + 3 + 2)])
+def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args, monkeypatch, cost, read_tokens):
+    """Each prompt is run once and padding is not computed: log-probabilities, entropies, gradient are as in TRL."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
+    from common.training import trainer as ours_module
     from common.training.grpo import build_trainer
+
+    passes = functools.partial(ours_module.completion_log_probs, cost_of_a_pass=cost)
+    monkeypatch.setattr(ours_module, "completion_log_probs", passes)
 
     tiny_args.gradient_checkpointing, tiny_args.cpu_dtype = False, "float32"
     tokenizer = models.load_tokenizer(tiny_args.base_model)
@@ -315,8 +321,9 @@ def test_a_shared_prompt_gives_the_gradient_that_separate_prompts_give(tiny_args
         (prompts_of[0], [25]),
         (prompts_of[1], [26, 27, 28]),
     ]
-    ids = torch.tensor([[0] * (6 - len(p)) + p + c + [0] * (3 - len(c)) for p, c in rows])
-    mask = torch.tensor([[0] * (6 - len(p)) + [1] * len(p + c) + [0] * (3 - len(c)) for p, c in rows])
+    # TRL pads to the longest prompt (here of 8 tokens) and completion (of 5) of all micro-batches, these are of another.
+    ids = torch.tensor([[0] * (8 - len(p)) + p + c + [0] * (5 - len(c)) for p, c in rows])
+    mask = torch.tensor([[0] * (8 - len(p)) + [1] * len(p + c) + [0] * (5 - len(c)) for p, c in rows])
 
     read: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(lambda *call: read.append(call[1][0].numel()))
@@ -324,16 +331,17 @@ def test_a_shared_prompt_gives_the_gradient_that_separate_prompts_give(tiny_args
     def scored(method):
         model.zero_grad()
         read.clear()
-        logps, entropy, _ = method(trainer, model, ids, mask, 3, compute_entropy=True)
-        (logps * torch.arange(1.0, 13.0).view(4, 3)).sum().backward()
-        real = mask[:, 6:] == 1
+        logps, entropy, _ = method(trainer, model, ids, mask, 5, compute_entropy=True)
+        real = mask[:, 8:] == 1
+        assert logps.shape == entropy.shape == real.shape
+        (logps * torch.arange(1.0, 21.0).view(4, 5))[real].sum().backward()
         gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         return logps.detach()[real], entropy.detach()[real], gradient, sum(read)
 
     expected = scored(GRPOTrainer._get_per_token_logps_and_entropies)
     ours = scored(type(trainer)._get_per_token_logps_and_entropies)
     handle.remove()
-    assert (expected[3], ours[3]) == (4 * 9, 2 * 5 + 4 * 4), "tokens that the model reads"
+    assert (expected[3], ours[3]) == (4 * 13, read_tokens), "tokens that the model reads"
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours[1], expected[1], rtol=1e-4, atol=1e-4)
     for name, gradient in expected[2].items():
