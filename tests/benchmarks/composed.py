@@ -15,11 +15,16 @@ Where by-hand is not well above direct-composed, no planner can learn to split. 
 plan: the column "with plan" counts the worker's tokens and those of the plan in JSON. With --out each answer is a line
 as soon as its batch is done, and the same command goes on where it was stopped. With --server-url an OpenAI-compatible
 server answers instead of a local model.
+
+Where all plans for a question are right, or all are wrong, GRPO learns next to nothing from it. --write-unlike stores
+the questions that some arm solves and another does not, as data to train on (as the dynamic sampling of DAPO,
+arXiv:2503.14476, but once and before training), with --single problems that no composed question contains.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,9 +39,10 @@ from common.grading import extract_prediction, parse_gold
 from common.pipeline import PipelineExecutor, PipelineItem
 from common.plans import Plan
 from common.problems.composed import CHAINED, LETTERS, PREFIX, by_reference
-from common.problems.questions import Question, fingerprint, load_questions, naming
+from common.problems.questions import MAX_GENERATED, Question, fingerprint, load_questions, naming
 from common.reports.jsonl import append_jsonl, read_jsonl
 from common.reports.tables import format_table
+from common.runs.files import write_text_atomically
 from common.settings.grpo import PACKAGED_MODEL
 from common.workers.base import Worker
 
@@ -65,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = f"{PREFIX}{options.source}{joint}parts={options.parts}{steps}{kind}"
     with naming("--source"):
         questions = load_questions(source, limit=options.questions, split=options.split, seed=options.seed)
-    settings = {"model": options.model, "max_tokens": options.max_tokens, "cpu_dtype": options.cpu_dtype}
-    settings |= {"server": options.server_url is not None, "votes": options.votes}
-    settings["prompts"] = digest([worker_prompts(STYLE, context) for context in ("none", "question")])
+    settings = settings_of(options)
     records = answered(options.out, questions, settings)
     missing = [arm for arm in arms if any((arm, item.question) not in records for item in questions)]
     if missing:
@@ -84,6 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = "on a server" if options.server_url else options.cpu_dtype
     print(f"{source}, {counted(len(questions), 'question')} ({fingerprint(questions)}), {options.model}, {dtype}")
     print(table({arm: [records[arm, item.question] for item in questions] for arm in arms}))
+    if options.write_unlike is not None:
+        unlike = [item for item in questions if len({records[arm, item.question]["correct"] for arm in arms}) > 1]
+        alone = single_problems(options, questions)
+        write_questions(options.write_unlike, [*unlike, *alone])
+        composed, single = counted(len(unlike), "composed question"), counted(len(alone), "single problem")
+        print(f"{options.write_unlike}: {composed} on which the arms differ, {single}")
     return 0
 
 
@@ -106,7 +116,35 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--server-url", help="server of the same model, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--server-model", help="name of the base model there, if it has several")
     parser.add_argument("--out", type=Path, help="JSONL file of the answers, to go on from")
+    parser.add_argument("--write-unlike", type=Path, help="store the questions on which the arms differ here (JSONL)")
+    parser.add_argument("--single", type=int, default=0, metavar="N", help="single problems added to them (default: 0)")
     return parser
+
+
+def settings_of(options: argparse.Namespace) -> Record:
+    """What the answers depend on besides question and arm; stored with each."""
+    return {
+        "model": options.model,
+        "max_tokens": options.max_tokens,
+        "cpu_dtype": options.cpu_dtype,
+        "server": options.server_url is not None,
+        "votes": options.votes,
+        "prompts": digest([worker_prompts(STYLE, context) for context in CONTEXTS]),
+    }
+
+
+def single_problems(options: argparse.Namespace, questions: Sequence[Question]) -> list[Question]:
+    """The first --single problems of the source that none of the composed questions contains."""
+    used = {part.question for item in questions for part in item.parts}
+    every = load_questions(options.source, limit=MAX_GENERATED, split=options.split, exclude=used)
+    usable = [item for item in every if options.max_steps is None or item.steps <= options.max_steps]
+    return usable[: options.single]
+
+
+def write_questions(path: Path, questions: Sequence[Question]) -> None:
+    """Store questions with their answers as JSONL in GSM8K's schema."""
+    rows = [json.dumps({"question": item.question, "answer": item.answer}, ensure_ascii=False) for item in questions]
+    write_text_atomically(path, "".join(f"{row}\n" for row in rows))
 
 
 def answered(path: Path | None, questions: Sequence[Question], settings: Record) -> dict[tuple[str, str], Record]:

@@ -15,7 +15,9 @@ from common.plans import parse_planner_output
 from common.problems import chained, composed
 from common.problems.demonstrations import COMPOSED_KINDS, SINGLE_DIRECT_SHARE, demonstrations
 from common.problems.questions import Question, check_source, is_generated, load_held_out, load_questions
+from common.reports.jsonl import append_jsonl
 from common.settings.grpo import TrainingArgs
+from tests.benchmarks import composed as benchmark
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K is not beside this checkout (../shared/data)")
@@ -260,3 +262,28 @@ def test_real_golds_are_right(split):
         for part in item.parts:
             assert part.steps <= 3 and golds.get(part.question, part.answer) == part.answer
     assert known
+
+
+def test_questions_on_which_the_arms_differ_are_stored_for_training(tmp_path, capsys):
+    """With single problems that none of the composed questions contains. All answers are known, so no model runs."""
+    source, out, stored = tmp_path / "problems.jsonl", tmp_path / "answers.jsonl", tmp_path / "unlike.jsonl"
+    problems = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(12)]
+    problems.append({"question": "What is 5 * 2 + 3 - 1?", "answer": "5*2 = 10\n10+3 = 13\n13-1 = 12\n#### 12"})
+    source.write_text("".join(json.dumps(item) + "\n" for item in problems))
+    command = ["--source", str(source), "--max-steps", "1", "--questions", "3", "--out", str(out), "--batch", "3"]
+    command += ["--arms", "direct-composed,by-hand", "--write-unlike", str(stored), "--single", "4"]
+    questions = load_questions(f"multi:{source}?parts=2&max_steps=1&kind=sum", limit=3, seed=1)
+    settings = benchmark.settings_of(benchmark.build_parser().parse_args(command))
+    for arm, right in (("direct-composed", [True, False, False]), ("by-hand", [True, True, False])):
+        for item, correct in zip(questions, right, strict=True):
+            record = benchmark._record(item, correct, 20, "", [], [], None)
+            append_jsonl(out, {"arm": arm, **record, **settings})
+    assert benchmark.main(command) == 0
+    rows = [json.loads(line) for line in stored.read_text().splitlines()]
+    assert rows[0] == {"question": questions[1].question, "answer": questions[1].answer}
+    single = [row["question"] for row in rows[1:]]
+    assert len(single) == 4 and len(set(single)) == 4
+    assert not any(part.question in single for item in questions for part in item.parts)
+    assert "What is 5 * 2 + 3 - 1?" not in single, "it has more steps"
+    assert "1 composed question on which the arms differ, 4 single problems" in capsys.readouterr().out
+    assert [item.question for item in load_questions(str(stored), limit=9)] == [row["question"] for row in rows]
