@@ -34,7 +34,7 @@ from common.problems.planning import load_planning_data
 from common.problems.questions import check_source, kind_of_source, tell_other_family
 from common.processes.engines import check_engine
 from common.processes.launcher import check_not_alone
-from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base
+from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base, with_adapters_lora
 from common.runs.checkpoints import is_last, newest_checkpoint
 from common.runs.folder import own_output_dir, settle_replaced
 from common.runs.record import check_same_processes, stored_settings
@@ -109,6 +109,7 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
         check_adds_to_base(args.adapter_path)
         if args.format == "json-plan":
             tell_other_family(check_adapter_prompts(args.adapter_path, args.planner_prompt()), args.dataset)
+        args = with_adapters_lora(args, given_settings(options, SupervisedArgs))
     if args.format == "json-plan":
         check_source(args.dataset)
     elif kind_of_source(args.dataset) != "hub":

@@ -40,7 +40,13 @@ from common.problems.questions import check_source, fingerprint, load_held_out, 
 from common.processes.engines import check_engine
 from common.processes.launcher import check_not_alone
 from common.rewards import PipelineRewardFunction
-from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base, read_adapter_config
+from common.runs.adapters import (
+    check_adapter_base,
+    check_adapter_prompts,
+    check_adds_to_base,
+    read_adapter_config,
+    with_adapters_lora,
+)
 from common.runs.checkpoints import checkpoint_step, newest_checkpoint
 from common.runs.folder import own_output_dir, settle_replaced
 from common.runs.record import check_same_data, check_same_processes, read_run_record, stored_settings
@@ -92,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.check:
         from common.fit.check import check_run
 
-        return check_run(args, overwrite=options.overwrite, resume=options.resume)
+        given = given_settings(options, TrainingArgs)
+        return check_run(args, given, overwrite=options.overwrite, resume=options.resume)
     output_dir = Path(args.output_dir)
     with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume or options.eval_only):
         return start(options, args)
@@ -119,6 +126,8 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
         check_adapter_base(args.adapter_path, args.base_model)
         check_adds_to_base(args.adapter_path)
         tell_other_family(check_adapter_prompts(args.adapter_path, args.planner_prompt()), args.dataset)
+        args = with_adapters_lora(args, given_settings(options, TrainingArgs))
+        args.validate()  # of the adapter's settings too
     if options.eval_only:
         read_adapter_config(args.output_dir, "--output-dir")
     check_source(args.dataset, args.dataset_split)

@@ -191,7 +191,7 @@ def test_code_in_a_model_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeyp
     loads = (
         lambda: models.load_base(str(folder), four_bit=False),
         lambda: models.load_tokenizer(str(folder)),
-        lambda: check_run(args, overwrite=False, resume=False),
+        lambda: check_run(args, {}, overwrite=False, resume=False),
     )
     for load in loads:
         with pytest.raises(UserError, match="could not be loaded"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from common.problems.questions import (
     tell_other_family,
 )
 from common.processes.ranks import is_first, world_size
-from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base
+from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base, with_adapters_lora
 from common.runs.folder import check_output_dir
 from common.settings.grpo import TrainingArgs, check_plan_fits
 
 
-def check_run(args: TrainingArgs, *, overwrite: bool, resume: bool) -> int:
+def check_run(args: TrainingArgs, given: Mapping[str, Any], *, overwrite: bool, resume: bool) -> int:
     """Print what a run would need and what is missing. It loads no weights and writes nothing.
 
     Args:
         args: settings of the run.
+        given: those from the command line.
         overwrite, resume: whether the run would replace, or continue, a run that `--output-dir` contains.
 
     Returns:
@@ -54,7 +55,7 @@ def check_run(args: TrainingArgs, *, overwrite: bool, resume: bool) -> int:
     found.tried(lambda: missing.check_wandb(args))
     if not args.wandb:
         forbid_import("wandb")
-    loaded = found.tried(lambda: _base(args))
+    loaded = found.tried(lambda: _base(args, given))
     machine = found.tried(lambda: this_machine(args))
     if loaded is not None:
         config, tokenizer = loaded
@@ -142,7 +143,7 @@ def _questions(args: TrainingArgs) -> list[Question]:
     return questions
 
 
-def _base(args: TrainingArgs) -> tuple[Any, Any]:
+def _base(args: TrainingArgs, given: Mapping[str, Any]) -> tuple[Any, Any]:
     """Config and tokenizer of the base model, after the checks that a run makes."""
     from transformers import AutoConfig
 
@@ -152,6 +153,7 @@ def _base(args: TrainingArgs) -> tuple[Any, Any]:
         check_adapter_base(args.adapter_path, args.base_model)
         check_adds_to_base(args.adapter_path)
         tell_other_family(check_adapter_prompts(args.adapter_path, args.planner_prompt()), args.dataset)
+        with_adapters_lora(args, given).validate()
     source, options = models.unconverted(args.base_model)
     with models.explained(args.base_model):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)

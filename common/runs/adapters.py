@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from common.errors import UserError
+from common.errors import UserError, UserErrors
 from common.models import check_base_model
 from common.runs.files import SAVING, publish_folder, read_json, write_json
 from common.runs.record import BEFORE, TRAINING_CONFIG
-from common.settings.fields import flag_of
+from common.settings.fields import check_values, flag_of
+from common.settings.grpo import TrainingArgs
+from common.settings.sft import SupervisedArgs
+
+A = TypeVar("A", TrainingArgs, SupervisedArgs)
 
 
 def save_adapter(model: Any, tokenizer: Any, output_dir: Path) -> None:
@@ -142,6 +148,42 @@ def check_adds_to_base(adapter_path: str) -> None:
                 "model left as the worker: start from an adapter that only adds to it (init_lora_weights true, bias "
                 "'none'; PEFT's path_initial_model_for_weight_conversion converts PiSSA and OLoRA)"
             )
+
+
+def with_adapters_lora(args: A, given: Mapping[str, Any]) -> A:
+    """The settings of a run with the rank, scale, dropout and layers of the adapter that it starts from.
+
+    These belong to the weights, so a run goes on with them whatever its own defaults are, and records them.
+
+    Args:
+        args: settings of the run; without `adapter_path` they are returned unchanged.
+        given: those from the command line.
+
+    Raises:
+        UserError: if a given one differs from the adapter's, or the adapter's are none that a run can have.
+    """
+    if args.adapter_path is None:
+        return args
+    config = read_adapter_config(args.adapter_path)
+    layers, alpha = config.get("layers_to_transform"), config.get("lora_alpha", 8)
+    found = {
+        "lora_r": config.get("r", 8),  # where a value is missing, PEFT's default
+        "lora_alpha": int(alpha) if isinstance(alpha, float) and alpha.is_integer() else alpha,
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "lora_layers": (len(layers) if isinstance(layers, list) else 1) if layers not in (None, []) else None,
+    }
+    for name, own in found.items():
+        if given.get(name, own) != own:
+            flag, shown = flag_of(name), "all" if own is None else own
+            raise UserError(
+                f"{flag} {given[name]} does not change the adapter in --adapter-path {args.adapter_path}, which has "
+                f"{shown}: leave {flag} out, or train a new adapter with it"
+            )
+    changed = replace(args, **found)
+    if problems := check_values(changed):
+        path = Path(args.adapter_path) / "adapter_config.json"
+        raise UserErrors([f"{path}: {problem}: save the adapter again" for problem in problems])
+    return changed
 
 
 def check_adapter_prompts(adapter_path: str, told: dict[str, Any]) -> str | None:

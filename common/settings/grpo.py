@@ -185,9 +185,10 @@ def _vllm_problems(args: TrainingArgs) -> list[str]:
     if args.temperature > 2:
         problems.append(f"--temperature {args.temperature:g} does not go with vLLM, which samples at up to 2")
     if args.lora_dropout > 0:
+        whose = "" if args.adapter_path is None else f" (in the adapter_config.json of {args.adapter_path})"
         problems.append(
-            f"--lora-dropout {args.lora_dropout:g} does not go with vLLM: it serves the adapter without dropout, the "
-            "trainer scores with it"
+            f"--lora-dropout {args.lora_dropout:g}{whose} does not go with vLLM: it serves the adapter without "
+            "dropout, the trainer scores with it: use 0"
         )
     return problems
 

@@ -40,7 +40,7 @@ def test_json_plans_then_grpo_from_the_adapter(tiny_planner, tmp_path):
     warm = tmp_path / "warm"
     done = run_script(
         "dummy_planner.py", *small(tiny_planner, str(warm)), "--format", "json-plan", "--dataset", "generated:shares",
-        "--max-samples", "50", "--batch-size", "8", "--planner-style", "short",
+        "--max-samples", "50", "--batch-size", "8", "--planner-style", "short", "--lora-r", "4", "--lora-layers", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     _, _, told = done.stdout.partition("go on with GRPO:\n  ")
@@ -50,6 +50,10 @@ def test_json_plans_then_grpo_from_the_adapter(tiny_planner, tmp_path):
         "--max-steps", "1", "--max-samples", "8", "--max-completion-length", "16", "--worker-max-tokens", "8",
     )  # fmt: skip
     assert goes_on.returncode == 0, goes_on.stderr
+    settings = json.loads((tmp_path / "grpo" / "training_config.json").read_text())["settings"]
+    assert (settings["lora_r"], settings["lora_alpha"], settings["lora_layers"]) == (4, 32, 1), (
+        "what it was trained with"
+    )
     lines = read_jsonl(warm / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 7
