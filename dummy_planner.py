@@ -29,15 +29,15 @@ from common.cli import (
     settings_table,
 )
 from common.fit.devices import prepare_gpu
-from common.models import check_base_model
+from common.fit.start import check_models
 from common.problems.planning import load_planning_data
-from common.problems.questions import check_source, kind_of_source, tell_other_family
+from common.problems.questions import check_source, kind_of_source, kinds_of
 from common.processes.engines import check_engine
 from common.processes.launcher import check_not_alone
-from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base, with_adapters_lora
 from common.runs.checkpoints import is_last, newest_checkpoint
 from common.runs.folder import own_output_dir, settle_replaced
 from common.runs.record import check_same_processes, stored_settings
+from common.settings.partners import SFT_RULES, check_partners
 from common.settings.sft import RESUMABLE, SFT_DEMO, SupervisedArgs
 
 BASE_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = SupervisedArgs.from_dict({**DEFAULTS, **values})
     args.validate()
+    check_partners(args, given, SFT_RULES, kinds_of(args.dataset))
     check_engine()
     check_not_alone()
     prepare_gpu("dummy_planner.py")
@@ -103,13 +104,7 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
                 f"the run in {args.output_dir} has all of its steps, so nothing is trained: go on from it in another "
                 f"--output-dir with --adapter-path {args.output_dir}, here or in grpo_training.py"
             )
-    check_base_model(args.base_model)
-    if args.adapter_path is not None:
-        check_adapter_base(args.adapter_path, args.base_model)
-        check_adds_to_base(args.adapter_path)
-        if args.format == "json-plan":
-            tell_other_family(check_adapter_prompts(args.adapter_path, args.planner_prompt()), args.dataset)
-        args = with_adapters_lora(args, given_settings(options, SupervisedArgs))
+    args = check_models(args, given_settings(options, SupervisedArgs))
     if args.format == "json-plan":
         check_source(args.dataset)
     elif kind_of_source(args.dataset) != "hub":

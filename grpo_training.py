@@ -34,24 +34,19 @@ from common.cli import (
 )
 from common.errors import UserError
 from common.fit.devices import prepare_gpu
-from common.models import check_base_model
+from common.fit.start import check_models
 from common.pipeline import PipelineExecutor, PipelineResult
-from common.problems.questions import check_source, fingerprint, load_held_out, load_questions, tell_other_family
+from common.problems.questions import check_source, fingerprint, kinds_of, load_held_out, load_questions
 from common.processes.engines import check_engine
 from common.processes.launcher import check_not_alone
 from common.rewards import PipelineRewardFunction
-from common.runs.adapters import (
-    check_adapter_base,
-    check_adapter_prompts,
-    check_adds_to_base,
-    read_adapter_config,
-    with_adapters_lora,
-)
+from common.runs.adapters import read_adapter_config
 from common.runs.checkpoints import checkpoint_step, newest_checkpoint
 from common.runs.folder import own_output_dir, settle_replaced
 from common.runs.record import check_same_data, check_same_processes, read_run_record, stored_settings
 from common.servers.vllm import serve_base
 from common.settings.grpo import DEMO, RESUMABLE, TrainingArgs
+from common.settings.partners import GRPO_RULES, check_partners
 from common.workers.local import FrozenWorker
 
 __all__ = [
@@ -90,15 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--check looks at a training run: leave out --eval-only")
     if options.resume and options.eval_only:
         raise UserError("--resume trains the run further and --eval-only scores it as it is: leave one of them out")
-    args = settle(options)
+    args, given = settle(options), given_settings(options, TrainingArgs)
     args.validate()
+    check_partners(args, given, GRPO_RULES, kinds_of(args.dataset, args.eval_dataset))
     check_engine()
     check_not_alone()
     prepare_gpu("grpo_training.py")
     if options.check:
         from common.fit.check import check_run
 
-        given = given_settings(options, TrainingArgs)
         return check_run(args, given, overwrite=options.overwrite, resume=options.resume)
     output_dir = Path(args.output_dir)
     with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume or options.eval_only):
@@ -121,13 +116,7 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
                 f"the run in {output_dir} has all of its {args.max_steps} steps, so nothing is trained: give more with "
                 "--max-steps, or make its scoreboard with --eval-only"
             )
-    check_base_model(args.base_model)
-    if args.adapter_path is not None:
-        check_adapter_base(args.adapter_path, args.base_model)
-        check_adds_to_base(args.adapter_path)
-        tell_other_family(check_adapter_prompts(args.adapter_path, args.planner_prompt()), args.dataset)
-        args = with_adapters_lora(args, given_settings(options, TrainingArgs))
-        args.validate()  # of the adapter's settings too
+    args = check_models(args, given_settings(options, TrainingArgs))
     if options.eval_only:
         read_adapter_config(args.output_dir, "--output-dir")
     check_source(args.dataset, args.dataset_split)

@@ -102,7 +102,10 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no such packaged model": (["--base-model", "packaged/SmolLM2"], "is not packaged"),
         "empty model": (["--base-model", ""], "--base-model is empty"),
         "empty data set": (["--dataset", ""], "--dataset is empty"),
-        "bad held-out set": (["--eval-dataset", "./none.jsonl"], "--eval-dataset none.jsonl does not exist"),
+        "bad held-out set": (
+            ["--eval-dataset", "./none.jsonl", "--eval-samples", "2"],
+            "--eval-dataset none.jsonl does not exist",
+        ),
         "empty output": (["--output-dir", ""], "--output-dir is empty"),
         "no adapter": (["--adapter-path", str(tmp_path / "none")], "not a folder"),
         "resume nothing": (["--resume", "--output-dir", str(tmp_path / "none")], "must name the folder of a run"),
@@ -113,6 +116,7 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "two planners": (["--vllm-url", "http://a/v1", "--vllm-python", "python"], "leave one of them out"),
         "nucleus of a server": (["--vllm-url", "http://a/v1", "--top-p", "0.9"], "use --temperature"),
         "dropout on a server": (["--vllm-python", "python", "--lora-dropout", "0.1"], "without dropout"),
+        "warm-up without an end": (["--warmup-steps", "9", "--max-steps", "9"], "would never reach --lr: give fewer"),
         "all weights 0": (
             ["--correctness-weight", "0", "--token-weight", "0", "--independence-weight", "0"],
             "weights",

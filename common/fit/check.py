@@ -13,6 +13,7 @@ from common.errors import UserErrors
 from common.fit import missing
 from common.fit.memory import GIB, SERVER, Machine, Part, estimate, peak
 from common.fit.shape import ModelShape, model_shape
+from common.fit.start import check_models
 from common.fit.step import Step, context_of, step_of
 from common.problems.questions import (
     Question,
@@ -20,10 +21,8 @@ from common.problems.questions import (
     check_source,
     load_held_out,
     load_questions,
-    tell_other_family,
 )
 from common.processes.ranks import is_first, world_size
-from common.runs.adapters import check_adapter_base, check_adapter_prompts, check_adds_to_base, with_adapters_lora
 from common.runs.folder import check_output_dir
 from common.settings.grpo import TrainingArgs, check_plan_fits
 
@@ -148,12 +147,7 @@ def _base(args: TrainingArgs, given: Mapping[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoConfig
 
     models.quiet_transformers()
-    models.check_base_model(args.base_model)
-    if args.adapter_path is not None:
-        check_adapter_base(args.adapter_path, args.base_model)
-        check_adds_to_base(args.adapter_path)
-        tell_other_family(check_adapter_prompts(args.adapter_path, args.planner_prompt()), args.dataset)
-        with_adapters_lora(args, given).validate()
+    check_models(args, given)
     source, options = models.unconverted(args.base_model)
     with models.explained(args.base_model):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)

@@ -150,6 +150,18 @@ def kind_of_source(dataset: str) -> str:
     return "local" if is_local(composed.inner_source(dataset)) else "hub"
 
 
+def kinds_of(*sources: str | None) -> set[str]:
+    """The kinds of a run's data: "generated", "file", "folder", "hub". A source that cannot be used counts as all."""
+    kinds: set[str] = set()
+    for source in filter(None, sources):
+        try:
+            kind, inner = kind_of_source(source), composed.inner_source(source)
+            kinds.add(kind if kind != "local" else "folder" if local_path(inner).is_dir() else "file")
+        except (UserError, OSError):  # `check_source` tells what is wrong with it
+            kinds |= {"generated", "file", "folder", "hub"}
+    return kinds
+
+
 def family(dataset: str) -> str:
     """What kind of questions a source has, in words: a planner learns one kind and may know nothing of another."""
     if composed.is_composed(dataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shlex
 import sys
@@ -15,12 +16,13 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from common import models, prompts
-from common.cli import say
+from common.cli import counted, say
 from common.errors import UserError
 from common.models.chat_date import fix_date
 from common.problems.demonstrations import demonstrations
 from common.problems.planning import load_planning_data
 from common.problems.questions import Question, fingerprint, is_generated, kind_of_source, load_questions
+from common.processes.ranks import world_size
 from common.reports.jsonl import read_jsonl
 from common.reports.plots import plot_loss_curves
 from common.reports.tables import format_table
@@ -68,6 +70,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     end_ids = end_token_ids(base, tokenizer)
     training, validation = (tokenised(tokenizer, rows, end_ids) for rows in (training_rows, validation_rows))
     check_length(args.max_seq_len, training, validation)
+    check_warmup(args, len(training))
     if longer := sum(len(ids) > args.max_seq_len for ids in training["input_ids"]):
         say(f"{longer} of {len(training)} rows are longer than --max-seq-len {args.max_seq_len} and are cut at the end")
     trainer = SFTTrainer(
@@ -283,6 +286,25 @@ def check_length(limit: int, training: Dataset, validation: Dataset) -> None:
                 f"--max-seq-len {limit} leaves no token to imitate, because the shortest prompt has {min(begins)}: "
                 f"give more ({longest} cuts nothing)"
             )
+
+
+def check_warmup(args: SupervisedArgs, rows: int) -> None:
+    """Refuse a warm-up that the run would not leave: its learning rate would never reach `lr`.
+
+    Args:
+        args: settings of the run.
+        rows: to imitate.
+
+    Raises:
+        UserError: with the number of the run's steps.
+    """
+    passes = math.ceil(math.ceil(rows / world_size()) / args.batch_size)
+    steps = math.ceil(args.num_epochs * math.ceil(passes / args.grad_accum))
+    if args.warmup_steps >= steps:
+        raise UserError(
+            f"--warmup-steps {args.warmup_steps}: in the run's {counted(steps, 'step')} the learning rate would never "
+            "reach --lr: give fewer"
+        )
 
 
 def _turn_end(tokenizer: Any, end_ids: frozenset[int]) -> int:
