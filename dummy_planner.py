@@ -36,7 +36,7 @@ from common.processes.engines import check_engine
 from common.processes.launcher import check_not_alone
 from common.runs.checkpoints import is_last, newest_checkpoint
 from common.runs.folder import own_output_dir, settle_replaced
-from common.runs.record import check_same_processes, stored_settings
+from common.runs.record import TRAINING_CONFIG, check_same_processes, settings_from, stored_settings
 from common.settings.partners import SFT_RULES, check_partners
 from common.settings.sft import RESUMABLE, SFT_DEMO, SupervisedArgs
 
@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stored_settings(output_dir, given, RESUMABLE, "dummy_planner.py") if options.resume else {**preset, **given}
     )
     args = SupervisedArgs.from_dict({**DEFAULTS, **values})
-    args.validate()
+    with settings_from(output_dir / TRAINING_CONFIG if options.resume else None, given):
+        args.validate()
     check_partners(args, given, SFT_RULES, kinds_of(args.dataset))
     check_engine()
     check_not_alone()

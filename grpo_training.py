@@ -43,7 +43,14 @@ from common.rewards import PipelineRewardFunction
 from common.runs.adapters import read_adapter_config
 from common.runs.checkpoints import checkpoint_step, newest_checkpoint
 from common.runs.folder import own_output_dir, settle_replaced
-from common.runs.record import check_same_data, check_same_processes, read_run_record, stored_settings
+from common.runs.record import (
+    TRAINING_CONFIG,
+    check_same_data,
+    check_same_processes,
+    read_run_record,
+    settings_from,
+    stored_settings,
+)
 from common.servers.vllm import serve_base
 from common.settings.grpo import DEMO, RESUMABLE, TrainingArgs
 from common.settings.partners import GRPO_RULES, check_partners
@@ -86,7 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.resume and options.eval_only:
         raise UserError("--resume trains the run further and --eval-only scores it as it is: leave one of them out")
     args, given = settle(options), given_settings(options, TrainingArgs)
-    args.validate()
+    goes_on = options.resume or options.eval_only
+    with settings_from(Path(args.output_dir, TRAINING_CONFIG) if goes_on else None, given):
+        args.validate()
     check_partners(args, given, GRPO_RULES, kinds_of(args.dataset, args.eval_dataset))
     check_engine()
     check_not_alone()
@@ -96,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return check_run(args, given, overwrite=options.overwrite, resume=options.resume)
     output_dir = Path(args.output_dir)
-    with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume or options.eval_only):
+    with own_output_dir(output_dir, overwrite=options.overwrite, resume=goes_on):
         return start(options, args)
 
 

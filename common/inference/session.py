@@ -17,6 +17,7 @@ from common.inference.trained_settings import find_training_config, read_trainin
 from common.pipeline import OnAnswer, PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import Plan, plan_schema
 from common.prompts import planner_messages
+from common.runs.record import settings_from
 from common.servers.client import Endpoint, Server
 from common.servers.instructions import fold_if_dropped
 from common.servers.model_list import ServedModel, adapter_of, base_model, check_parent, find_adapter
@@ -115,7 +116,8 @@ class Session:
         config = find_training_config(args.training_config, args.base_url, adapter.root)
         self.trained: dict[str, Any] = {} if config is None else read_training_settings(config)
         self.args = args = with_trained(given, self.trained)
-        args.validate()
+        with settings_from(config, given):
+            args.validate()
         say(f"planner {adapter.name}, base {self.base.name}, at {args.base_url}")
         chosen = "  ".join(f"{name}={getattr(args, name)}" for name in PROMPT_SETTINGS)
         say(f"{chosen}  ({'from flags and defaults' if config is None else f'from {config} and flags'})")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from common.errors import UserError
 from common.problems.questions import check_source
-from common.runs.record import TRAINING_CONFIG
+from common.runs.record import TRAINING_CONFIG, settings_from
 from common.settings.grpo import TrainingArgs
 from common.settings.inference import PROMPT_SETTINGS, ServingArgs
 
@@ -72,7 +72,8 @@ def check_given_config(given: Mapping[str, Any], *, benchmark: bool) -> None:
     if config is None:
         return
     trained = read_training_settings(config)
-    with_trained(given, trained).validate()
+    with settings_from(config, given):
+        with_trained(given, trained).validate()
     if benchmark and args.dataset is None:
         check_source(benchmark_source(args, trained), "test")
 

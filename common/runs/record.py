@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, UserErrors
 from common.processes.ranks import world_size
 from common.settings.fields import flag_of
 
@@ -47,6 +49,25 @@ def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str]
                 "leave the flag out to go on with it, or start anew in another --output-dir"
             )
     return {**stored, **given, "output_dir": str(output_dir)}
+
+
+@contextmanager
+def settings_from(record: Path | None, given: Collection[str]) -> Iterator[None]:
+    """Context manager: problems with settings that were read from a file name that file.
+
+    Args:
+        record: the file; None if all settings are from the command line.
+        given: names of the settings from the command line; problems with these stay as they are.
+    """
+    try:
+        yield
+    except UserErrors as error:
+        if record is None:
+            raise
+        flags = {flag_of(name) for name in given}
+        own = (line.split()[0].rstrip(":") in flags for line in error.messages)
+        lines = [line if is_own else f"{record}: {line}" for line, is_own in zip(error.messages, own, strict=True)]
+        raise UserErrors(lines, exit_code=error.exit_code) from error
 
 
 def check_same_processes(output_dir: Path) -> None:

@@ -59,7 +59,7 @@ def test_what_lies_here_is_looked_at_before_the_server_is_asked(server, tmp_path
     config = tmp_path / "training_config.json"
     wrong = {
         "no object": "is no training_config.json",
-        json.dumps({"settings": {"worker_max_tokens": -1}}): "--worker-max-tokens must be greater than 0",
+        json.dumps({"settings": {"worker_max_tokens": -1}}): f"{config}: --worker-max-tokens must be greater",
         json.dumps({"settings": {"dataset": str(tmp_path / "gone.jsonl")}}): "gone.jsonl does not exist",
         json.dumps({"settings": {"dataset": "reasoning-gym:chain_sun"}}): "no task 'chain_sun'",
     }

@@ -30,6 +30,24 @@ def test_4bit_is_as_the_run_was_started_where_it_was_left_to_the_machine(tmp_pat
         stored(tmp_path, {"use_4bit": False}, four_bit=True)
 
 
+@pytest.mark.parametrize(
+    ("script", "settings", "flags", "told"),
+    [
+        ("grpo_training.py", {"lr": "fast"}, ["--resume"], "{file}: --lr must be float, found 'fast'"),
+        ("grpo_training.py", {"top_p": 2}, ["--eval-only", "--eval-samples", "9"], "{file}: --top-p must lie between"),
+        ("grpo_training.py", {"grad_accum": 3}, ["--resume", "--check"], "{file}: --batch-size 1 × --grad-accum 3"),
+        ("grpo_training.py", {"max_steps": 0}, ["--resume", "--max-steps", "-1"], "--max-steps must be greater than 0"),
+        ("dummy_planner.py", {"seed": None}, ["--resume"], "{file}: --seed must be int, found None"),
+    ],
+)
+def test_a_wrong_value_in_the_record_is_told_with_the_file(tmp_path, script, settings, flags, told):
+    file = tmp_path / TRAINING_CONFIG
+    write_json(file, {"script": script, "settings": {"output_dir": "x", **settings}})
+    done = run_script(script, "--output-dir", str(tmp_path), *flags)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"{script}: error: {told.format(file=file)}"), line
+
+
 def test_the_scoreboard_alone_is_kept_in_the_precision_of_the_run(tiny_args, tmp_path):
     tiny_args.dataset, tiny_args.max_samples, tiny_args.max_steps = "generated:shares?people=3", 20, 1
     given = [flag for flag in flags(tiny_args) if flag != "--no-4bit"]
