@@ -222,7 +222,12 @@ def _usage(repo_id: str, base: str, record: dict[str, Any]) -> str:
 
 def _public(value: Any) -> Any:
     """A setting without folders of the author's machine: of a full path only the last part is kept."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    if not isinstance(value, str):
+        return value
+    composed = "multi:" if value.startswith("multi:") else ""
+    source = value.removeprefix(composed)
+    folder, _, _ = source.partition("?")
+    return composed + Path(folder).name + source.removeprefix(folder) if Path(folder).is_absolute() else value
 
 
 def _training(record: dict[str, Any]) -> str:

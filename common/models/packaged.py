@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.settings.fields import absolute
 from common.settings.grpo import PACKAGED_MODEL
 
 
@@ -22,12 +23,14 @@ def cache_dir() -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """The name to pass to `from_pretrained`: the folder of the converted packaged model, or `name` unchanged.
+    """The name to pass to `from_pretrained`: the folder of the converted packaged model, another folder, or a Hub id.
+
+    PEFT stores this name in adapter_config.json, where a relative path would mean nothing, so a path is absolute.
 
     Raises:
         UserError: if the packaged model is not installed.
     """
-    return str(_packaged_language_model()) if name == PACKAGED_MODEL else name
+    return str(_packaged_language_model()) if name == PACKAGED_MODEL else absolute(name)
 
 
 def unconverted(name: str) -> tuple[str, dict[str, Any]]:

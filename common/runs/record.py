@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -12,7 +13,7 @@ from typing import Any
 
 from common.errors import UserError, UserErrors
 from common.processes.ranks import world_size
-from common.settings.fields import flag_of
+from common.settings.fields import absolute, flag_of
 
 TRAINING_CONFIG = "training_config.json"
 WANDB_RUN = "wandb_run.json"  # id of the W&B run that a resumed run continues
@@ -43,12 +44,18 @@ def stored_settings(output_dir: Path, given: dict[str, Any], resumable: set[str]
         # The machine decided this if it was not set; the run keeps that choice on any machine.
         stored = {**stored, "use_4bit": record["four_bit"]}
     for name, value in given.items():
-        if name not in resumable and stored.get(name) != value:
+        if name not in resumable and stored.get(name) != value and not _same_path(stored.get(name), value):
             raise UserError(
                 f"{flag_of(name)} {value} differs from the run in {output_dir} ({stored.get(name)}): "
                 "leave the flag out to go on with it, or start anew in another --output-dir"
             )
     return {**stored, **given, "output_dir": str(output_dir)}
+
+
+def _same_path(stored: Any, given: Any) -> bool:
+    """Whether two names mean the same file or folder, such as the stored absolute path and a relative one."""
+    names = [os.path.normpath(absolute(name)) for name in (stored, given) if isinstance(name, str)]
+    return len(names) == 2 and names[0] == names[1]
 
 
 @contextmanager

@@ -133,7 +133,8 @@ def server_command(
     # With rank_pattern, some layers may have a higher rank than `r`.
     needed = max([config["r"], *config.get("rank_pattern", {}).values()])
     command = _base_command(base, needed, cpu=cpu, chat_template=chat_template)
-    return [*command, "--lora-modules", f"{ADAPTER_NAME}={adapter}", "--port", str(port)]
+    # Clients in other folders look for the adapter's settings under the path that the server reports.
+    return [*command, "--lora-modules", f"{ADAPTER_NAME}={Path(adapter).absolute()}", "--port", str(port)]
 
 
 def _base_command(base: str, rank: int, *, cpu: bool, chat_template: str | None) -> list[str]:

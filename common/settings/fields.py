@@ -6,9 +6,11 @@ Nothing heavy is imported here.
 from __future__ import annotations
 
 import math
+import os
 import types
 import typing
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +24,8 @@ def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
         default: value of the field; `MISSING` if it has none.
         group: heading in the help text.
         help: help text of the flag.
-        extra: `metavar` for the help text; `positive`, `fraction` (in [0, 1]) or `minimum` for `check_values`.
+        extra: `metavar` for the help text; `positive`, `fraction` (in [0, 1]) or `minimum` for `check_values`; `local`
+            for `absolute_paths`: "path", or "name" of something that may also be a path.
     """
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
@@ -38,6 +41,29 @@ def check_values(settings: Any) -> list[str]:
     found = ((spec, getattr(settings, spec.name)) for spec in fields(settings))
     checked = (_type_problem(spec, hints[spec.name], value) or _problem_with(spec, value) for spec, value in found)
     return [problem for problem in checked if problem is not None]
+
+
+def absolute_paths(settings: Any) -> dict[str, Any]:
+    """All settings as JSON-ready values, with absolute local paths. So they mean the same in every folder."""
+    found: dict[str, Any] = asdict(settings)
+    for spec in fields(settings):
+        value, kind = found[spec.name], spec.metadata.get("local")
+        if kind is not None and value is not None:
+            found[spec.name] = str(Path(value).absolute()) if kind == "path" else absolute(value)
+    return found
+
+
+def absolute(name: str) -> str:
+    """The name of a model or data source: with an absolute path if it is that of a file or folder, else unchanged.
+
+    Symbolic links stay, because what they point to may be exchanged.
+    """
+    composed = "multi:" if name.startswith("multi:") else ""
+    source, mark, options = name.removeprefix(composed).partition("?")
+    path = os.path.expanduser(source)  # noqa: PTH111 - pathlib raises for a home or a name that cannot be
+    if not path or name.startswith("packaged/") or not os.path.exists(path):  # noqa: PTH110
+        return name
+    return f"{composed}{Path(path).absolute()}{mark}{options}"
 
 
 def url_problem(url: str) -> str | None:

@@ -29,8 +29,8 @@ class TrainingArgs:
     """
 
     # fmt: off
-    base_model: str = setting("meta-llama/Llama-3.1-8B-Instruct", "model", "Hub id or folder of the base model (planner and frozen worker)", metavar="MODEL")
-    adapter_path: str | None = setting(None, "model", "start from this LoRA adapter, such as a supervised one", metavar="DIR")
+    base_model: str = setting("meta-llama/Llama-3.1-8B-Instruct", "model", "Hub id or folder of the base model (planner and frozen worker)", metavar="MODEL", local="name")
+    adapter_path: str | None = setting(None, "model", "start from this LoRA adapter, such as a supervised one", metavar="DIR", local="path")
     use_4bit: bool | None = setting(None, "model", "base model in NF4 with double quantisation (default: 4-bit on a GPU, --cpu-dtype without)")
     cpu_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "model", "number format of matrix products on a CPU. bfloat16 is faster, most of all in forward and backward; but where two tokens are almost equally likely, a greedy answer may then depend on the other prompts in its batch. auto: bfloat16 if the processor has instructions for it (AVX512-BF16, AMX) and weights are not quantised, else float32; with vLLM servers float32, because the check of who wrote the plans is most exact then. Not used on a GPU")
     lora_r: int = setting(16, "model", "LoRA rank", positive=True)
@@ -38,7 +38,7 @@ class TrainingArgs:
     lora_dropout: float = setting(0.0, "model", "LoRA dropout; on a GPU, rollouts run in train mode, so it is noise on the policy too", fraction=True)
     lora_layers: int | None = setting(None, "model", "adapt only the last N layers (default: all)", positive=True)
 
-    dataset: str = setting("openai/gsm8k", "data", "Hub id; or a .jsonl/.parquet file or folder with question and answer columns; or generated problems: generated:shares or reasoning-gym:TASK[?option=value&…]; or several of any of these in one question: multi:SOURCE[?parts=2-3&single=0.3&max_steps=3&kind=sum|chained]")
+    dataset: str = setting("openai/gsm8k", "data", "Hub id; or a .jsonl/.parquet file or folder with question and answer columns; or generated problems: generated:shares or reasoning-gym:TASK[?option=value&…]; or several of any of these in one question: multi:SOURCE[?parts=2-3&single=0.3&max_steps=3&kind=sum|chained]", local="name")
     dataset_config: str | None = setting("main", "data", "configuration of a Hub data set", metavar="NAME")
     dataset_split: str = setting("train", "data", "split to train on", metavar="NAME")
     max_samples: int = setting(1000, "data", "use at most this many questions", positive=True)
@@ -79,10 +79,10 @@ class TrainingArgs:
     worker_timeout: float = setting(300.0, "worker", "seconds one attempt at one request to --worker-url may take", positive=True)
 
     vllm_url: str | None = setting(None, "vllm", "sample plans from the adapter on these vLLM servers, and use their base model as worker (docs/training.md shows a server's command); several addresses, separated by commas, share the prompts", metavar="URL[,URL…]")
-    vllm_python: str | None = setting(None, "vllm", "start such a vLLM server on this machine for the time of the run, with this Python of an environment that has vLLM", metavar="FILE")
+    vllm_python: str | None = setting(None, "vllm", "start such a vLLM server on this machine for the time of the run, with this Python of an environment that has vLLM", metavar="FILE", local="path")
     vllm_port: int = setting(8100, "vllm", "port of the server that --vllm-python starts", positive=True)
     vllm_gpu_memory: float = setting(0.4, "vllm", "share of the GPU's memory for the server that --vllm-python starts", positive=True, fraction=True)
-    vllm_adapter_dir: str | None = setting(None, "vllm", "folder for the adapter versions that the servers load; they must see it under the same path (default: vllm_adapters in --output-dir)", metavar="DIR")
+    vllm_adapter_dir: str | None = setting(None, "vllm", "folder for the adapter versions that the servers load; they must see it under the same path (default: vllm_adapters in --output-dir)", metavar="DIR", local="path")
     vllm_timeout: float = setting(600.0, "vllm", "seconds one attempt at one request to --vllm-url may take", positive=True)
     vllm_patience: float = setting(300.0, "vllm", "seconds that a server may be unreachable before its samples are left out of the loss (masked)", minimum=0)
     vllm_max_gap: float | None = setting(None, "vllm", "stop the run if log-probabilities of a server and of the trainer differ by more than this, in nats (default: 0.001 for every token if the trainer computes in fp32, else 0.1 for the mean over all tokens)", positive=True)
@@ -93,12 +93,12 @@ class TrainingArgs:
     max_tokens: int = setting(1000, "reward", "planner and worker tokens of one question at which token efficiency is 0 (the normaliser of the formula)", positive=True)
     format_weight: float = setting(0.0, "reward", "credit for nearly valid JSON in an invalid plan; 0 keeps the documented formula", minimum=0)
     gate_on_correct: bool = setting(False, "reward", "reward efficiency and independence only if the answer is correct")
-    embedding_model: str = setting("sentence-transformers/all-MiniLM-L6-v2", "reward", "sentence encoder behind the independence score", metavar="MODEL")
+    embedding_model: str = setting("sentence-transformers/all-MiniLM-L6-v2", "reward", "sentence encoder behind the independence score", metavar="MODEL", local="name")
 
     eval_samples: int = setting(0, "evaluation", "held-out questions for the scoreboard before and after training; 0: none", minimum=0)
-    eval_dataset: str | None = setting(None, "evaluation", "source of the held-out questions (default: the test split of --dataset, or newly generated problems)", metavar="SOURCE")
+    eval_dataset: str | None = setting(None, "evaluation", "source of the held-out questions (default: the test split of --dataset, or newly generated problems)", metavar="SOURCE", local="name")
 
-    output_dir: str = setting("./grpo_planner_adapter", "output", "folder for all files of the run", metavar="DIR")
+    output_dir: str = setting("./grpo_planner_adapter", "output", "folder for all files of the run", metavar="DIR", local="path")
     save_steps: int = setting(50, "output", "steps between checkpoints", positive=True)
     save_total_limit: int = setting(3, "output", "checkpoints kept", positive=True)
     wandb: bool = setting(True, "output", "log to Weights & Biases (offline when not logged in)")

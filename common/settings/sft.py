@@ -18,17 +18,17 @@ class SupervisedArgs:
     """Settings of the supervised baseline. Lengths are in tokens. Each field's help text documents it."""
 
     # fmt: off
-    base_model: str = setting(MISSING, "model", "Hub id or folder of the base model", metavar="MODEL")
+    base_model: str = setting(MISSING, "model", "Hub id or folder of the base model", metavar="MODEL", local="name")
     use_4bit: bool | None = setting(None, "model", "base model in NF4 with double quantisation (default: 4-bit on a GPU, --cpu-dtype without)")
     cpu_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "model", "number format of matrix products on a CPU. bfloat16 is faster, most of all in forward and backward; but where two tokens are almost equally likely, a greedy answer may then depend on the other prompts in its batch. auto: bfloat16 if the processor has instructions for it (AVX512-BF16, AMX) and weights are not quantised, else float32. Not used on a GPU")
     lora_r: int = setting(16, "model", "LoRA rank", positive=True)
     lora_alpha: int = setting(32, "model", "LoRA scale numerator: the update is multiplied by alpha / r", positive=True)
     lora_dropout: float = setting(0.0, "model", "LoRA dropout", fraction=True)
     lora_layers: int | None = setting(None, "model", "adapt only the last N layers (default: all)", positive=True)
-    adapter_path: str | None = setting(None, "model", "continue from this LoRA adapter", metavar="DIR")
+    adapter_path: str | None = setting(None, "model", "continue from this LoRA adapter", metavar="DIR", local="path")
 
     format: Literal["planning-data", "json-plan"] = setting("planning-data", "data", "columns SystemPrompt, UserPrompt, ExpectedOutput; or JSON plans in the GRPO planner's prompt")
-    dataset: str = setting(MISSING, "data", "Hub id, .jsonl/.parquet file or folder; for json-plan GSM8K's socratic variant, generated:shares, or several problems in one question: multi:SOURCE[?parts=2-3&single=0.3&max_steps=3&kind=sum|chained]")
+    dataset: str = setting(MISSING, "data", "Hub id, .jsonl/.parquet file or folder; for json-plan GSM8K's socratic variant, generated:shares, or several problems in one question: multi:SOURCE[?parts=2-3&single=0.3&max_steps=3&kind=sum|chained]", local="name")
     dataset_config: str | None = setting(None, "data", "configuration of a Hub data set ('socratic' for openai/gsm8k)", metavar="NAME")
     max_samples: int | None = setting(None, "data", "use at most this many rows (default: all)", positive=True)
     max_seq_len: int = setting(MISSING, "data", "longer rows are cut at the end", positive=True)
@@ -43,7 +43,7 @@ class SupervisedArgs:
     gradient_checkpointing: bool | None = setting(None, "training", "recompute activations to save memory (default: on a GPU only)")
     seed: int = setting(42, "training", "seed of initialisation, data order and demonstrated plans", minimum=0)
 
-    output_dir: str = setting(MISSING, "output", "folder for all files of the run", metavar="DIR")
+    output_dir: str = setting(MISSING, "output", "folder for all files of the run", metavar="DIR", local="path")
     save_steps: int = setting(100, "output", "steps between checkpoints and evaluations", positive=True)
     save_total_limit: int = setting(3, "output", "checkpoints kept", positive=True)
     wandb: bool = setting(True, "output", "log to Weights & Biases (offline when not logged in)")

@@ -293,7 +293,7 @@ def finish(args: TrainingArgs, trainer: GRPOTrainer, tokenizer: Any, output_dir:
         output_dir,
         cpu=not torch.cuda.is_available(),
         # vLLM does not know the project's chat template for a base model without one, nor the date of the run.
-        chat_template=str(output_dir / "chat_template.jinja")
+        chat_template=str(output_dir.absolute() / "chat_template.jinja")
         if dated or tokenizer.chat_template == prompts.PLAIN_CHAT_TEMPLATE
         else None,
     )

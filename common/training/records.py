@@ -13,6 +13,7 @@ from common.runs.checkpoints import checkpoint_step
 from common.runs.files import read_json, write_json
 from common.runs.folder import set_aside
 from common.runs.record import TRAINING_CONFIG, run_record, stored_date
+from common.settings.fields import absolute_paths
 from common.settings.grpo import TrainingArgs
 from common.settings.sft import SupervisedArgs
 
@@ -75,7 +76,7 @@ def start_records(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None, 
     output_dir = Path(args.output_dir)
     if checkpoint is None:
         set_aside(output_dir)
-    record = run_record(args.to_dict(), script=script, seed=args.seed, processes=world_size(), **facts)
+    record = run_record(absolute_paths(args), script=script, seed=args.seed, processes=world_size(), **facts)
     write_json(output_dir / TRAINING_CONFIG, record)
     step = 0 if checkpoint is None else checkpoint_step(checkpoint)
     for name in ("metrics.jsonl", "samples.jsonl"):

@@ -11,7 +11,7 @@ from merges import merge, refused, report_of, trained, weights_of
 from safetensors.torch import load_file
 
 from common import models
-from common.merging.model_card import metadata
+from common.merging.model_card import _training, metadata
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = {
@@ -149,3 +149,13 @@ def test_a_card_names_data_sets_of_the_hub_only(settings, named):
     assert data.get("datasets") == named
     told = data["model-index"][0]["results"][0]["dataset"]["name"]
     assert ("/" in told) == (named is not None), "no folder of the author's machine"
+
+
+def test_a_card_shows_no_folder_of_the_authors_machine():
+    stored = {
+        "dataset": "multi:/home/me/gsm8k.jsonl?parts=2",
+        "base_model": "/home/me/model",
+        "eval_dataset": "/home/a/b",
+    }
+    shown = _training({"settings": stored})
+    assert "home" not in shown and "multi:gsm8k.jsonl?parts=2" in shown

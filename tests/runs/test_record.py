@@ -13,6 +13,8 @@ from common.errors import UserError
 from common.runs.checkpoints import complete_checkpoints
 from common.runs.files import write_json
 from common.runs.record import TRAINING_CONFIG, stored_settings
+from common.settings.fields import absolute
+from common.settings.grpo import PACKAGED_MODEL, TrainingArgs
 
 
 def stored(folder: Path, given: dict[str, object], **facts: object) -> object:
@@ -46,6 +48,43 @@ def test_a_wrong_value_in_the_record_is_told_with_the_file(tmp_path, script, set
     done = run_script(script, "--output-dir", str(tmp_path), *flags)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith(f"{script}: error: {told.format(file=file)}"), line
+
+
+def test_a_record_names_files_and_folders_so_that_a_resume_from_elsewhere_finds_them(tmp_path, monkeypatch):
+    from common import models
+    from common.training.records import start_records
+
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here / "warm", here / "base", here / "a+b", elsewhere):
+        folder.mkdir(parents=True)
+    (here / "train.jsonl").write_text("")
+    monkeypatch.chdir(here)
+    args = TrainingArgs(
+        base_model="base", adapter_path="warm", dataset="multi:./train.jsonl?parts=2", eval_dataset="a+b",
+        output_dir="run", vllm_adapter_dir="versions", vllm_python="../python",
+    )  # fmt: skip
+    (here / "run").mkdir()
+    start_records(args, None, script="grpo_training.py")
+    stored = json.loads((here / "run" / TRAINING_CONFIG).read_text())["settings"]
+    assert stored == args.to_dict() | {
+        "base_model": f"{here}/base", "adapter_path": f"{here}/warm", "dataset": f"multi:{here}/train.jsonl?parts=2",
+        "eval_dataset": f"{here}/a+b", "output_dir": f"{here}/run", "vllm_adapter_dir": f"{here}/versions",
+        "vllm_python": f"{here}/../python",
+    }  # fmt: skip
+    assert models.resolve_model("base") == stored["base_model"], "adapter_config.json holds this name"
+    monkeypatch.chdir(elsewhere)
+    same = {"adapter_path": "../here/warm", "dataset": "multi:../here/train.jsonl?parts=2"}
+    assert stored_settings(here / "run", same, set(), "grpo_training.py")["base_model"] == f"{here}/base"
+    for other in ({"adapter_path": "warm"}, {"base_model": "base"}, {"dataset": "multi:../here/train.jsonl?parts=3"}):
+        with pytest.raises(UserError, match="differs from the run"):
+            stored_settings(here / "run", other, set(), "grpo_training.py")
+
+
+def test_names_that_are_no_paths_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "packaged" / "SmolLM2-135M-Instruct").mkdir(parents=True)
+    for name in ("meta-llama/Llama-3.1-8B-Instruct", PACKAGED_MODEL, "generated:shares?people=3", "x" * 999, "multi:?"):
+        assert absolute(name) == name
 
 
 def test_the_scoreboard_alone_is_kept_in_the_precision_of_the_run(tiny_args, tmp_path):
