@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from common.cli import Parser, add_settings, given_settings, run, say, settings_table
 from common.errors import UserError, UserErrors
+from common.fit.missing import check_hub_model
 from common.merging import certificate as certifying
 from common.merging import hub, model_card
 from common.merging.report import certificate_table
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--local-save-path {args.target} lies in the folder of {what}, which a merge leaves as it is: name "
                 "another folder"
             )
+    if args.revision is None:
+        check_hub_model(base)
     check_writable(args.target, "--local-save-path")
     target = args.target.resolve()
     with only_run(target.with_name(f".{target.name}{LOCK_FILE}"), f"--local-save-path {args.target}"):

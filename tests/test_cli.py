@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HEAVY, ROOT, run_script
+from conftest import HEAVY, ROOT, free_port, run_script
+from hub_server import Fault, HubServer
 
 from common.errors import UserError, UserErrors
 from common.settings.grpo import DEMO, RESUMABLE, TrainingArgs
@@ -99,6 +100,9 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no such file": (["--dataset", "./none.jsonl"], "none.jsonl does not exist"),
         "no such task": (["--dataset", "reasoning-gym:chain_sun"], "chain_sum"),
         "no such model folder": (["--base-model", str(tmp_path / "none")], "does not exist"),
+        "a file as model": (["--base-model", __file__], f"--base-model {__file__} is a file: name the folder"),
+        "no name of a model": (["--base-model", "a model"], "a model is no folder and no Hub id (owner/name)"),
+        "no encoder": (["--base-model", "packaged/SmolLM2-135M-Instruct", "--embedding-model", "./enc"], "no Hub id"),
         "no such packaged model": (["--base-model", "packaged/SmolLM2"], "is not packaged"),
         "empty model": (["--base-model", ""], "--base-model is empty"),
         "empty data set": (["--dataset", ""], "--dataset is empty"),
@@ -237,15 +241,32 @@ def test_several_problems_are_told_at_once(questions_file):
     assert "--lr" in done.stderr and "--temperature" in done.stderr
 
 
-def test_an_unreachable_model_is_one_line_that_names_the_ways_out(questions_file, tmp_path):
-    done = run_script(
-        "grpo_training.py", "--base-model", "nobody/no-such-model", "--dataset", str(questions_file),
-        "--output-dir", str(tmp_path / "run"), "--no-wandb",
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "nobody/no-such-model" in done.stderr.splitlines()[-1]
-    assert "packaged/" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("script", ["grpo_training.py", "dummy_planner.py"])
+def test_a_misspelt_model_is_told_first_where_the_hub_is_out_of_reach(script, questions_file, tmp_path):
+    """Set offline, and without network: in one line that names the ways out, before anything heavy is imported."""
+    for name in HEAVY - {"numpy"}:
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+    gone = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
+    for env, why in (({}, "HF_HUB_OFFLINE is set"), (gone, "no connection to 127.0.0.1")):
+        done = run_script(
+            script, "--base-model", "nobody/no-such-model", "--output-dir", str(tmp_path / "run"), "--no-wandb",
+            *(["--dataset", str(questions_file)] if script.startswith("grpo") else []),
+            env={"PYTHONPATH": str(tmp_path), "HF_HOME": str(tmp_path), **env},
+        )  # fmt: skip
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and "--base-model nobody/no-such-model is not on this machine" in line, line
+        assert why in line and "use --base-model packaged/" in line and not (tmp_path / "run").exists()
+
+
+def test_a_model_that_the_hub_does_not_have_is_told_before_anything_is_downloaded(tmp_path):
+    with HubServer() as hub:
+        hub.faults.append(Fault("HEAD", "nobody/no-such-model/resolve/main/config.json", 404))
+        done = run_script(
+            "grpo_training.py", "--demo", "--base-model", "nobody/no-such-model", "--output-dir", str(tmp_path / "run"),
+            env={"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)},
+        )  # fmt: skip
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "--base-model nobody/no-such-model: the Hub has no such model" in line, line
 
 
 SCRIPTS = ("grpo_training.py", "dummy_planner.py", "inference_vllm.py", "merge_and_push.py")

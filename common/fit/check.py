@@ -54,7 +54,7 @@ def check_run(args: TrainingArgs, given: Mapping[str, Any], *, overwrite: bool, 
     found.tried(lambda: missing.check_wandb(args))
     if not args.wandb:
         forbid_import("wandb")
-    loaded = found.tried(lambda: _base(args, given))
+    loaded = found.tried(lambda: _base(args, given, offline))
     machine = found.tried(lambda: this_machine(args))
     if loaded is not None:
         config, tokenizer = loaded
@@ -142,12 +142,13 @@ def _questions(args: TrainingArgs) -> list[Question]:
     return questions
 
 
-def _base(args: TrainingArgs, given: Mapping[str, Any]) -> tuple[Any, Any]:
+def _base(args: TrainingArgs, given: Mapping[str, Any], offline: str | None) -> tuple[Any, Any]:
     """Config and tokenizer of the base model, after the checks that a run makes."""
     from transformers import AutoConfig
 
     models.quiet_transformers()
     check_models(args, given)
+    missing.check_hub_model(args.base_model, lambda: offline)
     source, options = models.unconverted(args.base_model)
     with models.explained(args.base_model):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)

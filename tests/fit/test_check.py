@@ -120,7 +120,7 @@ def test_every_missing_thing_is_a_line_of_its_own(tiny_args, tmp_path):
     assert len(lines) == 4, lines
     tiny_args.base_model, tiny_args.worker_url, tiny_args.wandb = "nobody/no-model", None, False
     done = check(tiny_args, env=offline)
-    assert done.returncode == 2 and "model 'nobody/no-model' could not be loaded" in done.stderr
+    assert done.returncode == 2 and "--base-model nobody/no-model is not on this machine" in done.stderr
     tiny_args.grad_accum = 2
     done = check(tiny_args, env=offline)  # all that is wrong lies outside: the run itself would end with 1 too
     assert done.returncode == 1 and "gives 4 questions" not in done.stderr, done.stderr
