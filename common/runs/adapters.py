@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import tempfile
 from collections.abc import Mapping
@@ -99,7 +100,7 @@ def read_adapter_config(adapter_path: str, flag: str = "--adapter-path") -> dict
     return config
 
 
-def check_adapter_base(adapter_path: str, base_model: str, aliases: tuple[str, ...] = ()) -> None:
+def check_adapter_base(adapter_path: str, base_model: str) -> None:
     """Check that an adapter names the base model in use.
 
     Folders and Hub ids may name the same model, so the last part of the name decides.
@@ -107,17 +108,39 @@ def check_adapter_base(adapter_path: str, base_model: str, aliases: tuple[str, .
     Args:
         adapter_path: folder of the adapter.
         base_model: in use.
-        aliases: other names of the same base model.
 
     Raises:
         UserError: if the names differ.
     """
     recorded = read_adapter_config(adapter_path).get("base_model_name_or_path") or ""
-    names = {Path(name).name.casefold() for name in (base_model, *aliases)}
-    if recorded and Path(recorded).name.casefold() not in names:
+    if recorded and _last_part(recorded) != _last_part(base_model):
+        named = _named_base(adapter_path, recorded)
         raise UserError(
-            f"--adapter-path {adapter_path} was trained on {recorded}, not on {base_model}: use --base-model {recorded}"
+            f"--adapter-path {adapter_path} was trained on {named}, not on {base_model}: use --base-model {named}"
         )
+
+
+def _named_base(adapter_path: str, recorded: str) -> str:
+    """The base model of an adapter as a user names it, and as it may be valid on other machines.
+
+    Args:
+        adapter_path: folder of the adapter. The record of its training, if there is one, has the name that was given.
+        recorded: the name in the adapter's config, often a folder of a cache.
+    """
+    settings = (read_json(Path(adapter_path) / TRAINING_CONFIG) or {}).get("settings")
+    named = settings.get("base_model") if isinstance(settings, dict) else None
+    return named if isinstance(named, str) and _last_part(named) == _last_part(recorded) else _hub_id(recorded)
+
+
+def _last_part(name: str) -> str:
+    """The part of a base model's name that its Hub id, a copy in a folder and its folder in the Hub's cache share."""
+    return Path(_hub_id(name)).name.casefold()
+
+
+def _hub_id(name: str) -> str:
+    """The Hub id of a model whose folder is in the Hub's cache (…/models--OWNER--NAME/snapshots/…), else the name."""
+    found = re.search(r"(?:^|/)models--([^/]+)/snapshots/[^/]+/?$", name)
+    return name if found is None else found[1].replace("--", "/", 1)
 
 
 def check_adds_to_base(adapter_path: str) -> None:
@@ -245,8 +268,6 @@ def adapter_origin(adapter_path: str, base_model: str | None) -> tuple[dict[str,
         return record, base_model
     if not recorded:
         raise UserError(f"--adapter-path {adapter_path} does not say what it was trained on: add --base-model")
-    # The adapter's config contains the resolved path; the original name is also valid on other machines.
-    named = str(record.get("settings", {}).get("base_model", ""))
-    base = named if named and Path(named).name == Path(recorded).name else str(recorded)
+    base = _named_base(adapter_path, recorded)
     check_base_model(base)
     return record, base

@@ -10,7 +10,7 @@ import pytest
 from conftest import run_script
 
 from common.errors import UserError
-from common.runs.adapters import with_adapters_lora
+from common.runs.adapters import check_adapter_base, with_adapters_lora
 from common.settings.grpo import TrainingArgs
 
 OWN: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "layers_to_transform": [3, 4, 5]}
@@ -72,3 +72,30 @@ def test_an_adapter_that_no_run_can_go_on_with_is_told_with_its_file(tmp_path):
         path = Path(adapter(tmp_path / "warm", **OWN | wrong)) / "adapter_config.json"
         with pytest.raises(UserError, match=f"{path}: --lora-"):
             with_adapters_lora(served, {})
+
+
+CACHED = "/home/me/.cache/huggingface/hub/models--owner--Model-7B/snapshots/0a1b2c3d"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "record", "named"),
+    [
+        (CACHED, {}, "owner/Model-7B"),
+        ("/home/me/.cache/huggingface/hub/models--gpt2/snapshots/0a1b2c3d/", {}, "gpt2"),
+        ("/home/me/.cache/here/SmolLM2", {"settings": {"base_model": "packaged/SmolLM2"}}, "packaged/SmolLM2"),
+        ("/home/me/.cache/here/SmolLM2", {"settings": {"base_model": "owner/Other"}}, "/home/me/.cache/here/SmolLM2"),
+        ("owner/Model-7B", {"settings": None}, "owner/Model-7B"),
+    ],
+)
+def test_another_base_model_is_told_by_the_name_that_a_user_gives(tmp_path, recorded, record, named):
+    warm = adapter(tmp_path / "warm", base_model_name_or_path=recorded)
+    (tmp_path / "warm" / "training_config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"was trained on {named}, not on x/y: use --base-model {named}$"):
+        check_adapter_base(warm, "x/y")
+    check_adapter_base(warm, named)
+    check_adapter_base(warm, recorded)
+
+
+def test_a_copy_in_the_hubs_cache_and_the_hub_id_are_one_base_model(tmp_path):
+    check_adapter_base(adapter(tmp_path / "warm", base_model_name_or_path="owner/Model-7B"), CACHED)
+    check_adapter_base(adapter(tmp_path / "warm", base_model_name_or_path=CACHED), "/data/model-7b")
