@@ -154,6 +154,7 @@ def check_fit(config: Any, adapter: Path, base: str) -> tuple[int, int | None]:
     remedy = "name the base model that the adapter was trained on with --base-model"
     try:
         settings = PeftConfig.from_pretrained(str(adapter))
+        settings.base_model_name_or_path = None  # else PEFT warns where the base has another name than in training
         wrapped = get_peft_model(empty, settings, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(

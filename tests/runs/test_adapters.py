@@ -99,3 +99,11 @@ def test_another_base_model_is_told_by_the_name_that_a_user_gives(tmp_path, reco
 def test_a_copy_in_the_hubs_cache_and_the_hub_id_are_one_base_model(tmp_path):
     check_adapter_base(adapter(tmp_path / "warm", base_model_name_or_path="owner/Model-7B"), CACHED)
     check_adapter_base(adapter(tmp_path / "warm", base_model_name_or_path=CACHED), "/data/model-7b")
+
+
+def test_peft_is_not_told_where_the_base_was_in_training(tmp_path):
+    """It would warn that the name has changed wherever the base lies elsewhere now."""
+    from common import models
+
+    folder = adapter(tmp_path / "warm", base_model_name_or_path=CACHED, **OWN, target_modules=["q_proj"])
+    assert models.lora_config(TrainingArgs(adapter_path=folder), None).base_model_name_or_path is None
