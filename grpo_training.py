@@ -26,6 +26,7 @@ from common.cli import (
     add_run_flags,
     add_settings,
     check_run_flags,
+    counted,
     forbid_import,
     given_settings,
     run,
@@ -123,8 +124,8 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
             )
         if done == args.max_steps:
             say(
-                f"the run in {output_dir} has all of its {args.max_steps} steps, so nothing is trained: give more with "
-                "--max-steps, or make its scoreboard with --eval-only"
+                f"the run in {output_dir} has all of its {counted(args.max_steps, 'step')}, so nothing is trained: "
+                "give more with --max-steps, or make its scoreboard with --eval-only"
             )
     args = check_models(args, given_settings(options, TrainingArgs))
     if options.eval_only:

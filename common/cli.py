@@ -159,9 +159,9 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: `1 question`, `2 questions`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, style: str = "d") -> str:
+    """A number with its noun: `1 question`, `2 questions`; with the style "," also `2,000 questions`."""
+    return f"{number:{style}} {noun}{'' if number == 1 else 's'}"
 
 
 class GuardedStream(io.TextIOWrapper):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import models, prompts
-from common.cli import forbid_import
+from common.cli import counted, forbid_import
 from common.errors import UserErrors
 from common.fit import missing
 from common.fit.memory import GIB, SERVER, Machine, Part, estimate, peak
@@ -23,6 +23,7 @@ from common.problems.questions import (
     load_questions,
 )
 from common.processes.ranks import is_first, world_size
+from common.reports.tables import format_table
 from common.runs.folder import check_output_dir
 from common.settings.grpo import TrainingArgs, check_plan_fits
 
@@ -181,7 +182,7 @@ def _numbers(path: Path) -> dict[str, int]:
 def _model_line(args: TrainingArgs, shape: ModelShape, download: str | None) -> str:
     layers = "" if shape.open_layers == shape.layers else f" on the last {shape.open_layers}"
     return (
-        f"base model  {args.base_model}: {shape.parameters:,} parameters, {shape.layers} layers"
+        f"base model  {args.base_model}: {shape.parameters:,} parameters, {counted(shape.layers, 'layer')}"
         f"{'' if download is None else f' ({download})'}\n"
         f"adapter     {shape.trained:,} parameters, LoRA of rank {shape.rank}{layers}"
     )
@@ -197,25 +198,23 @@ def _products_line(args: TrainingArgs, machine: Machine) -> str:
 
 def _step_lines(args: TrainingArgs, step: Step, questions: int) -> str:
     processes = world_size()
-    completions, calls = processes * step.completions, processes * (step.solve.calls + step.combine.calls)
+    asked, completions = processes * step.questions, processes * step.completions
+    calls = processes * (step.solve.calls + step.combine.calls)
     drawn = args.max_steps * processes * step.questions // args.num_iterations
     return (
-        f"a step      {processes * step.questions} questions × {args.num_generations} = {completions} completions, "
-        f"{completions * args.max_completion_length:,} tokens at most; {calls:,} worker calls and "
-        f"{calls * args.worker_max_tokens:,} of their tokens at most\n"
-        f"the run     {args.max_steps} steps draw {drawn:,} questions from {questions:,}: "
-        f"each {drawn / questions:,.2f} times"
+        f"a step      {counted(asked, 'question')} × {args.num_generations} = {counted(completions, 'completion')}, "
+        f"{counted(completions * args.max_completion_length, 'token', ',')} at most; "
+        f"{counted(calls, 'worker call', ',')} and {calls * args.worker_max_tokens:,} of their tokens at most\n"
+        f"the run     {counted(args.max_steps, 'step')} {'draws' if args.max_steps == 1 else 'draw'} "
+        f"{counted(drawn, 'question', ',')} from {questions:,}: each {drawn / questions:,.2f} times"
     )
 
 
 def _memory_table(parts: Sequence[Part], machine: Machine) -> str:
     """All parts, the largest sum of parts that exist at the same time, and the memory of the machine."""
-    needed = peak(parts, machine)
     rows = [(part.name, part.bytes) for part in parts]
     each = f" ({machine.processes} processes)" if machine.processes > 1 else ""
-    rows += [(f"at the worst moment{each}", needed), (f"{machine.name} has", machine.total)]
+    rows += [(f"at the worst moment{each}", peak(parts, machine)), (f"{machine.name} has", machine.total)]
     rows.append(("of which free now", machine.free))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(
-        ["", f"{'memory, at most':<{width}}     GiB", *(f"{n:<{width}}  {b / GIB:6.2f}" for n, b in rows), ""]
-    )
+    table = format_table([(name, f"{size / GIB:.2f}") for name, size in rows], ["memory, at most", "GiB"])
+    return f"\n{table}\n"

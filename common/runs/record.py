@@ -85,10 +85,11 @@ def check_same_processes(output_dir: Path) -> None:
     """
     stored, found = read_run_record(output_dir).get("processes", 1), world_size()
     if stored != found:
+        so_many = f"{stored} process{'' if stored == 1 else 'es'}"
+        way = f"torchrun --nproc_per_node {stored}" if stored > 1 else "one process, without a launcher"
         raise UserError(
-            f"--resume: the run in {output_dir} has {stored} processes, found {found}: go on with "
-            f"{'torchrun --nproc_per_node ' + str(stored) if stored > 1 else 'one process, without a launcher'}, or "
-            "start anew in another --output-dir"
+            f"--resume: the run in {output_dir} has {so_many}, found {found}: go on with {way}, or start anew in "
+            "another --output-dir"
         )
 
 

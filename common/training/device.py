@@ -9,7 +9,7 @@ import datasets
 import torch
 
 from common import models
-from common.cli import say
+from common.cli import counted, say
 from common.processes.heap import keep_freed_memory
 from common.settings.grpo import TrainingArgs
 from common.settings.sft import SupervisedArgs
@@ -48,7 +48,7 @@ def announce_device(args: models.LoraSettings) -> None:
         kind = "NF4 on a CPU, which is slow (--no-4bit is about three times as fast)"
     elif models.cpu_dtype(args) == "bfloat16":
         kind = "matrix products in bf16, which this processor has (--cpu-dtype float32 for fp32)"
-    say(f"no GPU found: running on {torch.get_num_threads()} CPU threads, {kind}")
+    say(f"no GPU found: running on {counted(torch.get_num_threads(), 'CPU thread')}, {kind}")
 
 
 def device_options(args: TrainingArgs | SupervisedArgs, config: Any) -> dict[str, Any]:

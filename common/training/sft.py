@@ -72,7 +72,9 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     check_length(args.max_seq_len, training, validation)
     check_warmup(args, len(training))
     if longer := sum(len(ids) > args.max_seq_len for ids in training["input_ids"]):
-        say(f"{longer} of {len(training)} rows are longer than --max-seq-len {args.max_seq_len} and are cut at the end")
+        say(
+            f"{longer} of {counted(len(training), 'row')}: longer than --max-seq-len {args.max_seq_len}, cut at the end"
+        )
     trainer = SFTTrainer(
         model=base,
         args=sft_config(args, base.config),
@@ -93,7 +95,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
         models.load_adapter_weights(model, args.adapter_path)
     models.train_in_fp32(model)
     frozen.measure(model, step=0, adapter_path=args.adapter_path)
-    say(f"{len(training_rows)} rows to imitate, {len(validation_rows)} to validate on")
+    say(f"{counted(len(training_rows), 'row')} to imitate, {len(validation_rows)} to validate on")
     facts = {
         "data_fingerprint": found,
         "rows": len(training_rows),

@@ -12,8 +12,8 @@ from conftest import flags, free_port, needs_bf16, run_script
 from transformers import AutoConfig, LlamaConfig
 
 from common import models
-from common.fit.check import does_not_fit
-from common.fit.memory import GIB, Machine, estimate, peak
+from common.fit.check import _memory_table, _step_lines, does_not_fit
+from common.fit.memory import GIB, Machine, Part, estimate, peak
 from common.fit.shape import model_shape
 from common.fit.step import Step, Wave, step_of
 from common.problems.questions import load_questions
@@ -97,6 +97,17 @@ def test_a_check_reads_no_weights_writes_nothing_and_says_what_a_step_is(tiny_ar
     (folder / "model.safetensors").unlink()
     done = check(tiny_args)
     assert done.returncode == 2 and "holds no weights" in done.stderr
+
+
+def test_one_of_a_kind_has_no_plural_and_numbers_end_in_one_column():
+    step = Step(1, 4, 100, Wave(1, 0, 9), Wave(0, 0, 9), None)
+    lines = _step_lines(TrainingArgs(max_steps=1, num_generations=4), step, questions=4)
+    assert "1 question × 4 = 4 completions, 2,048 tokens at most; 1 worker call and 256 of" in lines
+    assert "1 step draws 1 question from 4: each 0.25 times" in lines
+    assert "2 steps draw 2 questions" in _step_lines(TrainingArgs(max_steps=2), step, questions=4)
+    big = Machine(False, "this machine", 2048 * GIB, GIB, four_bit=False)
+    rows = _memory_table([Part("libraries", GIB / 2)], big).strip().splitlines()
+    assert len({len(row) for row in rows}) == 1 and rows[-2].endswith(" 2048.00") and rows[-1].endswith(" 1.00")
 
 
 def test_every_missing_thing_is_a_line_of_its_own(tiny_args, tmp_path):
