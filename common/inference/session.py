@@ -150,7 +150,8 @@ class Session:
             server = Server(_endpoint(args, args.worker_url, "--worker-url"), self._runner)
             self._servers.append(server)
             served = server.contact()
-        worker = base_model(served, args.worker_model, flag="--worker-model", adapter=args.lora_adapter)
+        at = server.endpoint.flag
+        worker = base_model(served, args.worker_model, flag="--worker-model", at=at, adapter=args.lora_adapter)
         return server, worker.name, adapter_of(served, worker.name)
 
     def _check_who_answers(self, worker_adapter: str | None) -> None:

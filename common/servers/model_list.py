@@ -23,13 +23,15 @@ class ServedModel:
     root: str | None = None
 
 
-def base_model(served: Sequence[ServedModel], asked: str | None, *, flag: str, adapter: str = "") -> ServedModel:
+def base_model(
+    served: Sequence[ServedModel], asked: str | None, *, flag: str, at: str = "--base-url", adapter: str = ""
+) -> ServedModel:
     """The base model: the model with the given name, or without a name the only entry without a parent.
 
     Args:
         served: by the server.
         asked: its name, or None to detect it.
-        flag: the flag that names it, for errors.
+        flag, at: the flags that name it and its server, for errors.
         adapter: a name that is not the base model's. It is needed for servers that report no parents.
 
     Raises:
@@ -39,18 +41,21 @@ def base_model(served: Sequence[ServedModel], asked: str | None, *, flag: str, a
     if asked is not None:
         found = next((model for model in served if model.name == asked), None)
         if found is None:
-            raise UserError(f"{flag} {asked} is not served there: {names}")
+            raise UserError(f"{flag} {asked} is not served there: {names}: name one of these")
         if found.parent is not None:
             raise UserError(f"{flag} {asked} is an adapter of {found.parent}, a base model is needed: {found.parent}?")
         return found
     bases = [model for model in served if model.parent is None and model.name != adapter]
     if not bases:
-        raise UserError(f"the server serves no base model besides the planner, found {names}: start it with the base")
+        raise UserError(
+            f"the server of {at} serves no base model besides the planner, found {names}: start it with the base too, "
+            f"or name another server with {at}"
+        )
     if len(bases) != 1:
         # One model with several names has one root.
         roots = {model.root or model.name for model in bases}
         if len(roots) != 1:
-            raise UserError(f"{flag} is needed, the server does not serve exactly one base model: {names}")
+            raise UserError(f"{flag} is needed, the server of {at} does not serve exactly one base model: {names}")
     return bases[0]
 
 

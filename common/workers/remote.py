@@ -170,7 +170,10 @@ class ServerWorker(ServerModel, WorkerCalls):
             servers = [Server(_worker_endpoint(args, args.worker_url, TRAINING_RETRIES), count_tokens=count)]
         else:
             servers = vllm_servers(args, retries=TRAINING_RETRIES)
-        names = [base_model(s.run(s.models()), args.worker_model, flag="--worker-model").name for s in servers]
+        names = [
+            base_model(s.run(s.models()), args.worker_model, flag="--worker-model", at=s.endpoint.flag).name
+            for s in servers
+        ]
         if len(set(names)) > 1:
             raise UserError(f"the servers of --vllm-url serve different base models: {', '.join(names)}")
         for server in servers:

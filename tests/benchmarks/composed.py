@@ -253,7 +253,8 @@ def _served(options: argparse.Namespace) -> tuple[list[Worker], Answerer]:
 
     # A slow server first reads the prompts of a whole batch, and only then answers.
     server = Server(Endpoint(options.server_url, timeout=1800.0, flag="--server-url"))
-    name = base_model(server.run(server.models()), options.server_model, flag="--server-model").name
+    served = server.run(server.models())
+    name = base_model(served, options.server_model, flag="--server-model", at="--server-url").name
     workers = [
         ServerWorker(server, name, style=STYLE, context=context, max_tokens=options.max_tokens) for context in CONTEXTS
     ]

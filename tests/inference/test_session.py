@@ -84,6 +84,11 @@ def test_who_is_not_served_and_who_belongs_to_whom(server):
     assert code == 2 and "--model gpt is not served there: base, recursive_reasoner" in line
     code, line = failure(server, "--worker-model", "recursive_reasoner")
     assert code == 2 and "is an adapter of base" in line
+    server.models = MODELS[1:]
+    code, line = failure(server)
+    assert code == 2 and line.startswith("the server of --base-url serves no base model besides the planner")
+    assert line.endswith("or name another server with --base-url")
+    server.models = MODELS
     other = {**MODELS[0], "id": "second", "root": "/other"}
     server.models = [*MODELS, other]
     code, line = failure(server, "--model", "second")

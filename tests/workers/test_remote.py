@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import free_port, run_script
-from misbehaving import asks
+from misbehaving import MODELS, asks
 
 from common.errors import UserError
 from common.pipeline import PipelineExecutor, PipelineItem
@@ -108,7 +108,9 @@ def test_grpo_refuses_a_worker_that_is_not_there_or_an_adapter(server, questions
         (["--worker-model", "base"], 2, "add its --worker-url"),
         (["--worker-url", "localhost"], 2, "--worker-url 'localhost'"),
         (["--worker-url", server.url, "--worker-model", "recursive_reasoner"], 2, "is an adapter of base"),
+        (["--worker-url", server.url], 2, "the server of --worker-url serves no base model"),
     ):
+        server.models = MODELS[1:] if code == 2 and message.startswith("the server") else MODELS
         done = run_script("grpo_training.py", *common, *flags)
         assert done.returncode == code and message in done.stderr, done.stderr
         assert not (tmp_path / "run").exists()
