@@ -26,7 +26,6 @@ from common.cli import (
     given_settings,
     run,
     say,
-    settings_table,
 )
 from common.fit.devices import prepare_gpu
 from common.fit.missing import check_hub_model
@@ -112,8 +111,6 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
     elif kind_of_source(args.dataset) != "hub":
         load_planning_data(args.dataset, None)
     check_hub_model(args.base_model)
-    say(settings_table(args, SupervisedArgs(**DEFAULTS)))
-
     if not args.wandb:
         forbid_import("wandb")
     # torch, transformers and trl are imported here because that takes seconds
@@ -121,7 +118,7 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
 
     device.quiet_libraries(options.debug)
     device.tune_for_cpu()
-    return sft.train(args, checkpoint)
+    return sft.train(args, checkpoint, SupervisedArgs(**DEFAULTS))
 
 
 if __name__ == "__main__":

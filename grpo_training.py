@@ -38,7 +38,7 @@ from common.fit.devices import prepare_gpu
 from common.fit.missing import check_encoder, check_hub_model
 from common.fit.start import check_models
 from common.pipeline import PipelineExecutor, PipelineResult
-from common.problems.questions import check_source, fingerprint, kinds_of, load_held_out, load_questions
+from common.problems.questions import check_enough, check_source, fingerprint, kinds_of, load_held_out, load_questions
 from common.processes.engines import check_engine
 from common.processes.launcher import check_not_alone
 from common.rewards import PipelineRewardFunction
@@ -135,13 +135,13 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
         check_source(args.eval_dataset, "test", flag="--eval-dataset")
     check_hub_model(args.base_model)
     check_encoder(args.embedding_model, None)
-    say(settings_table(args, TrainingArgs()))
-
     questions = load_questions(
         args.dataset, limit=args.max_samples, config=args.dataset_config, split=args.dataset_split, seed=args.seed
     )
     if options.resume or options.eval_only:
         check_same_data(output_dir, fingerprint(questions))
+    else:
+        check_enough(args, len(questions))
     held_out = load_held_out(args, questions) if args.eval_samples else []
 
     if not args.wandb:
@@ -151,6 +151,7 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
             from common.workers.remote import check_worker
 
             check_worker(args)
+        say(settings_table(args, TrainingArgs()))
         # torch, transformers and trl are imported here because that takes seconds
         from common.evaluation import during_training
         from common.training import device, grpo

@@ -14,7 +14,7 @@ from conftest import HEAVY, ROOT, free_port, run_script
 from hub_server import Fault, HubServer
 
 from common.errors import UserError, UserErrors
-from common.settings.grpo import DEMO, RESUMABLE, TrainingArgs
+from common.settings.grpo import DEMO, PACKAGED_MODEL, RESUMABLE, TrainingArgs
 
 
 def test_importing_the_key_classes_and_help_stay_light():
@@ -102,7 +102,11 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no such model folder": (["--base-model", str(tmp_path / "none")], "does not exist"),
         "a file as model": (["--base-model", __file__], f"--base-model {__file__} is a file: name the folder"),
         "no name of a model": (["--base-model", "a model"], "a model is no folder and no Hub id (owner/name)"),
-        "no encoder": (["--base-model", "packaged/SmolLM2-135M-Instruct", "--embedding-model", "./enc"], "no Hub id"),
+        "no encoder": (["--base-model", PACKAGED_MODEL, "--embedding-model", "./enc"], "no Hub id"),
+        "too few questions": (
+            ["--base-model", PACKAGED_MODEL, "--grad-accum", "64"],
+            "gives 4 questions, one step takes",
+        ),
         "no such packaged model": (["--base-model", "packaged/SmolLM2"], "is not packaged"),
         "empty model": (["--base-model", ""], "--base-model is empty"),
         "empty data set": (["--dataset", ""], "--dataset is empty"),

@@ -16,7 +16,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from common import models, prompts
-from common.cli import counted, say
+from common.cli import counted, say, settings_table
 from common.errors import UserError
 from common.models.chat_date import fix_date
 from common.problems.demonstrations import demonstrations
@@ -40,12 +40,13 @@ from common.workers.local import end_token_ids
 VALIDATION_SHARE = 0.02  # of the training rows, if the source has no split for validation
 
 
-def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
+def train(args: SupervisedArgs, checkpoint: Path | None, defaults: SupervisedArgs) -> int:
     """Run SFT from the start or from a checkpoint, and save the adapter.
 
     Args:
         args: settings of the run.
         checkpoint: to resume from, or None.
+        defaults: for the table of settings, which marks what differs from them.
 
     Returns:
         The exit code: 0, or 128 + the number of a signal that stopped the run.
@@ -53,6 +54,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     Raises:
         UserError: if data or a model cannot be loaded.
     """
+    given = args
     args = replace(args, cpu_dtype=models.cpu_dtype(args))  # store the dtype that is used, so a resumed run keeps it
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
@@ -63,6 +65,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None = None) -> int:
     found = fingerprint_rows(training_rows)
     if checkpoint is not None:
         check_same_data(output_dir, found)
+    say(settings_table(given, defaults))  # only now, so that no error about the data comes below it
     four_bit = models.use_4bit(args)
     base = models.load_base(args.base_model, four_bit=four_bit, cpu_dtype=models.cpu_dtype(args))
     announce_device(args)
@@ -238,7 +241,7 @@ def load_rows(args: SupervisedArgs) -> tuple[list[Demonstration], list[Demonstra
                 f"--dataset {args.dataset} has nothing to imitate: json-plan needs GSM8K's socratic variant "
                 "(solution lines 'sub-question ** step'), generated:shares or multi:SOURCE"
             )
-        return _cut(rows, args.seed)
+        return _cut(rows, args.dataset, args.seed)
     training, held_out = (
         [
             Demonstration([{"role": "system", "content": system}, {"role": "user", "content": user}], expected)
@@ -247,7 +250,7 @@ def load_rows(args: SupervisedArgs) -> tuple[list[Demonstration], list[Demonstra
         for part in load_planning_data(args.dataset, args.dataset_config)
     )
     training = training[: args.max_samples]
-    return (training, held_out) if held_out else _cut(training, args.seed)
+    return (training, held_out) if held_out else _cut(training, args.dataset, args.seed)
 
 
 def tokenised(tokenizer: Any, rows: list[Demonstration], end_ids: frozenset[int]) -> Dataset:
@@ -322,7 +325,7 @@ def fingerprint_rows(rows: list[Demonstration]) -> str:
     return fingerprint(Question(row.prompt[-1]["content"], row.completion) for row in rows)
 
 
-def _cut(rows: list[Demonstration], seed: int) -> tuple[list[Demonstration], list[Demonstration]]:
+def _cut(rows: list[Demonstration], source: str, seed: int) -> tuple[list[Demonstration], list[Demonstration]]:
     """Split off the validation rows at random; the same seed gives the same rows."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
@@ -330,5 +333,8 @@ def _cut(rows: list[Demonstration], seed: int) -> tuple[list[Demonstration], lis
     chosen = set(order[:count])
     training = [row for number, row in enumerate(rows) if number not in chosen]
     if not training:
-        raise UserError(f"at least two rows are needed, one of them to validate on: {len(rows)} found")
+        raise UserError(
+            f"--dataset {source} gives {counted(len(rows), 'row')} to imitate: at least two are needed, one of them to "
+            "validate on: add rows, or raise --max-samples"
+        )
     return training, [rows[number] for number in sorted(chosen)]

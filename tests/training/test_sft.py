@@ -205,6 +205,7 @@ def test_a_warm_up_that_the_run_would_not_leave_is_told_with_its_steps():
         (["--format", "json-plan", "--dataset", "./none.jsonl"], 2, "does not exist"),
         (["--lr", "-1"], 2, "--lr must be greater than 0"),
         (["--resume"], 2, "must name the folder of a run"),
+        (["--demo", "--max-samples", "1"], 2, "low=1&high=5 gives 1 row to imitate: at least two are needed"),
     ],
 )
 def test_wrong_input_is_one_line(given, code, message, tmp_path):
