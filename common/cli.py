@@ -8,18 +8,22 @@ All entry scripts use it, so that flags, defaults, error lines and exit codes ar
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import io
+import json
 import logging
 import os
 import re
 import sys
 import textwrap
+import time
 import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -232,7 +236,21 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         lines, code = _told(error)
         for line in lines:
             print(f"{program}: error: {line}", file=sys.stderr)
+        _tell_launcher(lines)
     sys.exit(code)
+
+
+def _tell_launcher(lines: Sequence[str]) -> None:
+    """Leave the error for torchrun or accelerate, which end with a long report: it then shows the error at its end.
+
+    The format is that of `torch.distributed.elastic.multiprocessing.errors`, which would have to import torch.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        told = secrets.redact("\n".join(lines))
+        message = {"message": told, "extraInfo": {"py_callstack": told, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):  # the lines have been printed
+            Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def _told(error: Exception) -> tuple[list[str], int]:

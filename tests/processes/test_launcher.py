@@ -61,3 +61,17 @@ def test_accelerate_that_starts_one_process_of_two_is_told(tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("dummy_planner.py: error: ")]
     assert "accelerate launch --multi_gpu --num_processes N" in line
     assert done.returncode == 1 and not (tmp_path / "run").exists(), "accelerate's own code for any error"
+
+
+def test_an_error_stands_at_the_end_of_the_launchers_own_report():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "grpo_training.py"), "--lr", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1 and done.stderr.count("error: --lr must be greater than 0, found 0.0") == 2
+    cause = done.stderr.rpartition("Root Cause")[2]
+    assert "exitcode  : 2" in cause and "traceback : --lr must be greater than 0, found 0.0" in cause, cause
