@@ -28,7 +28,7 @@ from common.cli import (
     say,
 )
 from common.fit.devices import prepare_gpu
-from common.fit.missing import check_hub_model
+from common.fit.missing import check_hub_models
 from common.fit.start import check_models
 from common.problems.planning import load_planning_data
 from common.problems.questions import check_source, kind_of_source, kinds_of
@@ -110,7 +110,7 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
         check_source(args.dataset)
     elif kind_of_source(args.dataset) != "hub":
         load_planning_data(args.dataset, None)
-    check_hub_model(args.base_model)
+    check_hub_models(args)
     if not args.wandb:
         forbid_import("wandb")
     # torch, transformers and trl are imported here because that takes seconds

@@ -35,7 +35,7 @@ from common.cli import (
 )
 from common.errors import UserError
 from common.fit.devices import prepare_gpu
-from common.fit.missing import check_encoder, check_hub_model
+from common.fit.missing import check_hub_models
 from common.fit.start import check_models
 from common.pipeline import PipelineExecutor, PipelineResult
 from common.problems.questions import check_enough, check_source, fingerprint, kinds_of, load_held_out, load_questions
@@ -133,8 +133,7 @@ def start(options: argparse.Namespace, args: TrainingArgs) -> int:
     check_source(args.dataset, args.dataset_split)
     if args.eval_dataset is not None:
         check_source(args.eval_dataset, "test", flag="--eval-dataset")
-    check_hub_model(args.base_model)
-    check_encoder(args.embedding_model, None)
+    check_hub_models(args)
     questions = load_questions(
         args.dataset, limit=args.max_samples, config=args.dataset_config, split=args.dataset_split, seed=args.seed
     )

@@ -115,11 +115,11 @@ def start(
     card = None if args.model_card is None else model_card.read_card(args.model_card)
     evaluation = read_json(Path(args.adapter_path) / "evaluation.json")
     report = certifying.finished_merge(args.target, inputs, overwrite=args.overwrite)
-    say(settings_table(args, MergeArgs(repo_name="")))
     api, repo_id = None, args.repo_name
     if args.push:
         api = hub.api_for(options.token)
         repo_id = hub.check_push(api, args.repo_name, private=args.private)
+    say(settings_table(args, MergeArgs(repo_name="")))
 
     if report is None:
         # torch, transformers and peft are imported here because that takes seconds

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from common import models
 from common.errors import UserError
@@ -17,6 +17,7 @@ from common.problems.questions import kind_of_source
 from common.reports.wandb_run import address_to_reach, cannot_connect, online_problem
 from common.servers.vllm import check_own_server
 from common.settings.grpo import PACKAGED_MODEL, TrainingArgs
+from common.settings.sft import SupervisedArgs
 from common.workers.remote import check_worker
 
 T = TypeVar("T")
@@ -89,10 +90,17 @@ def out_of_reach() -> str | None:
     return None if problem is None else f"no connection to {host}:{port}: {problem}"
 
 
+def check_hub_models(args: TrainingArgs | SupervisedArgs) -> None:
+    """Check a run's base model and encoder as `check_hub_model` and `check_encoder` do."""
+    check_hub_model(args.base_model)
+    if isinstance(args, TrainingArgs) and "/" in args.embedding_model:  # the library completes a name without owner
+        check_encoder(args.embedding_model, None)
+
+
 def check_hub_model(name: str, reach: Callable[[], str | None] = out_of_reach) -> None:
     """Check that a base model is on this machine, or that the Hub has it, before anything heavy is imported.
 
-    A Hub that does not answer properly is left to the download, which tries again.
+    A cache that holds only a part of it, and a Hub that does not answer properly, are left to the download.
 
     Args:
         name: of the base model.
@@ -109,14 +117,14 @@ def check_hub_model(name: str, reach: Callable[[], str | None] = out_of_reach) -
 
     ways = f"name a local folder, or use --base-model {PACKAGED_MODEL}"
     try:
-        if _cached(name):
+        if _in_cache(name, "config.json") is not None:
             return
     except HFValidationError:
         raise UserError(f"--base-model {name} is no folder and no Hub id (owner/name): check the name") from None
     if (offline := reach()) is not None:
         raise UserError(
-            f"--base-model {name} is not on this machine, or not whole, and the Hub is out of reach ({offline}): check "
-            f"the name, connect, {ways}",
+            f"--base-model {name} is not on this machine, and the Hub is out of reach ({offline}): check the name, "
+            f"connect, {ways}",
             exit_code=1,
         )
     try:
@@ -176,7 +184,8 @@ def check_encoder(name: str, offline: str | None) -> None:
 
     Args:
         name: of the encoder.
-        offline: why the Hub cannot be reached; None if it can, or if that is not known.
+        offline: why the Hub cannot be reached; None if it can, or if that is not known. Then a part of it in the cache
+            is enough.
 
     Raises:
         UserError: if it is missing and cannot be downloaded.
@@ -189,7 +198,7 @@ def check_encoder(name: str, offline: str | None) -> None:
 
     full = name if "/" in name else f"sentence-transformers/{name}"
     try:
-        if _cached(full):
+        if _cached(full) or (offline is None and _in_cache(full, "config.json") is not None):
             return
     except HFValidationError:
         raise UserError(f"--embedding-model {name} is no folder and no Hub id (owner/name): check the name") from None
@@ -239,16 +248,20 @@ def _on_hub(name: str) -> bool:
 
 def _cached(name: str) -> bool:
     """Whether all weights of a Hub model are in the cache: one file, or all files that an index lists."""
+    for file in _WEIGHTS:
+        index = _in_cache(name, f"{file}.index.json")
+        if _in_cache(name, file) is not None:
+            return True
+        if index is not None:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            if all(_in_cache(name, shard) for shard in shards):
+                return True
+    return False
+
+
+def _in_cache(name: str, file: str) -> Path | None:
+    """Where a file of a Hub model is in the cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
-    def path(file: str) -> Any:
-        found = try_to_load_from_cache(name, file)
-        return Path(found) if isinstance(found, str) else None
-
-    for file in _WEIGHTS:
-        index = path(f"{file}.index.json")
-        if path(file) is not None:
-            return True
-        if index is not None and all(map(path, set(json.loads(index.read_text())["weight_map"].values()))):
-            return True
-    return False
+    found = try_to_load_from_cache(name, file)
+    return Path(found) if isinstance(found, str) else None
