@@ -157,7 +157,7 @@ def kinds_of(*sources: str | None) -> set[str]:
         try:
             kind, inner = kind_of_source(source), composed.inner_source(source)
             kinds.add(kind if kind != "local" else "folder" if local_path(inner).is_dir() else "file")
-        except (UserError, OSError):  # `check_source` tells what is wrong with it
+        except (UserError, OSError, RuntimeError):  # `check_source` tells what is wrong with it
             kinds |= {"generated", "file", "folder", "hub"}
     return kinds
 

@@ -60,7 +60,8 @@ def absolute(name: str) -> str:
     """
     composed = "multi:" if name.startswith("multi:") else ""
     source, mark, options = name.removeprefix(composed).partition("?")
-    path = os.path.expanduser(source)  # noqa: PTH111 - pathlib raises for a home or a name that cannot be
+    path = os.path.expanduser(source) if source.startswith("~/") else source  # noqa: PTH111
+    # os.path, because pathlib raises an error for names that no file can have.
     if not path or name.startswith("packaged/") or not os.path.exists(path):  # noqa: PTH110
         return name
     return f"{composed}{Path(path).absolute()}{mark}{options}"

@@ -83,7 +83,8 @@ def test_a_record_names_files_and_folders_so_that_a_resume_from_elsewhere_finds_
 def test_names_that_are_no_paths_stay_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "packaged" / "SmolLM2-135M-Instruct").mkdir(parents=True)
-    for name in ("meta-llama/Llama-3.1-8B-Instruct", PACKAGED_MODEL, "generated:shares?people=3", "x" * 999, "multi:?"):
+    odd = ("", "multi:?", "x" * 999, "~\0", "~nobody-here/x", "\ud800")
+    for name in ("meta-llama/Llama-3.1-8B-Instruct", PACKAGED_MODEL, "generated:shares?people=3", *odd):
         assert absolute(name) == name
 
 

@@ -71,6 +71,8 @@ def test_sft_refuses_a_flag_without_what_it_is_for(flags, partner, told):
 def test_a_folder_has_splits_and_defaults_need_no_partner(tmp_path):
     args = grpo_training.TrainingArgs(dataset=str(tmp_path), dataset_split="test")
     check_partners(args, {"dataset_split": "test"}, GRPO_RULES, kinds_of(args.dataset))
+    for unusable in ("multi:", "x" * 999, "~nobody-here/x", "https://a/b"):  # told by another check
+        check_partners(args, {"dataset_split": "test"}, GRPO_RULES, kinds_of(unusable))
     supervised = SupervisedArgs(**dummy_planner.DEFAULTS, wandb=False)
     for rules, settings in ((GRPO_RULES, grpo_training.TrainingArgs(wandb=False)), (SFT_RULES, supervised)):
         defaults = {spec.name: spec.default for spec in fields(settings)}
