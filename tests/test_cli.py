@@ -329,6 +329,8 @@ def test_a_resumed_run_keeps_its_servers_and_a_run_without_does_not_get_any(tmp_
     assert (moved.vllm_url, moved.vllm_python) == ("http://b/v1", None)
     scored = settled(own, "--eval-only", "--eval-samples", "5")
     assert (scored.vllm_url, scored.vllm_python) == (None, None), "the scoreboard's worker is the model that is here"
+    named = TrainingArgs(vllm_url="http://a/v1", worker_model="base", output_dir=str(tmp_path))
+    assert settled(named, "--eval-only", "--eval-samples", "5").vllm_url is None, "its model's name there is not used"
     with pytest.raises(UserError, match="samples its plans itself"):
         settled(TrainingArgs(output_dir=str(tmp_path)), "--resume", "--vllm-url", "http://a/v1")
 
