@@ -124,7 +124,6 @@ def wrong_input(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "two planners": (["--vllm-url", "http://a/v1", "--vllm-python", "python"], "leave one of them out"),
         "nucleus of a server": (["--vllm-url", "http://a/v1", "--top-p", "0.9"], "use --temperature"),
         "dropout on a server": (["--vllm-python", "python", "--lora-dropout", "0.1"], "without dropout"),
-        "warm-up without an end": (["--warmup-steps", "9", "--max-steps", "9"], "would never reach --lr: give fewer"),
         "all weights 0": (
             ["--correctness-weight", "0", "--token-weight", "0", "--independence-weight", "0"],
             "weights",

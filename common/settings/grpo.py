@@ -131,11 +131,6 @@ class TrainingArgs:
             asks_server = (self.worker_url or self.vllm_url or self.vllm_python) is not None
             if asks_server and (problem := api_key_problem()) is not None:
                 problems.append(problem)
-            if self.warmup_steps >= self.max_steps:
-                problems.append(
-                    f"--warmup-steps {self.warmup_steps}: in --max-steps {self.max_steps} the learning rate would "
-                    "never reach --lr: give fewer"
-                )
             if (problem := advice_problem(self.plan_to_worker, self.worker_style)) is not None:
                 problems.append(problem)
             problems += _vllm_problems(self)

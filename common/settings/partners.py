@@ -1,7 +1,8 @@
 """Flags that change nothing unless another setting goes with them: one table for each training script.
 
 A flag that is ignored misleads its user. Only flags that were given are checked, and only with values other than their
-defaults: the defaults themselves need no partner. Nothing heavy is imported here.
+defaults: the defaults themselves need no partner. Settings that one turns off and on again for a trial, such as the
+names of a W&B run beside --no-wandb, are not in the tables. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -40,23 +41,13 @@ def _asks_server(args: TrainingArgs) -> bool:
     return args.worker_url is not None or args.samples_from_servers()
 
 
-_ANY_SCRIPT = (
-    Rule(("dataset_config",), lambda args, kinds: "hub" in kinds, "where no data are from the Hub"),
-    Rule(("wandb_project", "wandb_run_name"), lambda args, kinds: args.wandb, "without --wandb", _ADD),
-)
 GRPO_RULES = (
-    *_ANY_SCRIPT,
     Rule(
         ("dataset_split",),
         lambda args, kinds: bool({"hub", "folder"} & set(kinds)),
         "for generated problems or a single file, which have no splits",
     ),
     Rule(("eval_dataset",), lambda args, kinds: args.eval_samples > 0, "without --eval-samples", _ADD),
-    Rule(
-        ("epsilon",),
-        lambda args, kinds: args.num_iterations > 1,
-        "with --num-iterations 1, where the importance ratio is always 1",
-    ),
     Rule(
         ("worker_model",),
         lambda args, kinds: _asks_server(args),
@@ -88,7 +79,6 @@ GRPO_RULES = (
     ),
 )
 SFT_RULES = (
-    *_ANY_SCRIPT,
     Rule(
         ("planner_style", "worker_context"),
         lambda args, kinds: args.format == "json-plan",

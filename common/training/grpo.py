@@ -170,6 +170,7 @@ def build_trainer(
             cannot be loaded, or for an adapter that changes the base model.
     """
     check_enough(args, len(questions))
+    progress.tell_whole_warmup(args.warmup_steps, args.max_steps)
     encoder = SentenceEncoder(args.embedding_model)
     encoder.load()
     four_bit = models.use_4bit(args)

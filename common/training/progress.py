@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from common.cli import counted, say
 from common.reports.metrics import step_metrics
 
 
@@ -133,3 +134,11 @@ class ProgressCallback(TrainerCallback):
             left = max(0, state.max_steps - state.global_step)
             parts.append(f"{tqdm.format_interval(pace * left)} left")
         print("  ".join(parts), file=sys.stderr, flush=True)
+
+
+def tell_whole_warmup(warmup_steps: int, steps: int) -> None:
+    """Tell of a warm-up that is as long as the run. It is no error: a short trial of a long run's command has one."""
+    if warmup_steps >= steps:
+        say(
+            f"--warmup-steps {warmup_steps}: in the run's {counted(steps, 'step')} the learning rate never reaches --lr"
+        )

@@ -73,7 +73,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None, defaults: SupervisedArg
     end_ids = end_token_ids(base, tokenizer)
     training, validation = (tokenised(tokenizer, rows, end_ids) for rows in (training_rows, validation_rows))
     check_length(args.max_seq_len, training, validation)
-    check_warmup(args, len(training))
+    tell_warmup(args, len(training))
     if longer := sum(len(ids) > args.max_seq_len for ids in training["input_ids"]):
         say(
             f"{longer} of {counted(len(training), 'row')}: longer than --max-seq-len {args.max_seq_len}, cut at the end"
@@ -293,23 +293,10 @@ def check_length(limit: int, training: Dataset, validation: Dataset) -> None:
             )
 
 
-def check_warmup(args: SupervisedArgs, rows: int) -> None:
-    """Refuse a warm-up that the run would not leave: its learning rate would never reach `lr`.
-
-    Args:
-        args: settings of the run.
-        rows: to imitate.
-
-    Raises:
-        UserError: with the number of the run's steps.
-    """
+def tell_warmup(args: SupervisedArgs, rows: int) -> None:
+    """Tell of a warm-up that the run, with so many rows to imitate, would not leave."""
     passes = math.ceil(math.ceil(rows / world_size()) / args.batch_size)
-    steps = math.ceil(args.num_epochs * math.ceil(passes / args.grad_accum))
-    if args.warmup_steps >= steps:
-        raise UserError(
-            f"--warmup-steps {args.warmup_steps}: in the run's {counted(steps, 'step')} the learning rate would never "
-            "reach --lr: give fewer"
-        )
+    progress.tell_whole_warmup(args.warmup_steps, math.ceil(args.num_epochs * math.ceil(passes / args.grad_accum)))
 
 
 def _turn_end(tokenizer: Any, end_ids: frozenset[int]) -> int:

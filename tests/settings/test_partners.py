@@ -8,9 +8,8 @@ import pytest
 
 import dummy_planner
 import grpo_training
-import merge_and_push
 from common.cli import given_settings
-from common.errors import UserError, UserErrors
+from common.errors import UserErrors
 from common.problems.questions import kinds_of
 from common.settings.partners import GRPO_RULES, SFT_RULES, check_partners
 from common.settings.sft import SupervisedArgs
@@ -28,17 +27,12 @@ GRPO = [
     (["--worker-timeout", "9"], ["--worker-url", "http://127.0.0.1:9/v1"], "without --worker-url"),
     (["--worker-model", "x"], SERVED, "add its --worker-url"),
     (["--eval-dataset", "generated:shares"], ["--eval-samples", "9"], "without --eval-samples: add that, or leave"),
-    (["--epsilon", "0.1"], ["--num-iterations", "2"], "with --num-iterations 1"),
-    (["--wandb-project", "mine", "--no-wandb"], ["--wandb"], "without --wandb"),
-    (["--wandb-run-name", "first", "--demo"], ["--wandb"], "without --wandb"),
     (["--dataset-split", "test", "--dataset", "generated:shares"], ["--dataset", "openai/gsm8k"], "no splits"),
     (["--dataset-split", "test", "--dataset", "a.jsonl"], ["--dataset", "multi:x/y?parts=3"], "no splits"),
-    (["--dataset-config", "socratic", "--demo"], ["--eval-dataset", "x/y", "--eval-samples", "9"], "from the Hub"),
 ]
 SFT = [
     (["--planner-style", "short"], ["--format", "json-plan"], "without --format json-plan"),
     (["--worker-context", "none"], ["--format", "json-plan"], "without --format json-plan"),
-    (["--dataset-config", "x", "--demo"], ["--dataset", "x/y"], "from the Hub"),
 ]
 
 
@@ -78,8 +72,3 @@ def test_a_folder_has_splits_and_defaults_need_no_partner(tmp_path):
         defaults = {spec.name: spec.default for spec in fields(settings)}
         said = {name: defaults[name] for rule in rules for name in rule.names}  # all of them, with their defaults
         check_partners(settings, said, rules, {"generated"})
-
-
-def test_a_token_is_refused_where_nothing_is_pushed():
-    with pytest.raises(UserError, match="--token is for the push, and --no-push makes none"):
-        merge_and_push.main(["--repo-name", "a/b", "--no-push", "--token", "hf_x"])

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import flags, run_script
 
-from common.errors import UserError
 from common.reports.jsonl import read_jsonl
 from common.settings.sft import SupervisedArgs
 from dummy_planner import DEFAULTS
@@ -189,14 +188,15 @@ def test_a_length_that_cuts_every_completion_away_is_told_with_one_that_does_not
     assert whole is not None and int(whole[1]) < int(whole[2]) and not (tmp_path / "run").exists()
 
 
-def test_a_warm_up_that_the_run_would_not_leave_is_told_with_its_steps():
-    from common.training.sft import check_warmup
+def test_a_warm_up_that_the_run_would_not_leave_is_told_with_its_steps(capsys):
+    from common.training.sft import tell_warmup
 
     small = {**DEFAULTS, "batch_size": 4, "grad_accum": 2}  # 49 rows: 13 passes, 7 steps
-    check_warmup(SupervisedArgs(**small, warmup_steps=6), rows=49)
-    with pytest.raises(UserError, match="--warmup-steps 7: in the run's 7 steps the learning rate would never reach"):
-        check_warmup(SupervisedArgs(**small, warmup_steps=7), rows=49)
-    check_warmup(SupervisedArgs(**{**small, "num_epochs": 1.1}, warmup_steps=7), rows=49)
+    tell_warmup(SupervisedArgs(**small, warmup_steps=6), rows=49)
+    tell_warmup(SupervisedArgs(**{**small, "num_epochs": 1.1}, warmup_steps=7), rows=49)
+    assert capsys.readouterr().err == ""
+    tell_warmup(SupervisedArgs(**small, warmup_steps=7), rows=49)
+    assert "--warmup-steps 7: in the run's 7 steps the learning rate never reaches --lr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
