@@ -61,7 +61,7 @@ def completion_log_probs(
     attention_mask: torch.Tensor,
     cache: DynamicCache,
     score: Callable[[torch.Tensor, torch.Tensor, DynamicCache], tuple[torch.Tensor, torch.Tensor]],
-    cost_of_a_pass: int = TOKENS_OF_A_PASS,
+    cost_of_a_pass: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies (nats) of B completions, each (B, T); 0 where there is padding.
 

@@ -111,7 +111,7 @@ def check_hub_model(name: str, reach: Callable[[], str | None] = out_of_reach) -
     """
     if not _on_hub(name):
         return
-    from httpx import HTTPError
+    from httpx2 import HTTPError  # huggingface_hub's own client
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
@@ -192,7 +192,7 @@ def check_encoder(name: str, offline: str | None) -> None:
     """
     if models.packaged_encoder(name) is not None or Path(name).expanduser().is_dir():
         return
-    from httpx import HTTPError
+    from httpx2 import HTTPError  # huggingface_hub's own client
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HFValidationError
 

@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.merging import certificate as certifying
 from common.merging.report import certificate_table
 from common.prompts import planner_messages
+from common.settings.fields import source_parts
 from common.settings.grpo import PACKAGED_MODEL
 
 if TYPE_CHECKING:
@@ -224,10 +225,8 @@ def _public(value: Any) -> Any:
     """A setting without folders of the author's machine: of a full path only the last part is kept."""
     if not isinstance(value, str):
         return value
-    composed = "multi:" if value.startswith("multi:") else ""
-    source = value.removeprefix(composed)
-    folder, _, _ = source.partition("?")
-    return composed + Path(folder).name + source.removeprefix(folder) if Path(folder).is_absolute() else value
+    before, source, after = source_parts(value)
+    return f"{before}{Path(source).name}{after}" if Path(source).is_absolute() else value
 
 
 def _training(record: dict[str, Any]) -> str:

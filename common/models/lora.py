@@ -30,9 +30,8 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
         with explained(args.adapter_path):
             config = PeftConfig.from_pretrained(args.adapter_path)
         config.inference_mode = False
-        config.base_model_name_or_path = (
-            None  # PEFT puts in where the base is now, and warns if another name stood here
-        )
+        # PEFT puts in where the base is now, and warns if another name stood here.
+        config.base_model_name_or_path = None
         return config
     leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     targets = [name for name in LORA_TARGET_MODULES if name in leaves]

@@ -58,13 +58,19 @@ def absolute(name: str) -> str:
 
     Symbolic links stay, because what they point to may be exchanged.
     """
-    composed = "multi:" if name.startswith("multi:") else ""
-    source, mark, options = name.removeprefix(composed).partition("?")
+    before, source, after = source_parts(name)
     path = os.path.expanduser(source) if source.startswith("~/") else source  # noqa: PTH111
     # os.path, because pathlib raises an error for names that no file can have.
     if not path or name.startswith("packaged/") or not os.path.exists(path):  # noqa: PTH110
         return name
-    return f"{composed}{Path(path).absolute()}{mark}{options}"
+    return f"{before}{Path(path).absolute()}{after}"
+
+
+def source_parts(name: str) -> tuple[str, str, str]:
+    """The name of a data source in three parts: `multi:` or nothing, the source itself, and its options with the `?`."""
+    before = "multi:" if name.startswith("multi:") else ""
+    source, mark, options = name.removeprefix(before).partition("?")
+    return before, source, mark + options
 
 
 def url_problem(url: str) -> str | None:

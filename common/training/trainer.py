@@ -22,7 +22,7 @@ from trl.trainer.utils import RepeatSampler
 
 from common.decoding.branching import can_branch
 from common.decoding.decode import decode
-from common.decoding.log_probs import completion_log_probs, distinct_prompts, token_log_probs
+from common.decoding.log_probs import TOKENS_OF_A_PASS, completion_log_probs, distinct_prompts, token_log_probs
 from common.decoding.packing import packed_linears
 from common.processes import ranks
 from common.reports.step_clock import StepClock
@@ -283,8 +283,8 @@ class PlannerTrainer(GRPOTrainer):
         if whole and len(shared[0]) < len(ids) and self._shares_prompts():
             with self.accelerator.autocast():
                 # On a GPU padding is cheaper than another pass over a micro-batch.
-                costs = {"cost_of_a_pass": input_ids.numel()} if torch.cuda.is_available() else {}
-                parts = completion_log_probs(model, shared, ids, mask, self._empty_cache(), self._score(model), **costs)
+                cost = ids.numel() if torch.cuda.is_available() else TOKENS_OF_A_PASS
+                parts = completion_log_probs(model, shared, ids, mask, self._empty_cache(), self._score(model), cost)
         else:
             parts = super()._get_per_token_logps_and_entropies(model, ids, mask, kept, batch_size, True)[:2]
         log_probs, entropies = (torch.nn.functional.pad(part, (0, width - end)) for part in parts)

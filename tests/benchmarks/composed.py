@@ -39,7 +39,7 @@ from common.grading import extract_prediction, parse_gold
 from common.pipeline import PipelineExecutor, PipelineItem
 from common.plans import Plan
 from common.problems.composed import CHAINED, LETTERS, PREFIX, by_reference
-from common.problems.questions import MAX_GENERATED, Question, fingerprint, load_questions, naming
+from common.problems.questions import MAX_GENERATED, Question, fingerprint, is_generated, load_questions, naming
 from common.reports.jsonl import append_jsonl, read_jsonl
 from common.reports.tables import format_table
 from common.runs.files import write_text_atomically
@@ -65,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arms = options.arms.split(",")
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UserError(f"--arms: there is no arm {unknown[0]!r}: use {', '.join(ARMS)}")
+    if options.write_unlike is not None and len(arms) < 2:
+        raise UserError("--write-unlike compares arms: name two or more with --arms")
+    if options.single and options.write_unlike is None:
+        raise UserError("--single adds problems to the file of --write-unlike: name it")
     steps = f"&max_steps={options.max_steps}" if options.max_steps else ""
     kind = f"&kind={options.kind}"
     joint = "&" if "?" in options.source else "?"
@@ -117,7 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--server-model", help="name of the base model there, if it has several")
     parser.add_argument("--out", type=Path, help="JSONL file of the answers, to go on from")
     parser.add_argument("--write-unlike", type=Path, help="store the questions on which the arms differ here (JSONL)")
-    parser.add_argument("--single", type=int, default=0, metavar="N", help="single problems added to them (default: 0)")
+    parser.add_argument(
+        "--single", type=count, default=0, metavar="N", help="single problems added to them (default: 0)"
+    )
     return parser
 
 
@@ -136,7 +142,9 @@ def settings_of(options: argparse.Namespace) -> Record:
 def single_problems(options: argparse.Namespace, questions: Sequence[Question]) -> list[Question]:
     """The first --single problems of the source that none of the composed questions contains."""
     used = {part.question for item in questions for part in item.parts}
-    every = load_questions(options.source, limit=MAX_GENERATED, split=options.split, exclude=used)
+    # What is read is read anyway; what is generated takes time.
+    limit = options.single if is_generated(options.source) else MAX_GENERATED
+    every = load_questions(options.source, limit=limit, split=options.split, exclude=used)
     usable = [item for item in every if options.max_steps is None or item.steps <= options.max_steps]
     return usable[: options.single]
 

@@ -316,8 +316,16 @@ def test_sampled_tokens_follow_the_models_odds(tiny_planner):
     assert (expected > 0).sum() >= 2, "the tiny model's odds are spread over several classes"
 
 
+@pytest.fixture
+def threads_as_before():
+    """For tests that set torch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_batch_divided_among_processes_gives_the_tokens_of_one(smollm2, monkeypatch, temperature):
+def test_a_batch_divided_among_processes_gives_the_tokens_of_one(smollm2, threads_as_before, temperature):
     """In fp32; with prompts of two kinds, each of which has a beginning that is read once and kept."""
     model, tokenizer = smollm2
     requests = [prompts.direct_messages(question, "few-shot") for question in SUMS]
@@ -326,7 +334,7 @@ def test_a_batch_divided_among_processes_gives_the_tokens_of_one(smollm2, monkey
     kinds = ["worker"] * len(SUMS) + ["planner"] * len(SUMS)
 
     def found(threads: int) -> tuple[list[list[int]], list[list[float]], dict]:
-        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        torch.set_num_threads(threads)
         kept, log_probs = {}, []
         outputs = decode(
             model, ids, max_new_tokens=16, eos_ids=end_token_ids(model, tokenizer), pad_id=tokenizer.pad_token_id,
@@ -346,16 +354,14 @@ def test_a_batch_divided_among_processes_gives_the_tokens_of_one(smollm2, monkey
     )
 
 
-def test_a_small_model_reads_a_few_prompts_on_all_threads_and_decodes_them_on_one(smollm2):
+def test_a_small_model_reads_a_few_prompts_on_all_threads_and_decodes_them_on_one(smollm2, threads_as_before):
     model, tokenizer = smollm2
     used: list[int] = []
     hook = model.register_forward_pre_hook(lambda *_: used.append(torch.get_num_threads()))
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         decode(model, [[5, 6, 7], [8, 9]], max_new_tokens=3, eos_ids=frozenset(), pad_id=tokenizer.pad_token_id)
         assert used[0] == 2 and used[-1] == 1
         assert torch.get_num_threads() == 2, "what runs afterwards has all threads again"
     finally:
-        torch.set_num_threads(before)
         hook.remove()

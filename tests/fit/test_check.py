@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +140,28 @@ def test_every_missing_thing_is_a_line_of_its_own(tiny_args, tmp_path):
     assert done.returncode == 1 and "gives 4 questions" not in done.stderr, done.stderr
     assert run_script("grpo_training.py", *flags(tiny_args), env=offline).returncode == 1
     assert "memory, at most" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_hub_that_hangs_up_is_told_in_one_line(tiny_args, tmp_path):
+    """It accepts a connection and closes it without a reply, so the error is one of huggingface_hub's client."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):  # the socket is closed at the end of the test
+                while True:
+                    hub.accept()[0].close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        tiny_args.embedding_model = "nobody/no-encoder"
+        place = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path),
+        }
+        for done in (check(tiny_args, env=place), run_script("grpo_training.py", *flags(tiny_args), env=place)):
+            last = done.stderr.strip().splitlines()[-1]
+            assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+            assert "error: --embedding-model nobody/no-encoder cannot be loaded (" in last, done.stderr
 
 
 def test_a_run_that_does_not_fit_is_told_with_what_to_change():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -295,16 +294,12 @@ def test_fewer_questions_than_a_step_takes_is_said_before_anything_is_trained(ti
     assert "gives 4 questions, one step takes 8" in done.stderr
 
 
-@pytest.mark.parametrize(("cost", "read_tokens"), [(64, 2 * 5 + 4 * 4), (0, 2 * 5 + 2 * 4 + 3 + 2)])
-def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args, monkeypatch, cost, read_tokens):
+@pytest.mark.parametrize(("longest", "read_tokens"), [(3, 2 * 5 + 4 * 4), (40, 2 * 5 + 3 * 4 + 41)])
+def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args, longest, read_tokens):
     """Each prompt is run once and padding is not computed: log-probabilities, entropies, gradient are as in TRL."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    from common.training import trainer as ours_module
     from common.training.grpo import build_trainer
-
-    passes = functools.partial(ours_module.completion_log_probs, cost_of_a_pass=cost)
-    monkeypatch.setattr(ours_module, "completion_log_probs", passes)
 
     tiny_args.gradient_checkpointing, tiny_args.cpu_dtype = False, "float32"
     tokenizer = models.load_tokenizer(tiny_args.base_model)
@@ -319,11 +314,12 @@ def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args,
         (prompts_of[0], [20, 21, 22]),
         (prompts_of[1], [23, 24]),
         (prompts_of[0], [25]),
-        (prompts_of[1], [26, 27, 28]),
+        (prompts_of[1], list(range(26, 26 + longest))),
     ]
-    # TRL pads to the longest prompt (here of 8 tokens) and completion (of 5) of all micro-batches, these are of another.
-    ids = torch.tensor([[0] * (8 - len(p)) + p + c + [0] * (5 - len(c)) for p, c in rows])
-    mask = torch.tensor([[0] * (8 - len(p)) + [1] * len(p + c) + [0] * (5 - len(c)) for p, c in rows])
+    wide = longest + 2
+    # TRL pads to the longest prompt (here of 8 tokens) and completion (two longer than ours) of all micro-batches, these are of another.
+    ids = torch.tensor([[0] * (8 - len(p)) + p + c + [0] * (wide - len(c)) for p, c in rows])
+    mask = torch.tensor([[0] * (8 - len(p)) + [1] * len(p + c) + [0] * (wide - len(c)) for p, c in rows])
 
     read: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(lambda *call: read.append(call[1][0].numel()))
@@ -331,17 +327,17 @@ def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args,
     def scored(method):
         model.zero_grad()
         read.clear()
-        logps, entropy, _ = method(trainer, model, ids, mask, 5, compute_entropy=True)
+        logps, entropy, _ = method(trainer, model, ids, mask, wide, compute_entropy=True)
         real = mask[:, 8:] == 1
         assert logps.shape == entropy.shape == real.shape
-        (logps * torch.arange(1.0, 21.0).view(4, 5))[real].sum().backward()
+        (logps * torch.arange(1.0, 4.0 * wide + 1).view(4, wide))[real].sum().backward()
         gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         return logps.detach()[real], entropy.detach()[real], gradient, sum(read)
 
     expected = scored(GRPOTrainer._get_per_token_logps_and_entropies)
     ours = scored(type(trainer)._get_per_token_logps_and_entropies)
     handle.remove()
-    assert (expected[3], ours[3]) == (4 * 13, read_tokens), "tokens that the model reads"
+    assert (expected[3], ours[3]) == (4 * (8 + wide), read_tokens), "tokens that the model reads"
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours[1], expected[1], rtol=1e-4, atol=1e-4)
     for name, gradient in expected[2].items():
