@@ -102,7 +102,7 @@ def test_copies_leave_signals_to_the_process_and_end_with_it(tmp_path):
         "signal.signal(signal.SIGINT, lambda *_: None)\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "def work(part):\n"
-        "    print(os.getpid(), flush=True)\n"
+        "    os.write(1, b'%d\\n' % os.getpid())\n"  # print may write the number and the line's end apart
         "    time.sleep(float(sys.argv[1]))\n"
         "    return part\n"
         "print('results', forked(work, [0, 1]), flush=True)\n"
