@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,8 @@ from common.workers.local import LocalModel
 from common.workers.remote import ServerModel, ServerWorker
 
 SCRIPT = "grpo_training.py"
+# Questions of a row that each process answers between two savings of the row. Fewer fill the worker's batches less.
+SAVED_QUESTIONS = 100
 
 
 def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = False) -> int:
@@ -81,7 +84,7 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = F
     again = f"{start_command(SCRIPT)} --output-dir {shlex.quote(args.output_dir)} --eval-only"
     with (
         storage.explained(Path(args.output_dir), lambda: "make room, then start the same command again"),
-        stoppable(lambda: f"the scoreboard was stopped; continue after its finished rows with {again}"),
+        stoppable(lambda: f"the scoreboard was stopped; continue after its saved questions with {again}"),
     ):
         scoring.before(held_out)
         models.load_adapter_weights(model, args.output_dir)
@@ -92,14 +95,15 @@ def evaluate_run(args: TrainingArgs, held_out: list[Question], *, anew: bool = F
 def how_to_continue(output_dir: Path) -> str:
     """What to tell a user who stopped the scoreboard of a run that trains."""
     command = storage.resume_command(SCRIPT, output_dir) if complete_checkpoints(output_dir) else "the same command"
-    return f"the scoreboard was stopped; continue after its finished rows with {command}"
+    return f"the scoreboard was stopped; continue after its saved questions with {command}"
 
 
 class Scoring:
     """Makes and stores the scoreboard of a run: some rows before training, the others after it.
 
-    A stored row is used again if everything that determines it is the same and no question in it failed. With several
-    processes, each answers its share of the questions, and the first one writes. All must call the same methods.
+    A stored row is used again if everything that determines it is the same and no question in it failed; what it lacks
+    is added. With several processes, each answers its share of the questions, and the first one writes. All must call
+    the same methods.
 
     Args:
         args: settings of the run.
@@ -125,13 +129,18 @@ class Scoring:
     def before(self, held_out: list[Question]) -> None:
         """Make the rows of direct solving, of the base model as planner, and of the planner of a warm start."""
         args = self._args
-        self._earlier = {} if self._anew or not ranks.is_first() else stored_rows(Path(args.output_dir))
+        parts = parts_of(held_out)
+        if ranks.is_first() and not self._anew:
+            names = {DIRECT, VOTE, UNTRAINED, TRAINED, *([PARTS] if parts else ())}
+            names |= set() if args.adapter_path is None else {SUPERVISED}
+            stored = stored_rows(Path(args.output_dir))
+            self._earlier = {name: row for name, row in stored.items() if name in names}
         say(f"scoreboard: {counted(len(held_out), 'question')}, before training")
         fingerprints = self._fingerprints(held_out)
         self._keep_or_make(
             DIRECT, fingerprints.direct, held_out, lambda part: run_direct(held_out[part], self._executor)
         )
-        if parts := parts_of(held_out):
+        if parts:
             alone = self._fingerprints(parts)
             self._keep_or_make(PARTS, alone.direct, parts, lambda part: run_direct(parts[part], self._executor, PARTS))
         self._plan(UNTRAINED, lambda: fingerprints.planner(None), held_out, adapter=False)
@@ -152,7 +161,9 @@ class Scoring:
             voters = self._voters(first=part.start * (count - 1))
             return run_vote(held_out[part], direct.part(part), voters.generate, args.worker_style, count)
 
-        self._keep_or_make(VOTE, lambda: fingerprints.vote(count, VOTE_TEMPERATURE), held_out, vote)
+        self._keep_or_make(
+            VOTE, lambda: fingerprints.vote(count, VOTE_TEMPERATURE), held_out, vote, seconds=direct.seconds
+        )
         self._forget_times()
         if not ranks.is_first():
             return
@@ -177,31 +188,61 @@ class Scoring:
         fingerprint: Callable[[], Fingerprint],
         held_out: list[Question],
         make: Callable[[slice], Row],
+        seconds: float = 0.0,
     ) -> Row:
-        """A row: the stored one, or a new one. For a new row, each process answers its share of the questions.
+        """A row: the stored one, or a new one, or a stored one with the questions that it lacks.
 
-        Only the first process reads and writes the files of a run, so it decides for all processes.
+        The row is saved after every `SAVED_QUESTIONS` questions of a process, because a row can take an hour. Each
+        process answers its share of them. Only the first process reads and writes the files of a run, so it decides
+        for all processes.
+
+        Args:
+            name: of the row.
+            fingerprint: gives everything that determines the content of the row.
+            held_out: questions of the row.
+            make: answers some of the questions.
+            seconds: time that a new row has taken before its first question.
         """
-        now = fingerprint() if ranks.is_first() else {}
-        kept = ranks.from_first(self._kept(name, now, held_out) if ranks.is_first() else None)
-        if kept is not None:
-            return self._add(kept)
-        part = make(ranks.share(len(held_out)))
-        row = Row(name, ranks.gathered(part.records), max(ranks.gathered([part.seconds])), now)
-        say(f"  {name}: {row.mean('correct'):.1%} in {row.seconds:.0f} s")
-        return self._add(row)
+        row = Row(name, [], seconds)
+        if ranks.is_first():
+            now = fingerprint()
+            row = self._kept(name, now, held_out) or Row(name, [], seconds, now)
+        row = ranks.from_first(row)
+        missing = len(held_out) - len(row.records)
+        parts = math.ceil(missing / (SAVED_QUESTIONS * ranks.world_size()))
+        first = len(row.records)
+        for part in range(parts):
+            start, stop = (first + missing * end // parts for end in (part, part + 1))
+            mine = ranks.share(stop - start)
+            made = make(slice(start + mine.start, start + mine.stop))
+            row.records += ranks.gathered(made.records)
+            row.seconds += max(ranks.gathered([made.seconds]))
+            if stop < len(held_out) and ranks.is_first():
+                self._save(row)
+        if missing:
+            say(f"  {name}: {row.mean('correct'):.1%} in {row.seconds:.0f} s")
+        self._rows[name] = row
+        if ranks.is_first():
+            self._summary = self._save()
+        return row
 
     def _kept(self, name: str, now: Fingerprint, held_out: list[Question]) -> Row | None:
         """The stored row, if a new one would have the same content; else None."""
-        earlier = self._earlier.get(name)
+        earlier = self._earlier.pop(name, None)
         if earlier is None:
             return None
         reason = why_not_again(earlier, now, held_out)
         if reason is not None:
             say(f"  {name}: the earlier row is not used again, it was {reason}")
             return None
-        say(f"  {name}: as in {RECORDS} (--overwrite makes it again)")
+        found = "" if len(earlier.records) == len(held_out) else f"the first {len(earlier.records)} questions "
+        say(f"  {name}: {found}as in {RECORDS} (--overwrite makes it again)")
         return earlier
+
+    def _save(self, *unfinished: Row) -> dict[str, Any]:
+        """Write the finished rows, and what a stopped scoreboard can use again. Returns the summary."""
+        others = [*unfinished, *self._earlier.values()]
+        return save_scoreboard(list(self._rows.values()), Path(self._args.output_dir), others)
 
     def _fingerprints(self, held_out: list[Question]) -> RunFingerprints:
         return RunFingerprints(self._args, self._model, self._tokenizer, self._executor.worker, held_out)
@@ -233,10 +274,3 @@ class Scoring:
             first=first,
             cpu_dtype=models.cpu_dtype(self._args),
         )
-
-    def _add(self, row: Row) -> Row:
-        """Keep a row, also on disk. A row can take an hour, and a stopped run continues after the stored rows."""
-        self._rows[row.name] = row
-        if ranks.is_first():
-            self._summary = save_scoreboard(list(self._rows.values()), Path(self._args.output_dir))
-        return row

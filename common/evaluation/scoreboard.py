@@ -114,6 +114,9 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
         sampler: answers the worker's direct prompts by sampling.
         style: of these prompts.
         count: votes per question, including the greedy answer; see `votes_for`.
+
+    Returns:
+        The row. Its time is that of the samples; the greedy answers took the time of `direct`.
     """
     started = time.perf_counter()
     requests = [direct_messages(item.question, style) for item in questions for _ in range(count - 1)]
@@ -143,7 +146,7 @@ def run_vote(questions: Sequence[Question], direct: Row, sampler: Answerer, styl
                 "error": error,
             }
         )
-    return Row(VOTE, records, direct.seconds + time.perf_counter() - started)
+    return Row(VOTE, records, time.perf_counter() - started)
 
 
 def votes_for(budget: float, direct: Row) -> int:
@@ -287,19 +290,26 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def save_scoreboard(rows: Sequence[Row], output_dir: Path) -> dict[str, Any]:
+def save_scoreboard(rows: Sequence[Row], output_dir: Path, others: Sequence[Row] = ()) -> dict[str, Any]:
     """Write evaluation.json, evaluation.jsonl (one line per question and row) and evaluation.png.
+
+    Args:
+        rows: finished rows, all with the same questions. If there are none, only evaluation.jsonl is written.
+        output_dir: folder of the files.
+        others: rows for evaluation.jsonl alone: one that is being made, and earlier ones that may be used again.
 
     Returns:
         The summary, as in evaluation.json.
     """
-    summary = summarise(rows)
     lines = [
         json.dumps({**record, "seconds": row.seconds, "fingerprint": row.fingerprint})
-        for row in in_order(rows)
+        for row in in_order([*rows, *others])
         for record in row.records
     ]
     write_text_atomically(output_dir / RECORDS, "\n".join(lines) + "\n")
+    if not rows:
+        return {}
+    summary = summarise(rows)
     write_json(output_dir / "evaluation.json", summary)
     plot_scoreboard(summary, output_dir / "evaluation.png", highlight=TRAINED)
     return summary
@@ -328,10 +338,13 @@ def stored_rows(output_dir: Path) -> dict[str, Row]:
 
 
 def why_not_again(row: Row, now: Fingerprint, questions: Sequence[Question]) -> str | None:
-    """The reason why a stored row cannot replace a new one, as the end of "it was …"; None if it can."""
+    """The reason why a stored row cannot be used again, as the end of "it was …"; None if it can.
+
+    A row that holds only the first of the questions can: the others are added to it.
+    """
     others = difference(row.fingerprint, now)
     if others:
         return f"made with other {', '.join(others)}"
-    if [record["question"] for record in row.records] != [item.question for item in questions]:
-        return "incomplete"
+    if [record["question"] for record in row.records] != [item.question for item in questions[: len(row.records)]]:
+        return "made of other questions"
     return "with errors" if any(record["error"] is not None for record in row.records) else None

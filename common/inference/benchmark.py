@@ -148,6 +148,7 @@ def _rows(
     sampler = session.worker.sampler(VOTE_TEMPERATURE, seed=seed)
     count = votes_for(budget, direct)
     vote = run_vote(questions, direct, sampler.generate, args.worker_style, count)
+    vote.seconds += direct.seconds
     vote.fingerprint = {**always, **vote_parts(count, VOTE_TEMPERATURE, seed)}
     rows.append((vote, []))
     if parts := parts_of(questions):

@@ -89,7 +89,8 @@ def test_an_earlier_row_is_used_again_only_where_everything_agrees_and_nothing_f
     assert why_not_again(rows[DIRECT], {**same, "adapter": "a"}, questions) == "made with other adapter"
     # An unknown fingerprint equals no other one, for example that of a model whose content cannot be read.
     assert why_not_again(rows[DIRECT], {**same, "worker": None}, questions) == "made with other worker"
-    assert why_not_again(rows[DIRECT], same, questions[:3]) == "incomplete"
+    assert why_not_again(rows[DIRECT], same, questions[:3]) == "made of other questions"
+    assert why_not_again(rows[DIRECT], same, [*questions, questions[0]]) is None, "what it lacks is added"
     lines = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
     before = [{key: value for key, value in line.items() if key != "fingerprint"} for line in lines]
     (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
@@ -200,17 +201,18 @@ def test_ten_questions_on_a_real_model_before_after_and_again(tiny_args, tmp_pat
     assert first["rows"][VOTE]["total_tokens"] >= first["rows"][TRAINED]["total_tokens"] * 0.9
     for name in first["rows"]:
         assert TITLES[name] in done.stdout
-    # The run was stopped while the untrained planner was scored: the stored rows are kept, the others are made.
+    # A scoreboard was stopped in its first row: that row's questions and an earlier row of votes are used again.
     records = read_jsonl(folder / "evaluation.jsonl")
     (folder / "evaluation.jsonl").unlink()
-    for record in records:
-        if record["row"] == DIRECT:
-            append_jsonl(folder / "evaluation.jsonl", {**record, "seconds": 12345})
+    for record in [*records[:4], *(record for record in records if record["row"] == VOTE)]:
+        append_jsonl(folder / "evaluation.jsonl", {**record, "seconds": 12345})
     done = run_script("grpo_training.py", "--output-dir", str(folder), "--eval-only", "--eval-samples", "10")
     assert done.returncode == 0, done.stderr
-    assert "direct: as in evaluation.jsonl" in done.stderr
+    assert "direct: the first 4 questions as in evaluation.jsonl" in done.stderr
+    assert "votes: as in evaluation.jsonl" in done.stderr
     again = json.loads((folder / "evaluation.json").read_text())
-    assert again["rows"][DIRECT]["seconds"] == 12345 > again["rows"][UNTRAINED]["seconds"]
+    assert again["rows"][DIRECT]["seconds"] > again["rows"][VOTE]["seconds"] == 12345
+    assert again["rows"][UNTRAINED]["seconds"] < 12345 and len(read_jsonl(folder / "evaluation.jsonl")) == 4 * 10
     for name, values in first["rows"].items():
         assert {k: v for k, v in values.items() if k != "seconds"} == {
             k: v for k, v in again["rows"][name].items() if k != "seconds"
