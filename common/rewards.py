@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.generation import total_stats
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import letters_of, near_plan_credit
+from common.problems.composed import part_texts
 from common.processes import ranks
 from common.reports.step_clock import StepClock
 from common.settings.grpo import TrainingArgs
@@ -224,14 +225,27 @@ def batch_metrics(results: Sequence[PipelineResult], weights: RewardWeights) -> 
         "correct_decomposed": _mean([result.correct for result in split]),
         "correct_direct": _mean([result.correct for result in direct]),
         "plan_contains_answer": _mean([result.contains_answer for result in results if result.plan is not None]),
+        **_composed_metrics(planned),
         **_gaming_metrics([result for result in results if result.decomposed]),
     }
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def _gaming_metrics(
-    split: Sequence[PipelineResult],
-) -> dict[str, float | None]:
+def _composed_metrics(planned: Sequence[PipelineResult]) -> dict[str, float | None]:
+    """Splits and right answers of composed and of single questions apart; nothing if no question is composed.
+
+    They show whether the planner learns which questions to split (docs/training.md).
+    """
+    composed = [result for result in planned if len(part_texts(result.item.question)) > 1]
+    single = [result for result in planned if len(part_texts(result.item.question)) <= 1]
+    metrics: dict[str, float | None] = {}
+    for kind, results in (("composed", composed), ("single", single)) if composed else ():
+        metrics[f"decomposition_rate_{kind}"] = _mean([result.decomposed for result in results])
+        metrics[f"correctness_{kind}"] = _mean([result.correct for result in results if result.error is None])
+    return metrics
+
+
+def _gaming_metrics(split: Sequence[PipelineResult]) -> dict[str, float | None]:
     """Signs of plans that earn reward without planning (docs/training.md). Each is a share in [0, 1] or a mean."""
     plans: dict[str, set[Any]] = {}
     parts: dict[str, set[Any]] = {}

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "workers": "errors processes generation decoding settings cli prompts runs servers",
     "fit": "errors processes settings cli problems prompts models runs reports servers workers",
     "pipeline": "plans generation grading settings prompts models decoding similarity workers",
-    "rewards": "errors processes plans generation settings reports pipeline",
+    "rewards": "errors processes plans generation settings problems reports pipeline",
     "merging": "errors settings cli prompts models runs reports decoding workers",
     "evaluation": (
         "processes plans generation grading settings cli problems prompts models runs reports similarity workers "

@@ -13,6 +13,8 @@ from common.errors import UserError
 from common.generation import Generation, WorkerStats
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import Plan
+from common.problems.composed import part_texts
+from common.reports.metrics import summary_table
 from common.rewards import (
     PipelineRewardFunction,
     RewardWeights,
@@ -280,6 +282,22 @@ def test_metrics_of_template_plans_and_of_cheating_show():
     assert found["distinct_plans"] == 1.0
     assert found["distinct_subproblems"] == 3 / 6  # "y" occurs in all three
     assert "correctness" not in found  # without a scored sample there is no number, not 0
+
+
+def test_composed_and_single_questions_are_counted_apart():
+    composed = "(A) How much is 1 + 2?\n(B) How much is 3 + 4?\nWhat is the sum of the answers to (A) and (B)?"
+    parts = part_texts(composed)
+    table = {**dict(zip(parts, "37", strict=True)), combine_text(composed, parts, ["3", "7"]): "10", composed: "11"}
+    table["How much is 5?"] = "5"
+    run, _ = executor(table)
+    direct, split = Plan(False, ()).to_json(), Plan(True, tuple(parts)).to_json()
+    composed_items = [PipelineItem(text, composed, "#### 10") for text in (split, direct, direct, "no plan")]
+    single = PipelineItem(direct, "How much is 5?", "#### 5")
+    found = batch_metrics(run.execute_batch([*composed_items, single]), RewardWeights())
+    assert (found["decomposition_rate_composed"], found["correctness_composed"]) == (1 / 4, 1 / 4)
+    assert (found["decomposition_rate_single"], found["correctness_single"]) == (0, 1)
+    assert not any("composed" in name for name in batch_metrics(run.execute_batch([single]), RewardWeights()))
+    assert "- composed questions" in summary_table([found]) and "composed" not in summary_table([{"reward": 1}])
 
 
 def test_plans_that_repeat_the_question_or_hold_the_answer_are_noticed():

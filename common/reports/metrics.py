@@ -32,6 +32,8 @@ SUMMARY = {
     "correctness": "correct answers",
     "invalid_plan_rate": "invalid plans",
     "decomposition_rate": "plans that split",
+    "decomposition_rate_composed": "- composed questions",
+    "decomposition_rate_single": "- single questions",
     "distinct_plans": "distinct plans",
     "independence": "independence",
     "planner_tokens": "planner tokens",
@@ -49,6 +51,8 @@ def summary_table(records: list[dict[str, Any]]) -> str:
     part = max(1, len(records) // 5)
     rows = []
     for key, title in SUMMARY.items():
+        if all(record.get(key) is None for record in records):
+            continue  # such as composed questions where there are none
         row: dict[str, object] = {"": title}
         for name, chosen in (("first steps", records[:part]), ("last steps", records[-part:])):
             values = [record[key] for record in chosen if record.get(key) is not None]
