@@ -236,10 +236,13 @@ def _composed_metrics(planned: Sequence[PipelineResult]) -> dict[str, float | No
 
     They show whether the planner learns which questions to split (docs/training.md).
     """
-    composed = [result for result in planned if len(part_texts(result.item.question)) > 1]
-    single = [result for result in planned if len(part_texts(result.item.question)) <= 1]
+    kinds: dict[str, list[PipelineResult]] = {"composed": [], "single": []}
+    for result in planned:
+        kinds["composed" if len(part_texts(result.item.question)) > 1 else "single"].append(result)
+    if not kinds["composed"]:
+        return {}
     metrics: dict[str, float | None] = {}
-    for kind, results in (("composed", composed), ("single", single)) if composed else ():
+    for kind, results in kinds.items():
         metrics[f"decomposition_rate_{kind}"] = _mean([result.decomposed for result in results])
         metrics[f"correctness_{kind}"] = _mean([result.correct for result in results if result.error is None])
     return metrics

@@ -203,10 +203,9 @@ class Scoring:
             make: answers some of the questions.
             seconds: time that a new row has taken before its first question.
         """
-        row = Row(name, [], seconds)
+        row = Row(name, [], seconds, fingerprint() if ranks.is_first() else {})
         if ranks.is_first():
-            now = fingerprint()
-            row = self._kept(name, now, held_out) or Row(name, [], seconds, now)
+            row = self._kept(row, held_out) or row
         row = ranks.from_first(row)
         missing = len(held_out) - len(row.records)
         parts = math.ceil(missing / (SAVED_QUESTIONS * ranks.world_size()))
@@ -226,17 +225,17 @@ class Scoring:
             self._summary = self._save()
         return row
 
-    def _kept(self, name: str, now: Fingerprint, held_out: list[Question]) -> Row | None:
-        """The stored row, if a new one would have the same content; else None."""
-        earlier = self._earlier.pop(name, None)
+    def _kept(self, new: Row, held_out: list[Question]) -> Row | None:
+        """The stored row, whole or begun, if the new one would have the same content; else None."""
+        earlier = self._earlier.pop(new.name, None)
         if earlier is None:
             return None
-        reason = why_not_again(earlier, now, held_out)
+        reason = why_not_again(earlier, new.fingerprint, held_out)
         if reason is not None:
-            say(f"  {name}: the earlier row is not used again, it was {reason}")
+            say(f"  {new.name}: the earlier row is not used again, it was {reason}")
             return None
         found = "" if len(earlier.records) == len(held_out) else f"the first {len(earlier.records)} questions "
-        say(f"  {name}: {found}as in {RECORDS} (--overwrite makes it again)")
+        say(f"  {new.name}: {found}as in {RECORDS} (--overwrite makes it again)")
         return earlier
 
     def _save(self, *unfinished: Row) -> dict[str, Any]:

@@ -317,7 +317,7 @@ def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args,
         (prompts_of[1], list(range(26, 26 + longest))),
     ]
     wide = longest + 2
-    # TRL pads to the longest prompt (here of 8 tokens) and completion (two longer than ours) of all micro-batches, these are of another.
+    # TRL pads to the longest prompt (here of 8 tokens) and completion (two longer than ours) of all micro-batches.
     ids = torch.tensor([[0] * (8 - len(p)) + p + c + [0] * (wide - len(c)) for p, c in rows])
     mask = torch.tensor([[0] * (8 - len(p)) + [1] * len(p + c) + [0] * (wide - len(c)) for p, c in rows])
 
