@@ -72,6 +72,7 @@ def test_an_error_stands_at_the_end_of_the_launchers_own_report():
         check=False,
         timeout=120,
     )
-    assert done.returncode == 1 and done.stderr.count("error: --lr must be greater than 0, found 0.0") == 2
+    said = done.stderr.count("error: --lr must be greater than 0, found 0.0")
+    assert done.returncode == 1 and said in (1, 2), "the launcher may end the second process before it says the same"
     cause = done.stderr.rpartition("Root Cause")[2]
     assert "exitcode  : 2" in cause and "traceback : --lr must be greater than 0, found 0.0" in cause, cause
