@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -90,8 +91,8 @@ class PipelineResult:
         """Whether the plan contains the known answer, as a number that the question does not contain.
 
         It may be in digits, in words ("forty-two"), or, in the plan's text, an expression with that value ("6 * 7").
-        A subproblem may be such an expression, because the worker computes it. Words that count the parts ("add the
-        two answers") do not tell an answer.
+        A subproblem may be such an expression, because the worker computes it. Numbers that count the parts ("add the
+        two answers", "Step 2", "2. What is …?") do not tell an answer.
         """
         gold, question = self.item.gold, self.item.question
         if self.plan is None or gold in numbers_in(question) | numbers_in_words(question):
@@ -99,7 +100,7 @@ class PipelineResult:
         written = "\n".join([*self.plan.subproblems, self.plan.plan])
         counts_parts = 0 < gold <= max(2, len(self.plan.subproblems))
         return (
-            gold in numbers_in(written)
+            gold in numbers_in(_COUNTING.sub(" ", written) if counts_parts else written)
             or (not counts_parts and gold in numbers_in_words(written))
             or gold in values_in(self.plan.plan)
         )
@@ -137,6 +138,14 @@ class PipelineResult:
         """The number in the final answer, as text."""
         number = self.number
         return None if number is None else f"{number:f}"
+
+
+# Numbers in a plan that count its parts: "Step 1", "2. ", "the 2 answers".
+_COUNTING = re.compile(
+    r"\b(?:step|part|problem|subproblem|question|answer|result)s?\s{0,2}[#(]?[0-9]\b|^\s{0,9}\(?[0-9][.):]"
+    r"|\b[0-9]\s(?:answers|results|parts|numbers|values|totals|steps|subproblems|amounts)\b",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 class PipelineExecutor:

@@ -85,13 +85,26 @@ def parse_planner_output(
     return None
 
 
+# A beginning that never ends is reasoning too, but "<reasoning>" may also stand before a plain answer.
+_REASONING_TAG = re.compile(
+    r"(?P<end></(?i:think(?:ing)?|thoughts?|reasoning)>|\[/THINK\]|◁/think▷)|<(?i:think(?:ing)?)>|\[THINK\]|◁think▷"
+)
+
+
 def after_reasoning(text: str) -> str:
     """Return the part of a reasoning model's text that comes after its reasoning.
 
-    It begins after the last `</think>`. The matching `<think>` may be missing, because some chat templates put it into
-    the prompt. Reasoning without an end reaches to the end of the text, so `<think>…` alone gives "".
+    It begins after the last `</think>` or another tag that models use for it (`</thinking>`, `</reasoning>`,
+    `[/THINK]`, …). The matching `<think>` may be missing, because some chat templates put it into the prompt.
+    Reasoning without an end reaches to the end of the text, so `<think>…` alone gives "".
     """
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+    begin, end = 0, len(text)
+    for tag in _REASONING_TAG.finditer(text):
+        if tag["end"]:
+            begin, end = tag.end(), len(text)
+        else:
+            end = min(end, tag.start())
+    return text[begin:end]
 
 
 def near_plan_credit(

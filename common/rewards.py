@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.generation import total_stats
 from common.pipeline import PipelineExecutor, PipelineItem, PipelineResult
 from common.plans import letters_of, near_plan_credit
-from common.problems.composed import part_texts
+from common.problems.composed import count_parts
 from common.processes import ranks
 from common.reports.step_clock import StepClock
 from common.settings.grpo import TrainingArgs
@@ -238,7 +238,7 @@ def _composed_metrics(planned: Sequence[PipelineResult]) -> dict[str, float | No
     """
     kinds: dict[str, list[PipelineResult]] = {"composed": [], "single": []}
     for result in planned:
-        kinds["composed" if len(part_texts(result.item.question)) > 1 else "single"].append(result)
+        kinds["composed" if count_parts(result.item.question) else "single"].append(result)
     if not kinds["composed"]:
         return {}
     metrics: dict[str, float | None] = {}

@@ -354,9 +354,11 @@ def test_an_answer_that_a_shown_plan_tells_is_not_paid_as_correct(decompose):
         ((), "Take six times seven.", 42, True),
         (("How many pens?", "How many cups?"), "(15 + 28) - 1", 42, True),
         (("Is it forty-two?",), "", 42, True),
-        # the worker computes a subproblem; words that count the parts tell nothing; the question tells it itself
+        # the worker computes a subproblem; what counts the parts tells nothing; the question tells it itself
         (("What is 6 * 7?",), "Add.", 42, False),
         (("How many pens?", "How many cups?"), "Add the two answers.", 2, False),
+        (("1. How many pens?", "2. How many cups?"), "Step 2: add the 2 answers.", 2, False),
+        (("1. How many pens?", "2. How many cups?"), "She has 2 left.", 2, True),
         ((), "Add what all twelve have.", 12, False),
         # a single step that is left to do
         ((), "Multiply the boxes by the pens in a box.", 42, False),

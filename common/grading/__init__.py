@@ -6,13 +6,15 @@ places that exists in the worker's text:
 1. The `final_answer` field; the last one if there are several. The text may be JSON or nearly JSON (single quotes, a
    trailing comma, no braces, a missing end).
 2. The number directly after the first `####`. Only the first, because a model that does not stop often invents a next
-   problem with its own marker. A heading (`#### Step 2`) is not a marker. A label may come before the number
-   (`#### Total: 18`).
+   problem with its own marker. A label may come before the number (`#### Total: 18`). A heading (`#### Step 2`, `####
+   Conclusion`) is not a marker: other words than a refusal ("unknown"), before more text with numbers.
 3. The last `\boxed{}` or `\fbox{}`.
 4. The rest of the sentence after the last "answer is" or "answer:". If there is none: after the last "final answer" in
-   another phrase ("the final answer comes to 18"). A phrase that only introduces the working does not count ("To get
-   the final answer, we add 5 and 7", "Answer: Let's see").
-5. The last number in the text.
+   another phrase ("the final answer comes to 18"). These phrases do not count: one that introduces the working ("To
+   get the final answer, we add 5 and 7", "Answer:" before a list of steps or before several equations); one that says
+   no number ("the answer is correct"); and one about a part of the problem, if more follows ("the answer to (A) is
+   15").
+5. The last number in the text. An expression in parentheses at the end is passed over: "18 apples (12 + 6)".
 
 The first four places are explicit. An answer that was cut off counts only if it is explicit, because its last number
 comes from the middle of the working.
@@ -22,9 +24,10 @@ The first place that exists decides. If it holds no number ("unknown", null, 10:
 working. If an explicit place holds several numbers, the one after the last "=" counts, or else the first. Remarks
 after the number are ignored: `#### 18 (3 + 4 = 7 in step 2)`, "the answer is 18, as 20 - 2 = 18".
 
-Two parts of the text are never read. The first is reasoning: everything before the last `</think>`, or after a
-`<think>` that never ends. So a text that consists only of reasoning has no answer. The second is a next problem after
-an answer: from a line such as "Question:", "Q:", "Problem 2:" or "### User:" on.
+Two parts of the text are never read. The first is reasoning: everything before the last `</think>` (or a tag like it),
+or after a `<think>` that never ends. So a text that consists only of reasoning has no answer. The second is a next
+problem after an answer: from a line such as "Question:", "Q:", "Problem 2:" or "### User:" on. But if the first
+`final_answer` field comes after such a line, the line usually belongs to the working.
 
 Numbers are compared exactly, as decimals. `common.grading.numbers` defines what is read as a number.
 """

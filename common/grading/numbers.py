@@ -91,9 +91,13 @@ def stated_number(text: str) -> Decimal | None:
 def last_number(text: str) -> Decimal | None:
     """Return the last number in running text. Never raises; takes linear time.
 
-    None if there is no number, or if the last token with digits is not readable or is an operand.
+    None if there is no number, or if the last token with digits is not readable or is an operand. How it was computed
+    may stand in parentheses at the end: "18 apples (12 + 6)".
     """
     text = plain(text)
+    computed = _COMPUTED.search(text)
+    if computed is not None:
+        text = text[: computed.start()]
     tokens = _numeric(text)
     if not tokens or _is_operand(text, tokens[-1]) or _are_operands(text, tokens[-2:]):
         return None
@@ -125,13 +129,18 @@ def without_remarks(statement: str) -> str:
 
 # --- LaTeX and other spellings -------------------------------------------------------------------------------
 
+# With the space before it, so that 3 \\frac{1}{4} becomes the mixed number 3 1/4.
 _FRACTION = re.compile(
-    rf"\\[dtc]?frac(?:\{{([0-9]{{1,{MAX_DIGITS}}})\}}\{{([0-9]{{1,{MAX_DIGITS}}})\}}|[ ]?([0-9])[ ]?([0-9]))"
+    r"(?:(?<=[0-9])[ ]\$(?=\\)|[ ~]|\\[ ,;:]){0,3}\\[dtc]?frac[ ]?"
+    rf"(?:\{{(-?[0-9]{{1,{MAX_DIGITS}}})\}}\{{([0-9]{{1,{MAX_DIGITS}}})\}}|([0-9])[ ]?([0-9]))"
 )
+# A unit with a power in text: 18\\text{ cm}^2, 18 m$^2$, 18 cm<sup>2</sup>. Without this, the 2 would be a number.
+_UNIT_TEXT = re.compile(r"\\(?:text|math)(?:rm|it|bf)?\{([^{}0-9]{1,40})\}(?=\^)")
+_UNIT_POWER = re.compile(r"(?<=[A-Za-z])(?:\$\^\{?([23])\}?\$|<sup>([23])</sup>)")
 _POWER = re.compile(rf"\^\{{([+-]?[0-9]{{1,{MAX_DIGITS}}})\}}")
 _COMMAND = re.compile(
     r"\\(?:(?P<sign>times|cdot|div|approx|pi|sqrt|[dtc]?frac)|text(?:bf|it|rm)?|math(?:bf|it|rm|sf)?|boxed|fbox|left|right"
-    r"|q?quad)(?![A-Za-z])|\\(?P<char>[()\[\]{}$%#&_])|\\[ ;:]"
+    r"|q?quad|(?:text)?color\{[a-z]{1,20}\})(?![A-Za-z])|\\(?P<char>[()\[\]{}$%#&_])|\\[ ;:]"
 )
 # Signs for LaTeX commands. A fraction of anything but plain digits is replaced by √ too, because neither is a number.
 _SIGNS = {"times": "×", "cdot": "·", "div": "÷", "approx": "≈", "pi": "π"}
@@ -143,10 +152,10 @@ def plain(text: str) -> str:
     r"""Return `text` with numbers in a plain spelling; replaces 1{,}000, 1\,000, \frac{1}{2}, 10^{6}, negative 5."""
     # JSON turns "\frac" and "\times" into these control characters if the backslash was not escaped.
     text = text.replace("\frac", "\\frac").replace("\times", "\\times")
-    text = text.replace("{,}", ",")
+    text = _UNIT_POWER.sub(r"^\1\2", text.replace("{,}", ","))
     if "\\" in text:
+        text = _UNIT_TEXT.sub(r" \1", _FRACTION.sub(r" \1\3/\2\4", text))
         text = text.replace("\\!", "").replace("\\,", ",")
-        text = _FRACTION.sub(r" \1\3/\2\4", text)
         text = _COMMAND.sub(
             lambda found: _SIGNS.get(found["sign"], "√") if found["sign"] else found["char"] or " ", text
         )
@@ -174,7 +183,7 @@ _SPACE_GROUP = r"[ ](?=(?:[0-9]{3}[ ]){0,9}0[0-9]{2}(?![0-9]))"
 # number or none. Each part is matched once, without backtracking.
 _TOKEN = re.compile(
     rf"""
-    (?:[0-9]{{1,{MAX_DIGITS}}}[ ](?=[0-9]{{1,{MAX_DIGITS}}}/[0-9]))?  # the 3 of 3 1/4
+    (?:[0-9]{{1,{MAX_DIGITS}}}[ \u00a0\u2009\u202f]{{1,2}}(?=[0-9]{{1,{MAX_DIGITS}}}/[0-9]))?  # the 3 of 3 1/4
     (?:(?<![{_WORD}.)\]}}])\.(?=[0-9]))?                              # .5, but not the full stop of "is.5"
     (?P<code>{_CODE}(?=[0-9]))?
     [{_WORD}]++
@@ -193,7 +202,7 @@ _TOKEN = re.compile(
 _NUMBER = re.compile(
     rf"""
     {_CODE}?
-    (?: (?:(?P<whole>[0-9]+)[ ])?(?P<over>[0-9]+)/(?P<under>[0-9]+)
+    (?: (?:(?P<whole>[0-9]+)[ \u00a0\u2009\u202f]{{1,2}})?(?P<over>[0-9]+)/(?P<under>[0-9]+)
       | (?P<digits> (?:[1-9][0-9]{{0,2}}(?P<group>[{_GROUP} ])[0-9]{{3}}(?:(?P=group)[0-9]{{3}})*|[0-9]+)(?:\.[0-9]+)?
                   | \.[0-9]+ )
         (?:[eE](?P<exponent>[+-]?[0-9]+))?
@@ -213,6 +222,7 @@ _LEAD = re.compile(
 # something from which the number could be subtracted, nor be the second half of a dash. At most 5 characters long.
 _SIGN_BEFORE = re.compile(
     rf"(?:^|[^{_WORD})\]}}%{_CURRENCY}{_MINUS}{_HYPHEN}—])[{_CURRENCY}]?[{_MINUS}](?:[{_CURRENCY}][ ]?)?\Z"
+    rf"|=[ ]?[{_MINUS}][ ][{_CURRENCY}]?\Z"  # 5 - 8 = - 3
 )
 
 # What joins two numbers, or a variable and a number, in an expression that was not computed. A dash after words
@@ -234,6 +244,11 @@ _BEFORE_OPERAND = re.compile(rf"(?:[{_LATIN})](?:[ ]?[×·⋅∙÷^][ ]?|\+|[ ][
 # Other ways in which two numbers form one term: 20% of 50, 5 apples at $2.
 _PART_OF = re.compile(
     rf"(?:{_OPERATION.pattern}|%[ ]of[ ][{_CURRENCY}]?|(?:[ ][{_LATIN}]+){{0,3}}[ ]at[ ][{_CURRENCY}]?)", re.VERBOSE
+)
+# An expression in parentheses behind a number and at most three words, at the end of the text.
+_COMPUTED = re.compile(
+    rf"(?<=[\w%{_CURRENCY}])[ ]\([{_CURRENCY}]?[0-9][^()=+×*/÷{_MINUS}x\n]{{0,60}}[+×*/÷{_MINUS}x][^()=\n]{{0,60}}\)"
+    r"\W{0,5}\Z"
 )
 _UNIT = re.compile(rf"[^\S\n]*+(?:[{_LATIN}²³/]++[^\S\n]*+){{0,3}}[)\]}}%*{_CURRENCY}]*[^\S\n]*")
 _EQUALS = re.compile(r"[=≈→]|\bequals\b")

@@ -15,7 +15,8 @@ The number to replace:
 - It is a whole number of at least 2.
 - It occurs once in the question, in digits and as an amount: not as a percentage, time, ordinal, fraction or decimal.
 - It is used exactly once in the annotations, and no step has it as its result.
-- No word of the question may mean this number ("twice", "dozen", "week", "percent", …).
+- No word of the question may mean this number ("twice", "dozen", "week", "percent", …), and it is not the sum or the
+  difference of other numbers in the question ("8 men and 6 women … all 14 men and women").
 - The answer depends on it.
 
 The other numbers:
@@ -35,11 +36,12 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
+from itertools import combinations
 
 from common.grading import parse_gold
 
@@ -47,12 +49,20 @@ VARIABLE = "X"
 
 _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 _DIGITS = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
-_AMOUNT = re.compile(r"(?<![\w.,:/^*+-])(\d{1,3}(?:,\d{3})+|\d+)(?![\w%:/^*+]|[.,]\d|-\d| ?(?:%|percent))")
+_AMOUNT = re.compile(
+    r"(?<![\w.,:/^*+-])(\d{1,3}(?:,\d{3})+|\d+)(?![\w%:/^*+]|[.,]\d|-\d| ?(?:%|percent)| ?[ap]\.?m\b| o['’]clock)",
+    re.IGNORECASE,
+)
+_NAMES = re.compile(r"\b(?:grade|room|page|chapter|level|bus|route|highway|line|number|no\.)\s*\Z", re.IGNORECASE)
 _PLAIN = re.compile(r"[\d.+\-*/() ]+")
+_ADJECTIVES = (
+    r"(?:larg|bigg|small|high|low|long|short|slow|fast|quick|busi|young|old|tall|heavi|light|near|farth|earli|lat)"
+)
 _DECIDES = re.compile(
-    r"\b(most|least|largest|biggest|smallest|maximum|minimum|cheape\w+|highest|lowest|fewest|longest|shortest|best|"
+    rf"\b(most|least|maximum|minimum|fewest|best|better|worst|cheape\w+|{_ADJECTIVES}est|the {_ADJECTIVES}er(?! than)|"
     r"round\w*|nearest|whole|whichever|exceed\w*|limit|until|unless|remainder|over|under|above|below|within|beyond|"
-    r"up to|(?:more|less|fewer|greater) than (?:or|\$?\d)|the first|the next|(?:each|every) additional|free|either)\b",
+    r"up to|(?:more|less|fewer|greater) than (?:or|\$?\d[\d,.]*)|the first|the next|(?:each|every) additional|free|"
+    r"either)\b",
     re.IGNORECASE,
 )
 # Words of a question that may mean a number of its solution.
@@ -169,10 +179,19 @@ def slots(question: str, answer: str) -> list[Slot]:
         once = digits.count(Fraction(number)) == 1 and used.count(Fraction(number)) == 1
         if number < 2 or not once or number in results or _said(question, Fraction(number)):
             continue
+        if _NAMES.search(question[: match.start(1)]) or _follows(Fraction(number), digits):
+            continue
         slot = Slot(question, match.start(1), match.end(1), number, steps)
         if _depends(slot):
             found.append(slot)
     return found
+
+
+def _follows(number: Fraction, digits: Sequence[Fraction]) -> bool:
+    """Whether a number is the sum or the difference of others in the question, which then say it too."""
+    others = [other for other in digits if other != number]
+    pairs = ((a, b) for a, b in combinations(others, 2))
+    return number == sum(others) or any(number in (a + b, abs(a - b)) for a, b in pairs)
 
 
 def _depends(slot: Slot) -> bool:

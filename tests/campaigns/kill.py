@@ -253,16 +253,17 @@ def all_subjects(stage: Stage, place: Path, url: str) -> Iterator[Subject]:
     yield Subject("GRPO two ranks", "grpo_training.py", stage.grpo, grpo_outcome, ranks=2, weight=0.7, **run)
     yield Subject("SFT", "dummy_planner.py", stage.sft, sft_outcome, weight=3, **run)
 
-    def board(folder: Path) -> list[str]:
-        return [
-            "--output-dir", str(folder), "--eval-only", "--eval-samples", "2", "--eval-dataset", str(stage.held_out),
-        ]  # fmt: skip
+    def board(folder: Path, source: Path) -> list[str]:
+        return ["--output-dir", str(folder), "--eval-only", "--eval-samples", "1000", "--eval-dataset", str(source)]
 
+    scored: dict[str, Any] = {
+        "outcome": board_outcome, "broken": broken_run, "prepare": lambda folder: shutil.copytree(trained, folder),
+        "patterns": ("", "evaluation"), "after": ("GRPO",),
+    }  # fmt: skip
+    yield Subject("scoreboard", "grpo_training.py", lambda folder: board(folder, stage.held_out), **scored)
     yield Subject(
-        "scoreboard", "grpo_training.py", board, board_outcome, broken_run,
-        prepare=lambda folder: shutil.copytree(trained, folder), patterns=("", "evaluation"),
-        after=("GRPO",),
-    )  # fmt: skip
+        "scoreboard of many questions", "grpo_training.py", lambda folder: board(folder, stage.many_held_out), **scored
+    )
 
     def merge(folder: Path) -> list[str]:
         return [

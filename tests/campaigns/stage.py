@@ -15,6 +15,8 @@ from pathlib import Path
 from planted import HUB, OPENAI, WANDB, found
 from tiny import QUESTIONS, teach_planner
 
+from common.evaluation.during_training import SAVED_QUESTIONS
+
 # Keys in every place where a script looks for one. Each has the line break that careless copying adds.
 PLANTED = {
     "OPENAI_API_KEY": OPENAI + "\n", "HF_TOKEN": HUB + "\n", "WANDB_API_KEY": WANDB + "\n",
@@ -65,6 +67,13 @@ class Stage:
     def held_out(self) -> Path:
         """Questions for the scoreboard."""
         return self._questions("held-out.jsonl", [f"What is {a} + {b} + {c}?" for a, b, c in [(1, 6, 2), (3, 3, 9)]])
+
+    @property
+    def many_held_out(self) -> Path:
+        """Questions for a scoreboard whose rows are saved in several parts."""
+        several = range(2 * SAVED_QUESTIONS + 30)
+        texts = [f"What is {n // 100 + 10} + {n // 10 % 10} + {n % 10}?" for n in several]
+        return self._questions("many-held-out.jsonl", texts)
 
     def grpo(self, output_dir: Path, *more: str) -> list[str]:
         """Flags of a GRPO run that takes seconds."""

@@ -65,6 +65,7 @@ FIELD = [
     # A repetition of our own instructions is no answer.
     ('End with JSON: {"final_answer": <number>}. 12 + 6 = 18', "18"),
     ('End with JSON: {"final_answer": <number>}.\n{"final_answer": 18} 3', "18"),
+    ('The total is 18.\n{"final_answer": "<number>"}', "18"),
     # The field exists but holds no number: no other number counts.
     ('{"final_answer": null} 42', None), ('{"final_answer": true, "n": 1}', None), ('{"final_answer": [42]}', None),
     ('{"final_answer": {"value": 42}}', None), ('{"final_answer": "unknown", "work": "6 * 7 = 42"}', None),
@@ -85,6 +86,13 @@ MARKER = [
     ("#### 18 (3 + 4 = 7 in step 2)", "18"), ("#### 18. Check: 3 + 4 = 7", "18"), ("#### 12 + 6 = 18", "18"),
     ("#### Total: $18 in 3 days", "18"), ("#### The answer is 18", "18"), ("#### Final Answer\n18\n2", "18"),
     ("#### Step 1: add\n3 + 4 = 7\n#### Step 2\n7 + 2 = 9\n#### 9\n1", "9"), ("#### Solution\nSo 18.", "18"),
+    ("#### Answer: 18 of 20", "18"), ("#### **Final Answer:** 18 of 20", "18"), ("#### The answer is: $18", "18"),
+    ("#### Answer: \\boxed{18}\n3", "18"), ("#### Answer (in dollars): 18\n3", "18"), ("#### Answer\n- 18 pens\n3", "18"),
+    # Headings of sections.
+    ("#### 1. Pens\n3 * 4 = 12\n#### 2. In all\n12 + 6 = 18\n\nThe total is $18.", "18"),
+    ("#### Cost of pens:\n3 * 4 = 12\n\n#### Total:\n12 + 6 = 18", "18"),
+    ("#### Understanding the problem\n12 and 6\n\\boxed{18}", "18"), ("#### Conclusion\nShe has 18.", "18"),
+    ("#### Problem (A)\n3 * 5 = 15\n#### Sum\n15 + 28 = 43", "43"), ("#### Final Answer\nShe has 18.", "18"),
     ("5 #### 1/3", None), ("5 #### 10:30", None), ("5\n#### unknown", None), ("5\n#### none of the 3", None), ("5 ####", None),
     ("5\n#### 12 + 6", None), ("#### 1.5 x 10^6", None), ("5\n#### unknown\n#### 7", None), ("#### about 18", None),
 ]  # fmt: skip
@@ -95,7 +103,8 @@ BOX = [
     ("\\boxed{\\boxed{18}} 3", "18"), ("\\boxed{\\{18\\}} 3", "18"), ("\\boxed{x = 18} 3", "18"), ("\\boxed{\\$18} 3", "18"),
     ("\\boxed{12 + 6 = 18} 3", "18"), ("\\boxed{18\\%} 3", "18"), ("\\boxed{5}. No, 3 \\fbox{7} 2", "7"),
     ("The answer is 5. \\boxed{18} is the answer: 6", "18"), ("Put it in \\boxed. So 18", "18"),
-    ("\\boxed{} 5", None), ("\\boxed{unknown} 5", None), ("\\boxed{\\frac{20}{3}} 5", None), ("\\boxed{10^{6}} 5", None),
+    ("\\boxed{3 \\frac{1}{4}} 5", "3.25"), ("\\boxed{3\\,\\frac{1}{4}} 5", "3.25"), ("\\boxed{\\color{red}{18}} 5", "18"),
+    ("\\boxed{\\frac{-1}{2}} 5", "-0.5"), ("\\boxed{} 5", None), ("\\boxed{unknown} 5", None), ("\\boxed{\\frac{20}{3}} 5", None), ("\\boxed{10^{6}} 5", None),
     ("\\boxed{2\\sqrt{3}} 5", None), ("\\boxed{2\\pi} 5", None), ("\\boxed{12 + 6} 5", None), ("\\boxed{x + 5}", None),
     ("\\boxed{\\frac{a}{2}} 5", None), ("\\boxed{5} \\boxed{?}", None),
 ]  # fmt: skip
@@ -116,6 +125,27 @@ STATED = [
     ("The final answer (in dollars) is: 18 for 3", "18"), ("The final answer comes to 18 of 20", "18"),
     ("final answer is therefore 7 because 3 of 4 = 0.75 were", "7"), ("final answer 18 of 20", "18"),
     ("The answer is 18. I hope this final answer helps in 3 ways", "18"),
+    ("Answer: Mr. and St. Louis has 18. 3", "18"), ("Answer: Yes. She has 18 dollars.", "18"),
+    ("Answer:\n- 18 apples\n3", "18"), ("### Final Answer\n- 18 apples\n3", "18"), ("The answer is – 18 of 20", "18"),
+    ("### Answer\n18 in 3", "18"), ("Ans: 18 of 20", "18"), ("The answer in dollars is 18 for 3.", "18"),
+    ("The answer would be 18, not 20.", "18"), ("The answer is approx. **18** of 20.", "18"),
+    ("The final answer rounded to 2 decimals is 18.33.", "18.33"), ("Final answer for 3 people: 18", "18"),
+    # A remark that says no number, or denies one.
+    ("The answer is 72. So the answer is correct. 3", "72"), ("12 + 6 = 18. The answer is correct.", "18"),
+    ("Total 18. Please note that the final answer may vary.", "18"), ("The answer is simple. 12 + 6 = 18.", "18"),
+    ("The final answer is not 12, it is 15.", "15"), ("The final answer isn't 12 but 15.", "15"), ("Answer: not 12, 15", "15"),
+    # The steps of the working after "Answer:".
+    ("Answer: Ann sold 48/2 = 24 pens in May. Ann sold 48 + 24 = 72 pens.", "72"),
+    ("**Answer:**\nTom has 12 pens.\nHe buys 6 more.\n12 + 6 = 18", "18"),
+    ("Answer: Tom has 12 pens. He buys 6 more. So he has 18 pens.", "18"),
+    ("Answer:\n1. Tom has 3 * 4 = 12 pens.\n2. He buys 6 more: 12 + 6 = 18.", "18"),
+    ("Answer: 12 + 6 = 18\n\nCheck: 18 - 6 = 12", "18"), ("Answer: She has 18 left. Check: 18 - 6 = 12", "18"),
+    # The answers to parts of a problem.
+    ("The answer to (A) is 15.\nThe answer to (B) is 28.\nThe sum is 15 + 28 = 43.", "43"),
+    ("(A) Answer: 15\n(B) Answer: 28\nSum: 43", "43"), ("Part 1 answer: 12\nPart 2 answer: 6\nTotal: 12 + 6 = 18", "18"),
+    ("(A) 3 * 5 = 15. The answer is 15.\n(B) 4 * 7 = 28. The answer is 28.\nSum: 43", "43"),
+    ("The answer to (A) is 15.\n(B) 15 / 3 = 5 boxes, 5 * 4 = $20.", "20"), ("Partial answer: 12\nTotal: 18", "18"),
+    ("The answer is 43. It is the sum of 15 and 28.", "43"), ("The answer to (B) is 28, not 3", "28"),
     ("5. The answer is 1/3.", None), ("5. The answer is 10:30.", None), ("5. Answer: unknown. She has 5.", None),
     ("5. The answer is 1.5 × 10^6.", None), ("5. The answer is 5-7.", None), ("3 + 4: the answer is eighteen.", None),
     ("5. Answer: ٣", None), ("5. Answer:", None), ("5. Final answer unknown.", None), ("5. The answer is 12 + 6.", None),
@@ -130,6 +160,9 @@ LAST = [
     ("it is $400 000 - $282 000 = $118 000.", "118000"), ("100 200 300", "300"), ("答案是42个", "42"),
     ("She has 0 left.", "0"), ("It is 50%", "50"), ("a change of +5", "5"), ("12 eggs - 18 in all", "18"),
     ("it is **18**", "18"), ("it is *18*", "18"), ("it is $-18$", "-18"),
+    ("The area is $18\\text{ cm}^2$.", "18"), ("\\[ 3 \\times 6 = 18 \\text{ m}^2 \\]", "18"), ("It is 18 cm<sup>2</sup>", "18"),
+    ("It takes 2 \\frac{1}{2} hours", "2.5"), ("It takes 2\u00a01/2 hours", "2.5"), ("5 - 8 = − 3", "-3"),
+    ("She has 18 apples (12 + 6).", "18"), ("Tom pays $18 ($12 + $6).", "18"), ("It takes 18 days (3 of 4).", "4"),
     # A name or a unit is no number. Text that only looks like a number gives no answer.
     ("5 m^2", "5"), ("It takes 3 of GPT-4, x2 and H2O", "3"), ("She needs 12. Open 24/7.", None),
     ("She has 5 at 10:30", None), ("5, or 1e999", None), ("12 or ½", None), ("3 and 4 are ７", None), ("1.5*10**6", None),
@@ -151,7 +184,13 @@ def test_explicit_answer_counts_though_it_was_cut_off(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [text for text, _ in LAST]
-    + ["Answer: Let's see, 3 + 4 = 7", "To find the final answer, we add 5", "So 18.\n\nQuestion: There are 5"],
+    + [
+        "Answer: Ann sold 48/2 = 24 pens in May. Ann sold 48+",
+        "The answer to (A) is 15.\n(B) In all",
+        "Answer: Let's see, 3 + 4 = 7",
+        "To find the final answer, we add 5",
+        "So 18.\n\nQuestion: There are 5",
+    ],
 )
 def test_last_number_of_a_cut_off_answer_is_none(text: str) -> None:
     assert predict(text, finished=False).number is None
@@ -175,7 +214,13 @@ def test_every_explicit_place_is_told_as_such() -> None:
         (f"#### unknown\n\nQuestion: {NEXT_PROBLEM}\n#### 12", None),
         # Without such a line it could be a correction, so the last field counts, as documented.
         (f'{{"final_answer": 18}}\n\n{NEXT_PROBLEM}\n{{"final_answer": 12}}', "12"),
+        (f'{{"final_answer": 18}}\n\nExample 2: {NEXT_PROBLEM}\n{{"final_answer": 12}}', "18"),
+        (f'{{"final_answer": 18}}\n\nNext problem: {NEXT_PROBLEM}\n{{"final_answer": 12}}', "18"),
+        (f'{{"final_answer": 18}}\n\n[Question]\n{NEXT_PROBLEM}\n{{"final_answer": 12}}', "18"),
         # The problem restated, and questions that the model asks itself.
+        ('Step 1: Restate it.\nQuestion: How many?\nStep 2: 12 + 6 = 18\n{"final_answer": 18}', "18"),
+        ('Given: 12 pens, 6 books.\nQuestion: total?\nSolution: 12 + 6 = 18\n{"final_answer": 18}', "18"),
+        ('Problem 1: The answer is 15.\nProblem 2: 4 * 7 = 28\n{"final_answer": 43}', "43"),
         ("Question: Joe has 3 and 4. How many?\nAnswer: 7", "7"),
         ("Let's split it.\nQuestion 1: In the box? Answer: 5\nQuestion 2: In all? Answer: 18", "18"),
         # Reasoning is not read, whether or not it ends.
@@ -184,6 +229,10 @@ def test_every_explicit_place_is_told_as_such() -> None:
         ("<think>5</think>6<think>The answer is 8</think>", None),
         ("<think>3 + 4 = 7. #### 7", None),
         ("The answer is 7. <think>Or is the answer is 8", "7"),
+        ("<thinking>#### 5</thinking>\nThe sum is 7.", "7"),
+        ("[THINK]\\boxed{5}[/THINK]\n7", "7"),
+        ("<reasoning>The answer is 5</reasoning>\n7", "7"),
+        ("<reasoning> 3 + 4 = 7", "7"),
     ],
 )
 def test_what_is_not_part_of_the_answer(text: str, value: str | None) -> None:
@@ -229,6 +278,8 @@ PATTERNS = [
     '{"final_answer":', '{"final_answer":"', '{"final_answer":1}', "'final_answer': ' ", "{'final_answer':{", "' ,",
     "####", "#### ", "####\n", "#### 1", "#### step ", "\\boxed{", "\\boxed{1}", "\\boxed ", "answer:", "answer: let",
     "answer (", "answer", "the answer for ", "the answer is ", "final answer", "final answer ", "final answer\n",
+    "#### a\n", "#### 1. a\n", "answer:\n1. ", "(A) answer: 1\n", "the answer is correct. ", "answer: 1 + 1 = 2\n",
+    "\n(B) ", " (1 + ", "\nans: ", "# answer\n1\n", "[THINK]", "</reasoning>", "\\text{m", "\\color{a",
     "Question:\n", "\nQ: 1", "\n### User:\n1", "\n# ", "<think>", "</think>", "<think></think>",
 ]  # fmt: skip
 
