@@ -27,9 +27,11 @@ from common.cli import (
     run,
     say,
 )
+from common.errors import UserError
 from common.fit.devices import prepare_gpu
 from common.fit.missing import check_hub_models
 from common.fit.start import check_models
+from common.problems.demonstrations import load_demonstrations
 from common.problems.planning import load_planning_data
 from common.problems.questions import check_source, kind_of_source, kinds_of
 from common.processes.engines import check_engine
@@ -87,11 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = SupervisedArgs.from_dict({**DEFAULTS, **values})
     with settings_from(output_dir / TRAINING_CONFIG if options.resume else None, given):
         args.validate()
+    if args.format == "json-plan" and args.dataset == DATASET_NAME:
+        raise UserError(
+            "--format json-plan needs a --dataset: GSM8K's socratic variant, generated:shares or multi:SOURCE (the "
+            f"default, {DATASET_NAME}, is planning data)"
+        )
     check_partners(args, given, SFT_RULES, kinds_of(args.dataset))
     check_engine()
     check_not_alone()
     prepare_gpu("dummy_planner.py")
-    with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume):
+    with own_output_dir(output_dir, overwrite=options.overwrite, resume=options.resume, adapter_path=args.adapter_path):
         return start(options, args)
 
 
@@ -108,6 +115,8 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
     args = check_models(args, given_settings(options, SupervisedArgs))
     if args.format == "json-plan":
         check_source(args.dataset)
+        if kind_of_source(args.dataset) != "hub":
+            load_demonstrations(args)  # an early answer where there is nothing to imitate
     elif kind_of_source(args.dataset) != "hub":
         load_planning_data(args.dataset, None)
     check_hub_models(args)

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return check_run(args, given, overwrite=options.overwrite, resume=options.resume)
     output_dir = Path(args.output_dir)
-    with own_output_dir(output_dir, overwrite=options.overwrite, resume=goes_on):
+    with own_output_dir(output_dir, overwrite=options.overwrite, resume=goes_on, adapter_path=args.adapter_path):
         return start(options, args)
 
 

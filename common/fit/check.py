@@ -49,7 +49,11 @@ def check_run(args: TrainingArgs, given: Mapping[str, Any], *, overwrite: bool, 
     found.add(missing.packages(args), exit_code=1)
     if found.problems:
         raise UserErrors(found.problems, exit_code=found.exit_code)
-    found.tried(lambda: check_output_dir(Path(args.output_dir), overwrite=overwrite, resume=resume))
+    found.tried(
+        lambda: check_output_dir(
+            Path(args.output_dir), overwrite=overwrite, resume=resume, adapter_path=args.adapter_path
+        )
+    )
     offline = missing.hub_problem(args)
     questions = found.tried(lambda: _questions(args))
     found.tried(lambda: missing.check_wandb(args))

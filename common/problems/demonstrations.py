@@ -11,9 +11,11 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 
+from common.errors import UserError
 from common.plans import MAX_SUBPROBLEM_CHARS, Plan, letters_of
 from common.problems import composed, generated
-from common.problems.questions import Question
+from common.problems.questions import Question, is_generated, load_questions
+from common.settings.sft import SupervisedArgs
 
 # Between sub-question and step in a line of a socratic solution. Many sub-questions need the answer of another one.
 # They are kept, because the worker also sees the whole question.
@@ -98,3 +100,20 @@ def demonstrations(items: Iterable[Question], seed: int) -> Iterator[tuple[Quest
             plan = socratic_plan(item, draw) if _MARKER in item.answer else generated.demonstrate(item.question, draw)
         if plan is not None:
             yield item, plan
+
+
+def load_demonstrations(args: SupervisedArgs) -> list[tuple[Question, Plan]]:
+    """The questions of a supervised run with the plans to imitate.
+
+    Raises:
+        UserError: if the data cannot be read, or give no plan.
+    """
+    limit = args.max_samples or (1000 if is_generated(args.dataset) else 1_000_000)
+    questions = load_questions(args.dataset, limit=limit, config=args.dataset_config, seed=args.seed)
+    found = list(demonstrations(questions, args.seed))
+    if not found:
+        raise UserError(
+            f"--dataset {args.dataset} has nothing to imitate: json-plan needs GSM8K's socratic variant "
+            "(solution lines 'sub-question ** step'), generated:shares or multi:SOURCE"
+        )
+    return found

@@ -205,7 +205,9 @@ def load_held_out(args: TrainingArgs, training: list[Question]) -> list[Question
     )
     check_disjoint(known, [text for item in found for text in item.texts])
     apart = f": none of them is among the {counted(len(training), 'training question')}" if training else ""
-    say(f"{counted(len(found), 'held-out question')} from {source}{apart}")
+    fewer = len(found) < args.eval_samples and not composed.is_composed(source)
+    less = f"; it has no more ({args.eval_samples} were asked for)" if fewer else ""
+    say(f"{counted(len(found), 'held-out question')} from {source}{apart}{less}")
     return found
 
 

@@ -247,7 +247,9 @@ _KEEPING_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def adapter_origin(adapter_path: str, base_model: str | None) -> tuple[dict[str, Any], str]:
-    """The record of an adapter's training ({} without one), and the name of its base model.
+    """The record of an adapter's training, and the name of its base model.
+
+    A checkpoint's record is that of its run. Without a record it is {}.
 
     Args:
         adapter_path: folder of the adapter.
@@ -258,16 +260,19 @@ def adapter_origin(adapter_path: str, base_model: str | None) -> tuple[dict[str,
     """
     try:
         config = read_adapter_config(adapter_path)
-        record = read_json(Path(adapter_path) / TRAINING_CONFIG) or {}
+        folder = Path(adapter_path)
+        record = read_json(folder / TRAINING_CONFIG)
+        if record is None and folder.resolve().name.startswith("checkpoint-"):
+            record = read_json(folder.resolve().parent / TRAINING_CONFIG)
     except OSError as error:
         raise UserError(f"--adapter-path {adapter_path} cannot be read ({error.strerror})") from error
     recorded = config.get("base_model_name_or_path") or ""
     if base_model is not None:
         check_base_model(base_model)
         check_adapter_base(adapter_path, base_model)
-        return record, base_model
+        return record or {}, base_model
     if not recorded:
         raise UserError(f"--adapter-path {adapter_path} does not say what it was trained on: add --base-model")
     base = _named_base(adapter_path, recorded)
     check_base_model(base)
-    return record, base
+    return record or {}, base

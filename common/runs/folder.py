@@ -42,7 +42,9 @@ def holds_run(output_dir: Path) -> bool:
 
 
 @contextmanager
-def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
+def own_output_dir(
+    output_dir: Path, *, overwrite: bool, resume: bool, adapter_path: str | None = None
+) -> Iterator[None]:
     """Context manager: lock the output folder against other runs, and remove unfinished files of a killed run.
 
     If the run ends before its first checkpoint, an older run that it should replace is moved back.
@@ -51,6 +53,7 @@ def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterat
         output_dir: the folder.
         overwrite: whether an older run there may be replaced.
         resume: whether the run there continues.
+        adapter_path: the adapter from which the run starts.
 
     Raises:
         UserError: if another run uses the folder; also as `check_output_dir`.
@@ -61,7 +64,7 @@ def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterat
             yield
             return
         put_back(output_dir)
-        check_output_dir(output_dir, overwrite=overwrite, resume=resume)
+        check_output_dir(output_dir, overwrite=overwrite, resume=resume, adapter_path=adapter_path)
         for folder in (output_dir, *(path for path in output_dir.glob("checkpoint-*") if path.is_dir())):
             remove_unfinished(folder)
         try:
@@ -70,17 +73,18 @@ def own_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Iterat
             put_back(output_dir)
 
 
-def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None:
+def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool, adapter_path: str | None = None) -> None:
     """Check before the run that nothing will be lost, and that results can be written.
 
     Args:
         output_dir: the folder.
         overwrite: whether an older run there may be replaced.
         resume: whether the run there continues.
+        adapter_path: the adapter from which the run starts.
 
     Raises:
-        UserError: if the folder cannot be written, contains files that are no run's, or contains a run and the flags do
-            not say what to do with it.
+        UserError: if the folder cannot be written, contains files that are no run's, contains a run and the flags do
+            not say what to do with it, or contains the adapter that the run would replace.
     """
     check_writable(output_dir, "--output-dir")
     if not any((output_dir / name).exists() for name in (TRAINING_CONFIG, REPLACED, _MOVING)):
@@ -90,6 +94,12 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
         raise UserError(
             f"--output-dir {output_dir} already holds a run: {resumable}name another folder, or replace the run and "
             "its checkpoints with --overwrite"
+        )
+    own = output_dir.resolve()
+    if overwrite and not resume and adapter_path is not None and own in (Path(adapter_path) / "x").resolve().parents:
+        raise UserError(
+            f"--adapter-path {adapter_path} lies in --output-dir {output_dir}, whose run --overwrite would remove: "
+            "name another --output-dir"
         )
 
 

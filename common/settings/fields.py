@@ -24,7 +24,8 @@ def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
         default: value of the field; `MISSING` if it has none.
         group: heading in the help text.
         help: help text of the flag.
-        extra: `metavar` for the help text; `positive`, `fraction` (in [0, 1]) or `minimum` for `check_values`; `local`
+        extra: `metavar` for the help text; `positive`, `fraction` (in [0, 1]), `minimum`, `maximum` or
+            `below` for `check_values`; `local`
             for `absolute_paths`: "path", or "name" of something that may also be a path.
     """
     return field(default=default, metadata={"group": group, "help": help, **extra})
@@ -122,6 +123,11 @@ def _problem_with(spec: Any, value: Any) -> str | None:
         return f"{flag} must be greater than 0, {found}"
     if spec.metadata.get("fraction") and not 0 <= value <= 1:
         return f"{flag} must lie between 0 and 1, {found}"
+    maximum, below = spec.metadata.get("maximum"), spec.metadata.get("below")
+    if maximum is not None and value > maximum:
+        return f"{flag} must be at most {maximum}, {found}"
+    if below is not None and value >= below:
+        return f"{flag} must be below {below}, {found}"
     minimum = spec.metadata.get("minimum")
     if minimum is not None and value < minimum:
         return f"{flag} must be at least {minimum}, {found}"

@@ -35,7 +35,7 @@ class TrainingArgs:
     cpu_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "model", "number format of matrix products on a CPU. bfloat16 is faster, most of all in forward and backward; but where two tokens are almost equally likely, a greedy answer may then depend on the other prompts in its batch. auto: bfloat16 if the processor has instructions for it (AVX512-BF16, AMX) and weights are not quantised, else float32; with vLLM servers float32, because the check of who wrote the plans is most exact then. Not used on a GPU")
     lora_r: int = setting(16, "model", "LoRA rank", positive=True)
     lora_alpha: int = setting(32, "model", "LoRA scale numerator: the update is multiplied by alpha / r", positive=True)
-    lora_dropout: float = setting(0.0, "model", "LoRA dropout; on a GPU, rollouts run in train mode, so it is noise on the policy too", fraction=True)
+    lora_dropout: float = setting(0.0, "model", "LoRA dropout; on a GPU, rollouts run in train mode, so it is noise on the policy too", fraction=True, below=1)
     lora_layers: int | None = setting(None, "model", "adapt only the last N layers (default: all)", positive=True)
 
     dataset: str = setting("openai/gsm8k", "data", "Hub id; or a .jsonl/.parquet file or folder with question and answer columns; or generated problems: generated:shares or reasoning-gym:TASK[?option=value&…]; or several of any of these in one question: multi:SOURCE[?parts=2-3&single=0.3&max_steps=3&kind=sum|chained]", local="name")
@@ -43,7 +43,7 @@ class TrainingArgs:
     dataset_split: str = setting("train", "data", "split to train on", metavar="NAME")
     max_samples: int = setting(1000, "data", "use at most this many questions", positive=True)
 
-    lr: float = setting(1e-5, "training", "peak learning rate (AdamW)", positive=True)
+    lr: float = setting(1e-5, "training", "peak learning rate (AdamW)", positive=True, maximum=1)
     lr_schedule: Literal["constant", "linear", "cosine"] = setting("linear", "training", "learning rate after warm-up")
     warmup_steps: int = setting(0, "training", "steps of linear warm-up", minimum=0)
     batch_size: int = setting(1, "training", "completions per device and forward/backward pass", positive=True)

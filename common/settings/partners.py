@@ -41,12 +41,18 @@ def _asks_server(args: TrainingArgs) -> bool:
     return args.worker_url is not None or args.samples_from_servers()
 
 
+_HUB_CONFIG = Rule(
+    ("dataset_config",),
+    lambda args, kinds: "hub" in kinds,
+    "for generated problems or files, which have no configurations",
+)
 GRPO_RULES = (
     Rule(
         ("dataset_split",),
         lambda args, kinds: bool({"hub", "folder"} & set(kinds)),
         "for generated problems or a single file, which have no splits",
     ),
+    _HUB_CONFIG,
     Rule(("eval_dataset",), lambda args, kinds: args.eval_samples > 0, "without --eval-samples", _ADD),
     Rule(
         ("worker_model",),
@@ -79,6 +85,7 @@ GRPO_RULES = (
     ),
 )
 SFT_RULES = (
+    _HUB_CONFIG,
     Rule(
         ("planner_style", "worker_context"),
         lambda args, kinds: args.format == "json-plan",

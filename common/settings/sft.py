@@ -23,7 +23,7 @@ class SupervisedArgs:
     cpu_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "model", "number format of matrix products on a CPU. bfloat16 is faster, most of all in forward and backward; but where two tokens are almost equally likely, a greedy answer may then depend on the other prompts in its batch. auto: bfloat16 if the processor has instructions for it (AVX512-BF16, AMX) and weights are not quantised, else float32. Not used on a GPU")
     lora_r: int = setting(16, "model", "LoRA rank", positive=True)
     lora_alpha: int = setting(32, "model", "LoRA scale numerator: the update is multiplied by alpha / r", positive=True)
-    lora_dropout: float = setting(0.0, "model", "LoRA dropout", fraction=True)
+    lora_dropout: float = setting(0.0, "model", "LoRA dropout", fraction=True, below=1)
     lora_layers: int | None = setting(None, "model", "adapt only the last N layers (default: all)", positive=True)
     adapter_path: str | None = setting(None, "model", "continue from this LoRA adapter", metavar="DIR", local="path")
 
@@ -35,7 +35,7 @@ class SupervisedArgs:
     planner_style: Literal["full", "short"] = setting("full", "data", "wording of the planner's system message (json-plan)")
 
     worker_context: Literal["question", "none"] = setting("question", "data", "what the worker will see of a question when it solves a part (json-plan); the planner's prompt says so, as in grpo_training.py")
-    lr: float = setting(MISSING, "training", "peak learning rate (AdamW, linear decay)", positive=True)
+    lr: float = setting(MISSING, "training", "peak learning rate (AdamW, linear decay)", positive=True, maximum=1)
     batch_size: int = setting(MISSING, "training", "rows per device and forward/backward pass", positive=True)
     grad_accum: int = setting(MISSING, "training", "passes per optimiser step", positive=True)
     num_epochs: float = setting(MISSING, "training", "passes over the data", positive=True)

@@ -3,10 +3,12 @@
 ReportCallback     writes metrics.jsonl and training_curves.png
 DropReplacedRun    removes the run that --overwrite replaces, after the first checkpoint
 ReturnMemory       gives freed memory back to the system after some steps on a CPU
+FollowSettings     lets a resumed run follow its new --save-steps and --max-steps
 CollapseWarning    warns if the reward rises while all plans become the same
+InvalidWarning     warns if no plan is valid, so that nothing can be learned
 StopOnSignal       ends the run after a checkpoint on Ctrl-C and SIGTERM
 
-The first and the third need only the trainer's logs, which they receive in `on_log`. The callback for W&B is in
+The first and the two warnings need only the trainer's logs, which they receive in `on_log`. The callback for W&B is in
 `common.reports.wandb_log`, the one for progress lines in `common.training.progress`.
 """
 
@@ -134,6 +136,29 @@ class ReturnMemory(TrainerCallback):
             return_freed_memory()
 
 
+class FollowSettings(TrainerCallback):
+    """Lets a resumed run follow the settings that it may change; the checkpoint holds those of the earlier run."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over the steps between checkpoints, and the learning rate for the new number of steps.
+
+        The optimizer's state holds the rate of the next step by the earlier schedule, which is 0 after its last step.
+        """
+        from torch.optim.lr_scheduler import LambdaLR
+
+        if state.global_step == 0:
+            return
+        state.compute_steps(args, state.max_steps)
+        schedule = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])  # accelerate wraps it
+        if isinstance(schedule, LambdaLR):
+            groups = zip(kwargs["optimizer"].param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, base, factor in groups:
+                group["lr"] = base * factor(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # what is logged
+
+
 class CollapseWarning(TrainerCallback):
     """Warns when the reward rises while nearly all plans are the same text.
 
@@ -183,6 +208,43 @@ class CollapseWarning(TrainerCallback):
                 reward_before,
                 reward_last,
             )
+
+
+class InvalidWarning(TrainerCallback):
+    """Warns once when all plans of some steps in a row are invalid. They all earn 0, so that nothing can be learned.
+
+    Args:
+        steps: number of these steps.
+    """
+
+    def __init__(self, steps: int = 2) -> None:
+        self.steps = steps
+        self._in_a_row = 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Count the steps, and warn with what helps."""
+        metrics = step_metrics(logs) if state.is_world_process_zero else None
+        if metrics is None or metrics.get("invalid_plan_rate") is None:
+            return
+        self._in_a_row = self._in_a_row + 1 if metrics["invalid_plan_rate"] == 1 else 0
+        if self._in_a_row != self.steps:
+            return
+        cut_off = metrics.get("completions/clipped_ratio") or 0.0
+        longer = f"{cut_off:.0%} of them were cut off: raise --max-completion-length; or " if cut_off >= 0.5 else ""
+        logger.warning(
+            "step %d: all plans of the last %d steps are invalid, so nothing is learned: %steach the base model the "
+            "format first, with dummy_planner.py --format json-plan, and start from that with --adapter-path",
+            state.global_step,
+            self.steps,
+            longer,
+        )
 
 
 class StopOnSignal(TrainerCallback):

@@ -198,9 +198,11 @@ def build_trainer(
         peft_config=models.lora_config(args, base),
         callbacks=[
             callbacks.ReportCallback(Path(args.output_dir)),
+            callbacks.FollowSettings(),
             callbacks.ReturnMemory(),
             callbacks.DropReplacedRun(Path(args.output_dir)),
             callbacks.CollapseWarning(),
+            callbacks.InvalidWarning(),
             progress.ProgressCallback(),
         ],
     )

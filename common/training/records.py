@@ -37,6 +37,13 @@ class SampleLog:
             listener(records)
 
 
+class WithoutCard:
+    """For trainers of TRL: no model card at each checkpoint. TRL's names no model and asks about a time machine."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write nothing."""
+
+
 def prompt_date(args: TrainingArgs | SupervisedArgs, checkpoint: Path | None) -> date:
     """The date that prompts show: that of the resumed run, that of the warm start, or today.
 

@@ -19,9 +19,9 @@ from common import models, prompts
 from common.cli import counted, say, settings_table
 from common.errors import UserError
 from common.models.chat_date import fix_date
-from common.problems.demonstrations import demonstrations
+from common.problems.demonstrations import load_demonstrations
 from common.problems.planning import load_planning_data
-from common.problems.questions import Question, fingerprint, is_generated, kind_of_source, load_questions
+from common.problems.questions import Question, fingerprint, kind_of_source
 from common.processes.ranks import world_size
 from common.reports.jsonl import read_jsonl
 from common.reports.plots import plot_loss_curves
@@ -33,7 +33,14 @@ from common.settings.grpo import DEMO, TrainingArgs
 from common.settings.sft import SupervisedArgs
 from common.training import callbacks, progress
 from common.training.device import announce_device, device_options
-from common.training.records import add_to_record, add_wandb, checkpoint_bytes, prompt_date, start_records
+from common.training.records import (
+    WithoutCard,
+    add_to_record,
+    add_wandb,
+    checkpoint_bytes,
+    prompt_date,
+    start_records,
+)
 from common.workers.frozen import FrozenBase
 from common.workers.local import end_token_ids
 
@@ -78,7 +85,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None, defaults: SupervisedArg
         say(
             f"{longer} of {counted(len(training), 'row')}: longer than --max-seq-len {args.max_seq_len}, cut at the end"
         )
-    trainer = SFTTrainer(
+    trainer = ImitationTrainer(
         model=base,
         args=sft_config(args, base.config),
         train_dataset=training,
@@ -87,6 +94,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None, defaults: SupervisedArg
         peft_config=models.lora_config(args, base),
         callbacks=[
             callbacks.ReportCallback(output_dir, plot=plot_loss_curves),
+            callbacks.FollowSettings(),
             callbacks.ReturnMemory(),
             callbacks.DropReplacedRun(output_dir),
             progress.ProgressCallback(),
@@ -209,6 +217,10 @@ def sft_config(args: SupervisedArgs, base: Any) -> SFTConfig:
     )
 
 
+class ImitationTrainer(WithoutCard, SFTTrainer):
+    """`SFTTrainer`; it writes no model card."""
+
+
 @dataclass(frozen=True, slots=True)
 class Demonstration:
     """A prompt, and the completion to imitate."""
@@ -224,23 +236,12 @@ def load_rows(args: SupervisedArgs) -> tuple[list[Demonstration], list[Demonstra
         UserError: if the data cannot be read, or give no plan.
     """
     if args.format == "json-plan":
-        questions = load_questions(
-            args.dataset,
-            limit=args.max_samples or 1_000_000 if not is_generated(args.dataset) else args.max_samples or 1000,
-            config=args.dataset_config,
-            seed=args.seed,
-        )
         rows = [
             Demonstration(
                 prompts.planner_messages(item.question, args.planner_style, args.worker_context), plan.to_json()
             )
-            for item, plan in demonstrations(questions, args.seed)
+            for item, plan in load_demonstrations(args)
         ]
-        if not rows:
-            raise UserError(
-                f"--dataset {args.dataset} has nothing to imitate: json-plan needs GSM8K's socratic variant "
-                "(solution lines 'sub-question ** step'), generated:shares or multi:SOURCE"
-            )
         return _cut(rows, args.dataset, args.seed)
     training, held_out = (
         [

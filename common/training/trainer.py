@@ -28,6 +28,7 @@ from common.processes import ranks
 from common.reports.step_clock import StepClock
 from common.runs.checkpoints import answers_file
 from common.runs.storage import resume_command
+from common.training.records import WithoutCard
 from common.workers.frozen import FrozenBase
 from common.workers.local import FrozenWorker, inference
 from common.workers.rollouts import PolicyCheck, RunStoppedError, ServedPlanner
@@ -82,7 +83,7 @@ class SetEpoch(TrainerCallback):
         self._sampler.set_epoch(int(state.epoch or 0))
 
 
-class PlannerTrainer(GRPOTrainer):
+class PlannerTrainer(WithoutCard, GRPOTrainer):
     """`GRPOTrainer` with a data order that survives a resume in any epoch, and with fast rollouts on a CPU.
 
     Args:

@@ -97,6 +97,20 @@ def test_a_run_that_ended_before_training_is_in_nobodys_way_and_its_scoreboard_s
 
 
 @pytest.mark.parametrize("script", ["grpo_training.py", "dummy_planner.py"])
+@pytest.mark.parametrize("inside", [".", "checkpoint-1", "../link"])
+def test_a_run_does_not_replace_the_adapter_from_which_it_starts(tmp_path, script, inside):
+    folder = tmp_path / "run"
+    before = older_run(folder)
+    (tmp_path / "link").symlink_to(folder)
+    done = run_script(
+        script, "--demo", "--output-dir", str(folder), "--overwrite", "--adapter-path", str(folder / inside)
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "lies in --output-dir" in line and "name another --output-dir" in line
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("script", ["grpo_training.py", "dummy_planner.py"])
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])
 def test_a_folder_of_somebody_elses_files_is_refused_and_left_as_it_is(tmp_path, script, more):
     (tmp_path / "checkpoint-9").mkdir()  # of another program: it would be removed as a part of an older run

@@ -18,7 +18,7 @@ from conftest import png_size, state_at
 from transformers import TrainerControl
 
 from common.reports.jsonl import append_jsonl, read_jsonl
-from common.training.callbacks import CollapseWarning, ReportCallback, StopOnSignal
+from common.training.callbacks import CollapseWarning, InvalidWarning, ReportCallback, StopOnSignal
 
 
 def test_report_writes_a_line_per_training_step(tmp_path, trainer_args):
@@ -82,6 +82,22 @@ def test_collapse_is_reported_while_the_reward_rises(trainer_args, caplog):
     assert warnings_of(CollapseWarning(), trainer_args, caplog, [(0.9, i / 40) for i in range(40)]) == []
     assert warnings_of(CollapseWarning(), trainer_args, caplog, [(None, i / 40) for i in range(40)]) == []
     assert warnings_of(CollapseWarning(window=3), trainer_args, caplog, [(0.9, 0.1)] * 3 + [(0.1, 0.2)] * 3) == [6]
+
+
+def test_steps_without_any_valid_plan_are_reported_once(trainer_args, caplog):
+    def warned(series, cut_off=0.0):
+        caplog.clear()
+        callback = InvalidWarning()
+        for step, rate in enumerate(series, start=1):
+            logs = {"invalid_plan_rate": rate, "completions/clipped_ratio": cut_off}
+            callback.on_log(trainer_args, state_at(step), TrainerControl(), logs=logs)
+        return [record.getMessage() for record in caplog.records]
+
+    (message,) = warned([1.0] * 5)
+    assert "step 2" in message and "--adapter-path" in message and "cut off" not in message and "\n" not in message
+    (message,) = warned([1.0, 1.0], cut_off=0.75)
+    assert "75% of them were cut off: raise --max-completion-length" in message
+    assert warned([1.0, 0.9, 1.0, 0.9]) == []
 
 
 def stop_flags(stop, trainer_args, step=1):

@@ -208,6 +208,20 @@ def test_resume_refuses_what_would_make_it_another_run(finished_run, tmp_path):
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
+def test_a_resumed_run_follows_its_new_number_of_steps_and_saves_as_it_is_told(tiny_args):
+    """Learning rate and checkpoints come from the new settings; the checkpoint holds the earlier ones."""
+    tiny_args.max_steps, tiny_args.lr_schedule = 2, "linear"
+    assert run_script("grpo_training.py", *flags(tiny_args)).returncode == 0
+    folder = Path(tiny_args.output_dir)
+    done = run_script(
+        "grpo_training.py", "--output-dir", str(folder), "--resume", "--max-steps", "5", "--save-steps", "1"
+    )
+    assert done.returncode == 0, done.stderr
+    rates = [line["learning_rate"] for line in read_jsonl(folder / "metrics.jsonl")]
+    assert rates == pytest.approx([1e-3, 5e-4, 6e-4, 4e-4, 2e-4])
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4", "checkpoint-5"}
+
+
 def test_a_run_stopped_after_its_last_step_is_only_finished(finished_run, tmp_path):
     _, folder, _ = finished_run
     copy = tmp_path / "copy"
