@@ -127,9 +127,18 @@ def _named_base(adapter_path: str, recorded: str) -> str:
         adapter_path: folder of the adapter. The record of its training, if there is one, has the name that was given.
         recorded: the name in the adapter's config, often a folder of a cache.
     """
-    settings = (read_json(Path(adapter_path) / TRAINING_CONFIG) or {}).get("settings")
+    settings = _record_of(adapter_path).get("settings")
     named = settings.get("base_model") if isinstance(settings, dict) else None
     return named if isinstance(named, str) and _last_part(named) == _last_part(recorded) else _hub_id(recorded)
+
+
+def _record_of(adapter_path: str) -> dict[str, Any]:
+    """The record of an adapter's training, which a checkpoint shares with its run; {} without one."""
+    folder = Path(adapter_path).resolve()
+    record = read_json(folder / TRAINING_CONFIG)
+    if record is None and folder.name.startswith("checkpoint-"):
+        record = read_json(folder.parent / TRAINING_CONFIG)
+    return record or {}
 
 
 def _last_part(name: str) -> str:
@@ -247,9 +256,7 @@ _KEEPING_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def adapter_origin(adapter_path: str, base_model: str | None) -> tuple[dict[str, Any], str]:
-    """The record of an adapter's training, and the name of its base model.
-
-    A checkpoint's record is that of its run. Without a record it is {}.
+    """The record of an adapter's training ({} without one), and the name of its base model.
 
     Args:
         adapter_path: folder of the adapter.
@@ -260,19 +267,16 @@ def adapter_origin(adapter_path: str, base_model: str | None) -> tuple[dict[str,
     """
     try:
         config = read_adapter_config(adapter_path)
-        folder = Path(adapter_path)
-        record = read_json(folder / TRAINING_CONFIG)
-        if record is None and folder.resolve().name.startswith("checkpoint-"):
-            record = read_json(folder.resolve().parent / TRAINING_CONFIG)
+        record = _record_of(adapter_path)
     except OSError as error:
         raise UserError(f"--adapter-path {adapter_path} cannot be read ({error.strerror})") from error
     recorded = config.get("base_model_name_or_path") or ""
     if base_model is not None:
         check_base_model(base_model)
         check_adapter_base(adapter_path, base_model)
-        return record or {}, base_model
+        return record, base_model
     if not recorded:
         raise UserError(f"--adapter-path {adapter_path} does not say what it was trained on: add --base-model")
     base = _named_base(adapter_path, recorded)
     check_base_model(base)
-    return record or {}, base
+    return record, base

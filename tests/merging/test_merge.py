@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from common import models, prompts
 from common.merging import certificate
 from common.merging.report import certificate_table
+from common.runs.adapters import adapter_origin
 from common.settings.grpo import PACKAGED_MODEL
 
 
@@ -216,6 +217,14 @@ def test_an_adapter_that_learned_nothing_is_reported(adapter, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------ the card
+
+
+def test_a_checkpoint_has_the_record_of_its_run(finished_run):
+    _, folder, _ = finished_run
+    record, base = adapter_origin(str(folder / "checkpoint-2"), None)
+    assert (
+        record == json.loads((folder / "training_config.json").read_text()) and base == record["settings"]["base_model"]
+    )
 
 
 def test_the_card_says_what_the_hub_wants_to_know(merged):
