@@ -324,9 +324,12 @@ def threads_as_before():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_batch_divided_among_processes_gives_the_tokens_of_one(smollm2, threads_as_before, temperature):
-    """In fp32; with prompts of two kinds, each of which has a beginning that is read once and kept."""
+    """In fp32; with prompts of two kinds, each of which has a beginning that is read once and kept.
+
+    Not at temperature 1: a draw may fall among tokens with odds of a millionth, where rounding decides between neighbours.
+    """
     model, tokenizer = smollm2
     requests = [prompts.direct_messages(question, "few-shot") for question in SUMS]
     requests += [prompts.planner_messages(question, "short") for question in SUMS]
