@@ -115,11 +115,10 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
     args = check_models(args, given_settings(options, SupervisedArgs))
     if args.format == "json-plan":
         check_source(args.dataset)
-        if kind_of_source(args.dataset) != "hub":
-            load_demonstrations(args)  # an early answer where there is nothing to imitate
     elif kind_of_source(args.dataset) != "hub":
         load_planning_data(args.dataset, None)
     check_hub_models(args)
+    plans = load_demonstrations(args) if args.format == "json-plan" else None
     if not args.wandb:
         forbid_import("wandb")
     # torch, transformers and trl are imported here because that takes seconds
@@ -127,7 +126,7 @@ def start(options: argparse.Namespace, args: SupervisedArgs) -> int:
 
     device.quiet_libraries(options.debug)
     device.tune_for_cpu()
-    return sft.train(args, checkpoint, SupervisedArgs(**DEFAULTS))
+    return sft.train(args, checkpoint, SupervisedArgs(**DEFAULTS), plans)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def is_correct(prediction_text: str, gold: Decimal, *, finished: bool = True) ->
 
 # --- finding the place of the answer -------------------------------------------------------------------------
 
-# So many markers, statements and objects are looked at, so that any text takes linear time.
+# At most so many markers and statements are looked at, so that any text takes linear time.
 _MOST_PLACES = 20
 # The `<number>` placeholder of our own instructions, which a model may repeat, is no answer.
 _PLACEHOLDER = re.compile(r"\s*(?:<[a-z ]+>|\.\.\.)\s*", re.IGNORECASE)

@@ -17,6 +17,8 @@ from common.problems import composed, generated
 from common.problems.questions import Question, is_generated, load_questions
 from common.settings.sft import SupervisedArgs
 
+Plans = list[tuple[Question, Plan]]  # questions, each with a plan to imitate
+
 # Between sub-question and step in a line of a socratic solution. Many sub-questions need the answer of another one.
 # They are kept, because the worker also sees the whole question.
 _MARKER = " ** "
@@ -102,7 +104,7 @@ def demonstrations(items: Iterable[Question], seed: int) -> Iterator[tuple[Quest
             yield item, plan
 
 
-def load_demonstrations(args: SupervisedArgs) -> list[tuple[Question, Plan]]:
+def load_demonstrations(args: SupervisedArgs) -> Plans:
     """The questions of a supervised run with the plans to imitate.
 
     Raises:

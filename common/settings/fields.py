@@ -24,9 +24,9 @@ def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
         default: value of the field; `MISSING` if it has none.
         group: heading in the help text.
         help: help text of the flag.
-        extra: `metavar` for the help text; `positive`, `fraction` (in [0, 1]), `minimum`, `maximum` or
-            `below` for `check_values`; `local`
-            for `absolute_paths`: "path", or "name" of something that may also be a path.
+        extra: `metavar` for the help text; `positive`, `fraction` (in [0, 1]), `minimum` or `below` (an upper limit that
+            is not reached) for `check_values`; `local` for `absolute_paths`: "path", or "name" of something that may also
+            be a path.
     """
     return field(default=default, metadata={"group": group, "help": help, **extra})
 
@@ -123,9 +123,7 @@ def _problem_with(spec: Any, value: Any) -> str | None:
         return f"{flag} must be greater than 0, {found}"
     if spec.metadata.get("fraction") and not 0 <= value <= 1:
         return f"{flag} must lie between 0 and 1, {found}"
-    maximum, below = spec.metadata.get("maximum"), spec.metadata.get("below")
-    if maximum is not None and value > maximum:
-        return f"{flag} must be at most {maximum}, {found}"
+    below = spec.metadata.get("below")
     if below is not None and value >= below:
         return f"{flag} must be below {below}, {found}"
     minimum = spec.metadata.get("minimum")

@@ -43,7 +43,7 @@ class TrainingArgs:
     dataset_split: str = setting("train", "data", "split to train on", metavar="NAME")
     max_samples: int = setting(1000, "data", "use at most this many questions", positive=True)
 
-    lr: float = setting(1e-5, "training", "peak learning rate (AdamW)", positive=True, maximum=1)
+    lr: float = setting(1e-5, "training", "peak learning rate (AdamW)", positive=True, below=1)
     lr_schedule: Literal["constant", "linear", "cosine"] = setting("linear", "training", "learning rate after warm-up")
     warmup_steps: int = setting(0, "training", "steps of linear warm-up", minimum=0)
     batch_size: int = setting(1, "training", "completions per device and forward/backward pass", positive=True)

@@ -35,7 +35,7 @@ class SupervisedArgs:
     planner_style: Literal["full", "short"] = setting("full", "data", "wording of the planner's system message (json-plan)")
 
     worker_context: Literal["question", "none"] = setting("question", "data", "what the worker will see of a question when it solves a part (json-plan); the planner's prompt says so, as in grpo_training.py")
-    lr: float = setting(MISSING, "training", "peak learning rate (AdamW, linear decay)", positive=True, maximum=1)
+    lr: float = setting(MISSING, "training", "peak learning rate (AdamW, linear decay)", positive=True, below=1)
     batch_size: int = setting(MISSING, "training", "rows per device and forward/backward pass", positive=True)
     grad_accum: int = setting(MISSING, "training", "passes per optimiser step", positive=True)
     num_epochs: float = setting(MISSING, "training", "passes over the data", positive=True)

@@ -159,7 +159,28 @@ class FollowSettings(TrainerCallback):
             schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # what is logged
 
 
-class CollapseWarning(TrainerCallback):
+class StepWarning(TrainerCallback):
+    """Base of the warnings: passes the numbers of each training step on, in the first process only."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at a step, if the log is that of one."""
+        metrics = step_metrics(logs) if state.is_world_process_zero else None
+        if metrics is not None:
+            self.look_at(state.global_step, metrics)
+
+    def look_at(self, step: int, metrics: dict[str, Any]) -> None:
+        """Warn if the metrics of this step give reason to."""
+        raise NotImplementedError
+
+
+class CollapseWarning(StepWarning):
     """Warns when the reward rises while nearly all plans are the same text.
 
     This is the known way to earn this reward without planning (docs/training.md). One template for every question has
@@ -178,17 +199,9 @@ class CollapseWarning(TrainerCallback):
         self._history: deque[tuple[float, float]] = deque(maxlen=2 * window)  # (share of distinct plans, reward)
         self._warned_at: int | None = None
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def look_at(self, step: int, metrics: dict[str, Any]) -> None:
         """Record the numbers of a step, and warn if plans have become the same."""
-        metrics = step_metrics(logs) if state.is_world_process_zero else None
-        if metrics is None or metrics.get("distinct_plans") is None or metrics.get("reward") is None:
+        if metrics.get("distinct_plans") is None or metrics.get("reward") is None:
             return
         self._history.append((metrics["distinct_plans"], metrics["reward"]))
         if len(self._history) < 2 * self.window:
@@ -196,13 +209,13 @@ class CollapseWarning(TrainerCallback):
         before, last = list(self._history)[: self.window], list(self._history)[self.window :]
         distinct = _mean(d for d, _ in last)
         reward_before, reward_last = _mean(r for _, r in before), _mean(r for _, r in last)
-        quiet = self._warned_at is not None and state.global_step - self._warned_at < self.quiet_steps
+        quiet = self._warned_at is not None and step - self._warned_at < self.quiet_steps
         if distinct < self.threshold and reward_last > reward_before and not quiet:
-            self._warned_at = state.global_step
+            self._warned_at = step
             logger.warning(
                 "step %d: the plans collapse: only %.0f%% of them differ over the last %d logged steps while the "
                 "reward rose from %.3f to %.3f; look at the plans, gate the reward on correctness or warm up first",
-                state.global_step,
+                step,
                 100 * distinct,
                 self.window,
                 reward_before,
@@ -210,7 +223,7 @@ class CollapseWarning(TrainerCallback):
             )
 
 
-class InvalidWarning(TrainerCallback):
+class InvalidWarning(StepWarning):
     """Warns once when all plans of some steps in a row are invalid. They all earn 0, so that nothing can be learned.
 
     Args:
@@ -221,17 +234,9 @@ class InvalidWarning(TrainerCallback):
         self.steps = steps
         self._in_a_row = 0
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def look_at(self, step: int, metrics: dict[str, Any]) -> None:
         """Count the steps, and warn with what helps."""
-        metrics = step_metrics(logs) if state.is_world_process_zero else None
-        if metrics is None or metrics.get("invalid_plan_rate") is None:
+        if metrics.get("invalid_plan_rate") is None:
             return
         self._in_a_row = self._in_a_row + 1 if metrics["invalid_plan_rate"] == 1 else 0
         if self._in_a_row != self.steps:
@@ -241,7 +246,7 @@ class InvalidWarning(TrainerCallback):
         logger.warning(
             "step %d: all plans of the last %d steps are invalid, so nothing is learned: %steach the base model the "
             "format first, with dummy_planner.py --format json-plan, and start from that with --adapter-path",
-            state.global_step,
+            step,
             self.steps,
             longer,
         )

@@ -19,7 +19,7 @@ from common import models, prompts
 from common.cli import counted, say, settings_table
 from common.errors import UserError
 from common.models.chat_date import fix_date
-from common.problems.demonstrations import load_demonstrations
+from common.problems.demonstrations import Plans
 from common.problems.planning import load_planning_data
 from common.problems.questions import Question, fingerprint, kind_of_source
 from common.processes.ranks import world_size
@@ -47,13 +47,19 @@ from common.workers.local import end_token_ids
 VALIDATION_SHARE = 0.02  # of the training rows, if the source has no split for validation
 
 
-def train(args: SupervisedArgs, checkpoint: Path | None, defaults: SupervisedArgs) -> int:
+def train(
+    args: SupervisedArgs,
+    checkpoint: Path | None,
+    defaults: SupervisedArgs,
+    plans: Plans | None,
+) -> int:
     """Run SFT from the start or from a checkpoint, and save the adapter.
 
     Args:
         args: settings of the run.
         checkpoint: to resume from, or None.
         defaults: for the table of settings, which marks what differs from them.
+        plans: questions and the JSON plans to imitate (`load_demonstrations`); None for published planning data.
 
     Returns:
         The exit code: 0, or 128 + the number of a signal that stopped the run.
@@ -65,7 +71,7 @@ def train(args: SupervisedArgs, checkpoint: Path | None, defaults: SupervisedArg
     args = replace(args, cpu_dtype=models.cpu_dtype(args))  # store the dtype that is used, so a resumed run keeps it
     output_dir = Path(args.output_dir)
     tokenizer = models.load_tokenizer(args.base_model)
-    training_rows, validation_rows = load_rows(args)
+    training_rows, validation_rows = load_rows(args, plans)
     prompts.check_shown(tokenizer, [training_rows[0].prompt])
     day = prompt_date(args, checkpoint)
     dated = fix_date(tokenizer, day)
@@ -229,18 +235,18 @@ class Demonstration:
     completion: str
 
 
-def load_rows(args: SupervisedArgs) -> tuple[list[Demonstration], list[Demonstration]]:
+def load_rows(args: SupervisedArgs, plans: Plans | None) -> tuple[list[Demonstration], list[Demonstration]]:
     """The demonstrations to imitate, and those to validate on.
 
     Raises:
-        UserError: if the data cannot be read, or give no plan.
+        UserError: if planning data cannot be read, or there are too few rows.
     """
-    if args.format == "json-plan":
+    if plans is not None:
         rows = [
             Demonstration(
                 prompts.planner_messages(item.question, args.planner_style, args.worker_context), plan.to_json()
             )
-            for item, plan in load_demonstrations(args)
+            for item, plan in plans
         ]
         return _cut(rows, args.dataset, args.seed)
     training, held_out = (

@@ -182,7 +182,7 @@ def configs(stage: Stage, place: Path) -> Iterator[Target]:
     def served() -> None:
         with_trained({}, read_training_settings(folder / "training_config.json")).validate()
 
-    sft = SupervisedArgs(base_model="a", dataset="b", max_seq_len=9, lr=1.0, batch_size=1, grad_accum=1, num_epochs=1.0,
+    sft = SupervisedArgs(base_model="a", dataset="b", max_seq_len=9, lr=0.1, batch_size=1, grad_accum=1, num_epochs=1.0,
                          output_dir=str(folder)).to_dict()  # fmt: skip
     yield Target("adapter configs", (good["adapter_config.json"],), into("adapter_config.json", adapter), weight=5)
     run_record = json.dumps(record).encode()
