@@ -1,15 +1,15 @@
-"""Log-probabilities of completions: passes with little padding, and a bf16 head for a CPU.
+"""Log-probabilities of completions: passes with little padding, and a head for a CPU that takes two products.
 
 **Passes.** TRL runs all completions of a micro-batch in one pass, padded to the longest of its whole generation batch,
-each with its own copy of the prompt. Here each distinct prompt is run once, and completions of similar length share a
-pass.
+each with its own copy of the prompt. Here each distinct prompt is run once, what all prompts begin with is run once for
+all of them, and completions of similar length share a pass. Gradients flow through the shared keys and values.
 
 **Head.** The language-model head is about a third of a small model's arithmetic in a training step. TRL multiplies by
 it three times: for the logits, for the logits again in the backward pass, and in fp32 for the gradient.
 
-Two products in bf16 are enough. With hidden state h, head W (row W_v for token v), p = softmax(W h / temperature) and
-chosen token t, the gradient is d log p_t / d h = (W_t − Σ_v p_v W_v) / temperature. The sum is known as soon as the
-logits are, so the forward pass computes it and the backward pass only scales it.
+Two products are enough, in fp32 or in bf16. With hidden state h, head W (row W_v for token v), chosen token t and
+p = softmax(W h / temperature), the gradient is d log p_t / d h = (W_t − Σ_v p_v W_v) / temperature. The sum is known as
+soon as the logits are, so the forward pass computes it and the backward pass only scales it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Trainer
+from transformers.cache_utils import DynamicLayer
+
+from common.decoding.branching import can_branch
 
 # What one more pass over a micro-batch costs on a CPU, in tokens: the weights are read again.
 TOKENS_OF_A_PASS = 64
@@ -62,6 +65,8 @@ def completion_log_probs(
     cache: DynamicCache,
     score: Callable[[torch.Tensor, torch.Tensor, DynamicCache], tuple[torch.Tensor, torch.Tensor]],
     cost_of_a_pass: int,
+    *,
+    own_positions: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies (nats) of B completions, each (B, T); 0 where there is padding.
 
@@ -75,32 +80,131 @@ def completion_log_probs(
         attention_mask: 1 for real tokens (B, P + T).
         cache: an empty KV cache of the model.
         score: gets the last prompt token and the first t tokens of the completions of R rows (R, 1 + t), the attention
-            mask of prompts and completions (R, P + t), and a cache of the prompts. Returns log-probabilities and
-            entropies, whose last t columns count.
+            mask of the cached prompts, that token and the completions (R, S + 1 + t), and a cache of the prompts.
+            Returns log-probabilities and entropies, whose last t columns count.
         cost_of_a_pass: see `passes_by_length`.
+        own_positions: whether the model is told each token's position (`positions`), as `score` must do then. Only so
+            can what all prompts begin with be run once, because padding then follows it.
     """
     distinct, member = prompts
     head = distinct.shape[1]
     kept = input_ids.shape[1] - head - 1
-    model(
-        input_ids=distinct.clamp(min=0),
-        attention_mask=(distinct >= 0).long(),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    cached = _read_prompts(model, distinct, cache, cost_of_a_pass if own_positions else None)
     places = torch.arange(1, kept + 1, device=attention_mask.device)
     lengths = (attention_mask[:, -kept:] * places).amax(dim=1).clamp(min=1).tolist()
     passes = passes_by_length(lengths, cost_of_a_pass)
     parts = []
     for rows in passes:
         longest = lengths[rows[0]]
-        end = head + 1 + longest
-        found = score(input_ids[rows, head:end], attention_mask[rows, :end], _for_rows(cache, member[rows]))
+        now = slice(head, head + 1 + longest)
+        mask = torch.cat([cached[member[rows]], attention_mask[rows, now]], dim=1)
+        found = score(input_ids[rows, now], mask, _for_rows(cache, member[rows]))
         parts.append([torch.nn.functional.pad(part[:, -longest:], (0, kept - longest)) for part in found])
     back = torch.tensor([row for rows in passes for row in rows], device=input_ids.device).argsort()
     log_probs, entropies = (torch.cat(columns)[back] for columns in zip(*parts, strict=True))
     return log_probs, entropies
+
+
+def positions(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Positions of the tokens in the last `count` columns of an attention mask (R, S), without padding: (R, count)."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -count:]
+
+
+def _read_prompts(model: Any, distinct: torch.Tensor, cache: DynamicCache, cost_of_a_pass: int | None) -> torch.Tensor:
+    """Fill an empty cache with keys and values of D prompts; return the attention mask of its columns (D, S).
+
+    What all of them begin with is run once, if that saves more than another pass costs.
+
+    Args:
+        model: the language model.
+        distinct: the prompts, padded on the left with -1 (D, P).
+        cache: the empty cache.
+        cost_of_a_pass: see `passes_by_length`; None if the model gets no positions.
+    """
+    together = 0
+    if cost_of_a_pass is not None and len(distinct) > 1:
+        prompts = [row[row >= 0] for row in distinct]
+        shortest = torch.stack([prompt[: min(map(len, prompts))] for prompt in prompts])
+        together = _leading((shortest == shortest[0]).all(dim=0))
+        if together * (len(distinct) - 1) > cost_of_a_pass:
+            model(input_ids=prompts[0][None, :together], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_select_indices(torch.zeros(len(distinct), dtype=torch.long, device=distinct.device))
+            rests = [prompt[together:] for prompt in prompts]
+            distinct = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True, padding_value=-1, padding_side="left")
+        else:
+            together = 0
+    real = (distinct >= 0).long()
+    mask = torch.cat([real.new_ones(len(real), together), real], dim=1)
+    placed = {} if cost_of_a_pass is None else {"position_ids": positions(mask, distinct.shape[1])}
+    model(
+        input_ids=distinct.clamp(min=0),
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        **placed,
+    )
+    return mask
+
+
+def _leading(equal: torch.Tensor) -> int:
+    """How many of the first entries of a vector are true."""
+    return int(equal.long().cumprod(dim=0).sum())
+
+
+def imitated_log_probs(
+    model: Any,
+    head: torch.Tensor,
+    dtype: torch.dtype,
+    cache: DynamicCache,
+    *,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Score what B rows should imitate. What all rows begin with is run once, and rows of similar length share a pass.
+
+    Args:
+        model: the language model without its head.
+        head: weights of the language-model head (V, H).
+        dtype: of the products with the head, fp32 or bf16.
+        cache: an empty KV cache of the model.
+        input_ids: prompts and completions, padded on the right (B, T).
+        attention_mask: 1 for real tokens (B, T).
+        labels: the tokens to imitate, -100 elsewhere (B, T).
+
+    Returns:
+        Log-probabilities, entropies (nats), and whether the token is the most likely one, each (B, T − 1), for the
+        tokens after each row's first; 0 where there is nothing to imitate.
+    """
+    width, count = input_ids.shape[1], len(input_ids)
+    asked = ((labels == -100) & (attention_mask == 1) & (input_ids == input_ids[0])).all(dim=0)
+    together = max(0, _leading(asked) - 1)  # the last prompt token predicts the first one to imitate
+    if together * (count - 1) <= TOKENS_OF_A_PASS:
+        together = 0
+    else:
+        model(input_ids=input_ids[:1, :together], past_key_values=cache, use_cache=True)
+    places = torch.arange(1, width + 1, device=attention_mask.device)
+    lengths = ((attention_mask * places).amax(dim=1) - together).clamp(min=2).tolist()
+    passes = passes_by_length(lengths, TOKENS_OF_A_PASS)
+    parts = []
+    for rows in passes:
+        end = together + lengths[rows[0]]
+        before = {}
+        if together:
+            before["past_key_values"] = _for_rows(cache, torch.zeros(len(rows), dtype=torch.long))
+        hidden = model(
+            input_ids=input_ids[rows, together:end],
+            attention_mask=attention_mask[rows, :end],
+            use_cache=bool(together),
+            **before,
+        ).last_hidden_state
+        targets = labels[rows, together + 1 : end]
+        scored = masked_log_probs(hidden[:, :-1], head, targets, targets != -100, 1.0, dtype)
+        parts.append([torch.nn.functional.pad(part, (together, width - end)) for part in scored])
+    back = torch.tensor([row for rows in passes for row in rows], device=input_ids.device).argsort()
+    log_probs, entropies, likeliest = (torch.cat(columns)[back] for columns in zip(*parts, strict=True))
+    return log_probs, entropies, likeliest
 
 
 def distinct_prompts(
@@ -120,49 +224,94 @@ def _for_rows(cache: DynamicCache, members: torch.Tensor) -> DynamicCache:
     return rows
 
 
-def token_log_probs(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of N tokens, and the entropies of their distributions (nats), each (N,) in fp32.
+def shared_cache(trainer: Trainer) -> DynamicCache | None:
+    """An empty KV cache for prompts that are run separately; None if they cannot be.
 
-    Products are computed in bf16, sums over the vocabulary in fp32. Only the log-probabilities have a gradient, and
-    only with respect to `hidden`, because the head is frozen.
+    They can in one process, with all activations kept, and a plain cache. With recomputed activations there is no
+    cache. With several processes, an engine may wrap the model and count its forward passes. Sliding windows and
+    recurrent layers need a cache of another kind.
+    """
+    if trainer.accelerator.num_processes > 1 or trainer.args.activation_checkpointing:
+        return None
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    cache = DynamicCache(config=model.config)
+    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+
+
+def frozen_head(model: Any) -> torch.Tensor | None:
+    """Weights of a base model's head (V, H), if it is plain and frozen and the model runs on a CPU; else None."""
+    head = model.get_output_embeddings()
+    plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+    return head.weight if plain and can_branch(model) else None
+
+
+def masked_log_probs(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    wanted: torch.Tensor,
+    temperature: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `token_log_probs`, for the wanted ones among (R, T) tokens; 0 elsewhere. `hidden` is (R, T, H)."""
+    found = token_log_probs(hidden[wanted], head, targets[wanted], temperature, dtype)
+    log_probs, entropies, likeliest = (part.new_zeros(wanted.shape).masked_scatter(wanted, part) for part in found)
+    return log_probs, entropies, likeliest
+
+
+def token_log_probs(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of N tokens, entropies of their distributions (nats), and whether each is the most likely one.
+
+    Each is (N,), the first two in fp32. Sums over the vocabulary are computed in fp32. Only the log-probabilities have
+    a gradient, and only with respect to `hidden`, because the head is frozen.
 
     Args:
         hidden: last hidden states (N, H).
         head: weights of the language-model head (V, H).
         targets: ids of the tokens (N,).
         temperature: the logits are divided by it.
+        dtype: of the two products, fp32 or bf16.
     """
-    found: tuple[torch.Tensor, torch.Tensor] = _TokenLogProbs.apply(hidden, head, targets, temperature)
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _TokenLogProbs.apply(
+        hidden, head, targets, temperature, dtype
+    )
     return found
 
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         log_probs, entropies = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        likeliest = targets.new_empty(len(hidden), dtype=torch.bool)
         slopes = torch.empty_like(hidden, dtype=torch.float32)
-        half = head.bfloat16()
-        scaled = (hidden.float() / temperature).bfloat16()
+        weights = head.to(dtype)
+        scaled = (hidden.float() / temperature).to(dtype)
         for start in range(0, len(hidden), TOKENS_AT_ONCE):
             now = slice(start, start + TOKENS_AT_ONCE)
-            logits = (scaled[now] @ half.T).float()  # (n, V)
+            logits = (scaled[now] @ weights.T).float()  # (n, V)
             logits -= logits.amax(dim=1, keepdim=True)
             chosen = logits.gather(1, targets[now, None])
+            likeliest[now] = chosen.squeeze(1) == 0
             odds = logits.exp()
             total = odds.sum(dim=1, keepdim=True)
             log_probs[now] = (chosen - total.log()).squeeze(1)
             entropies[now] = total.log().squeeze(1) - torch.linalg.vecdot(odds, logits) / total.squeeze(1)
-            slopes[now] = head[targets[now]] - (odds.bfloat16() @ half).float() / total
+            slopes[now] = head[targets[now]] - (odds.to(dtype) @ weights).float() / total
         ctx.save_for_backward(slopes.div_(temperature))
         ctx.dtype = hidden.dtype
-        ctx.mark_non_differentiable(entropies)
-        return log_probs, entropies
+        ctx.mark_non_differentiable(entropies, likeliest)
+        return log_probs, entropies, likeliest
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor, *others: Any) -> tuple[torch.Tensor, None, None, None, None]:
         (slopes,) = ctx.saved_tensors
-        return (slopes * grad[:, None]).to(ctx.dtype), None, None, None
+        return (slopes * grad[:, None]).to(ctx.dtype), None, None, None, None

@@ -14,15 +14,21 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import DynamicCache, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.cache_utils import DynamicLayer
 from trl.trainer import utils as trl_utils
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from common.decoding.branching import can_branch
 from common.decoding.decode import decode
-from common.decoding.log_probs import TOKENS_OF_A_PASS, completion_log_probs, distinct_prompts, token_log_probs
+from common.decoding.log_probs import (
+    TOKENS_OF_A_PASS,
+    completion_log_probs,
+    distinct_prompts,
+    frozen_head,
+    masked_log_probs,
+    positions,
+    shared_cache,
+)
 from common.decoding.packing import packed_linears
 from common.processes import ranks
 from common.reports.step_clock import StepClock
@@ -281,11 +287,15 @@ class PlannerTrainer(WithoutCard, GRPOTrainer):
         ids, mask, kept = input_ids[:, first:end], attention_mask[:, first:end], logits_to_keep - (width - end)
         shared = distinct_prompts(ids, mask, ids.shape[1] - kept - 1)
         whole = batch_size is None or batch_size >= len(ids)
-        if whole and len(shared[0]) < len(ids) and self._shares_prompts():
+        cache = shared_cache(self)
+        if whole and len(shared[0]) < len(ids) and cache is not None:
+            head = frozen_head(self.accelerator.unwrap_model(self.model).get_base_model())
+            score = self._score(model) if head is None else partial(self._with_own_head, head)
             with self.accelerator.autocast():
                 # On a GPU padding is cheaper than another pass over a micro-batch.
                 cost = ids.numel() if torch.cuda.is_available() else TOKENS_OF_A_PASS
-                parts = completion_log_probs(model, shared, ids, mask, self._empty_cache(), self._score(model), cost)
+                own_positions = head is not None
+                parts = completion_log_probs(model, shared, ids, mask, cache, score, cost, own_positions=own_positions)
         else:
             parts = super()._get_per_token_logps_and_entropies(model, ids, mask, kept, batch_size, True)[:2]
         log_probs, entropies = (torch.nn.functional.pad(part, (0, width - end)) for part in parts)
@@ -293,10 +303,7 @@ class PlannerTrainer(WithoutCard, GRPOTrainer):
         return log_probs, entropies if compute_entropy else None, None
 
     def _score(self, model: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-        """What computes log-probabilities and entropies of completions after a cached prompt: our head, or TRL's."""
-        head = self._own_head()
-        if head is not None:
-            return partial(self._in_bf16, head)
+        """What computes log-probabilities and entropies of completions after a cached prompt, with TRL's head."""
 
         def with_fused_head(
             tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
@@ -309,41 +316,20 @@ class PlannerTrainer(WithoutCard, GRPOTrainer):
 
         return with_fused_head
 
-    def _own_head(self) -> torch.Tensor | None:
-        """Weights of the LM head (V, H), if it is plain and frozen and products are in bf16 on a CPU; else None."""
-        model = self.accelerator.unwrap_model(self.model).get_base_model()
-        head = model.get_output_embeddings()
-        plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
-        return head.weight if self._cpu_dtype == "bfloat16" and plain and can_branch(model) else None
-
-    def _in_bf16(
+    def _with_own_head(
         self, head: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all real tokens (B, T) except each row's first, and entropies, each (B, T − 1)."""
         model = self.accelerator.unwrap_model(self.model).get_base_model()
-        hidden = model.base_model(input_ids=tokens, attention_mask=mask, past_key_values=cache).last_hidden_state
-        wanted = mask[:, 1 - tokens.shape[1] :] == 1
+        count = tokens.shape[1]
+        hidden = model.base_model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions(mask, count), past_key_values=cache
+        ).last_hidden_state
+        wanted = mask[:, 1 - count :] == 1
         temperature: float = self.temperature
-        found = token_log_probs(hidden[:, :-1][wanted], head, tokens[:, 1:][wanted], temperature)
-        log_probs, entropies = (part.new_zeros(wanted.shape).masked_scatter(wanted, part) for part in found)
+        dtype: torch.dtype = getattr(torch, self._cpu_dtype)
+        log_probs, entropies, _ = masked_log_probs(hidden[:, :-1], head, tokens[:, 1:], wanted, temperature, dtype)
         return log_probs, entropies
-
-    def _shares_prompts(self) -> bool:
-        """Whether prompts can be run separately: in one process, with all activations kept, and a plain KV cache.
-
-        With recomputed activations there is no cache. With several processes, an engine may wrap the model and count
-        its forward passes. Sliding windows and recurrent layers need a cache of another kind.
-        """
-        return (
-            self.accelerator.num_processes == 1
-            and not self.args.activation_checkpointing
-            and all(type(layer) is DynamicLayer for layer in self._empty_cache().layers)
-        )
-
-    def _empty_cache(self) -> DynamicCache:
-        """An empty KV cache with the layers that the model needs."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        return DynamicCache(config=model.config)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a step with the seconds of its parts. The first step also logs how well rollouts and training agree."""

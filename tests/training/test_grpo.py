@@ -308,9 +308,12 @@ def test_fewer_questions_than_a_step_takes_is_said_before_anything_is_trained(ti
     assert "gives 4 questions, one step takes 8" in done.stderr
 
 
-@pytest.mark.parametrize(("longest", "read_tokens"), [(3, 2 * 5 + 4 * 4), (40, 2 * 5 + 3 * 4 + 41)])
-def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args, longest, read_tokens):
-    """Each prompt is run once and padding is not computed: log-probabilities, entropies, gradient are as in TRL."""
+@pytest.mark.parametrize(
+    ("beginning", "longest", "read_tokens"),
+    [(0, 3, 2 * 5 + 4 * 4), (0, 40, 2 * 5 + 3 * 4 + 41), (80, 3, 82 + 2 * 3 + 4 * 4)],
+)
+def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args, beginning, longest, read_tokens):
+    """Each prompt is run once, and what both begin with once for both; padding is not computed: all is as in TRL."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from common.training.grpo import build_trainer
@@ -323,17 +326,18 @@ def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args,
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)  # at 0 no gradient reaches lora_A
-    prompts_of = [[5, 6, 7, 8, 9, 10], [5, 6, 11, 12]]
+    first = list(range(70, 70 + beginning))
+    prompts_of = [[*first, 5, 6, 7, 8, 9, 10], [*first, 5, 6, 11, 12]]
     rows = [
         (prompts_of[0], [20, 21, 22]),
         (prompts_of[1], [23, 24]),
         (prompts_of[0], [25]),
         (prompts_of[1], list(range(26, 26 + longest))),
     ]
-    wide = longest + 2
-    # TRL pads to the longest prompt (here of 8 tokens) and completion (two longer than ours) of all micro-batches.
-    ids = torch.tensor([[0] * (8 - len(p)) + p + c + [0] * (wide - len(c)) for p, c in rows])
-    mask = torch.tensor([[0] * (8 - len(p)) + [1] * len(p + c) + [0] * (wide - len(c)) for p, c in rows])
+    wide, left = longest + 2, beginning + 8
+    # TRL pads to the longest prompt (here two tokens longer) and completion (two longer than ours) of all micro-batches.
+    ids = torch.tensor([[0] * (left - len(p)) + p + c + [0] * (wide - len(c)) for p, c in rows])
+    mask = torch.tensor([[0] * (left - len(p)) + [1] * len(p + c) + [0] * (wide - len(c)) for p, c in rows])
 
     read: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(lambda *call: read.append(call[1][0].numel()))
@@ -342,7 +346,7 @@ def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args,
         model.zero_grad()
         read.clear()
         logps, entropy, _ = method(trainer, model, ids, mask, wide, compute_entropy=True)
-        real = mask[:, 8:] == 1
+        real = mask[:, left:] == 1
         assert logps.shape == entropy.shape == real.shape
         (logps * torch.arange(1.0, 4.0 * wide + 1).view(4, wide))[real].sum().backward()
         gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -351,7 +355,7 @@ def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args,
     expected = scored(GRPOTrainer._get_per_token_logps_and_entropies)
     ours = scored(type(trainer)._get_per_token_logps_and_entropies)
     handle.remove()
-    assert (expected[3], ours[3]) == (4 * (8 + wide), read_tokens), "tokens that the model reads"
+    assert (expected[3], ours[3]) == (4 * (left + wide), read_tokens), "tokens that the model reads"
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours[1], expected[1], rtol=1e-4, atol=1e-4)
     for name, gradient in expected[2].items():

@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import flags, run_script
 
 from common.reports.jsonl import read_jsonl
@@ -114,6 +115,69 @@ REASONING_TEMPLATE = (
     "<|User|>{{ m.content }}{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
+
+
+@pytest.mark.parametrize(("style", "rows"), [("full", 5), ("short", 1), ("full", 1)])
+def test_what_prompts_begin_with_is_run_once_with_the_loss_gradient_and_metrics_of_trl(
+    tiny_planner, tmp_path, style, rows
+):
+    """The prompts have system messages of different length; a batch of one has nothing to share."""
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    from common import models
+    from common.problems.demonstrations import load_demonstrations
+    from common.training.sft import ImitationTrainer, load_rows, sft_config, tokenised
+
+    given = {
+        "base_model": tiny_planner, "format": "json-plan", "dataset": "generated:shares", "planner_style": style,
+        "max_samples": 40, "lora_layers": 1, "batch_size": rows, "output_dir": str(tmp_path), "cpu_dtype": "float32",
+    }  # fmt: skip
+    args = SupervisedArgs(**{**DEFAULTS, **given})
+    tokenizer = models.load_tokenizer(tiny_planner)
+    base = models.load_base(tiny_planner, four_bit=False)
+    demonstrations, _ = load_rows(args, load_demonstrations(args))
+    rows_of = tokenised(tokenizer, demonstrations, frozenset([tokenizer.eos_token_id]))
+    trainer = ImitationTrainer(
+        model=base,
+        args=sft_config(args, base.config),
+        train_dataset=rows_of,
+        eval_dataset=rows_of,
+        processing_class=tokenizer,
+        peft_config=models.lora_config(args, base),
+    )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)  # at 0 no gradient reaches lora_A
+    batch = next(iter(trainer.get_train_dataloader()))
+    read: list[int] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda *call: read.append(call[1][0].numel()))
+
+    def scored(method):
+        model.zero_grad()
+        read.clear()
+        trainer._metrics["train"].clear()
+        loss = method(trainer, model, dict(batch), num_items_in_batch=torch.tensor(70))
+        loss.backward()
+        gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        return (
+            loss.detach(),
+            {name: value[-1] for name, value in trainer._metrics["train"].items()},
+            gradient,
+            sum(read),
+        )
+
+    loss, metrics, gradient, all_tokens = scored(SFTTrainer.compute_loss)
+    our_loss, our_metrics, our_gradient, our_tokens = scored(ImitationTrainer.compute_loss)
+    handle.remove()
+    torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=1e-6)
+    for name in ("entropy", "mean_token_accuracy"):
+        assert our_metrics[name] == pytest.approx(metrics[name], rel=1e-4)
+    for name, part in gradient.items():
+        torch.testing.assert_close(our_gradient[name], part, rtol=1e-3, atol=1e-4 * float(part.abs().max()), msg=name)
+    assert any(float(part.abs().max()) > 0 for name, part in gradient.items() if "lora_A" in name)
+    assert our_tokens == all_tokens if rows == 1 else our_tokens < 0.6 * all_tokens
 
 
 @pytest.mark.parametrize("template", [None, REASONING_TEMPLATE], ids=["instruct", "reasoning"])
