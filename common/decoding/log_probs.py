@@ -15,7 +15,7 @@ soon as the logits are, so the forward pass computes it and the backward pass on
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -100,8 +100,7 @@ def completion_log_probs(
         mask = torch.cat([cached[member[rows]], attention_mask[rows, now]], dim=1)
         found = score(input_ids[rows, now], mask, _for_rows(cache, member[rows]))
         parts.append([torch.nn.functional.pad(part[:, -longest:], (0, kept - longest)) for part in found])
-    back = torch.tensor([row for rows in passes for row in rows], device=input_ids.device).argsort()
-    log_probs, entropies = (torch.cat(columns)[back] for columns in zip(*parts, strict=True))
+    log_probs, entropies = _in_order(parts, passes)
     return log_probs, entropies
 
 
@@ -190,21 +189,23 @@ def imitated_log_probs(
     parts = []
     for rows in passes:
         end = together + lengths[rows[0]]
-        before = {}
-        if together:
-            before["past_key_values"] = _for_rows(cache, torch.zeros(len(rows), dtype=torch.long))
         hidden = model(
             input_ids=input_ids[rows, together:end],
             attention_mask=attention_mask[rows, :end],
-            use_cache=bool(together),
-            **before,
+            past_key_values=_for_rows(cache, torch.zeros(len(rows), dtype=torch.long)) if together else None,
+            use_cache=together > 0,
         ).last_hidden_state
         targets = labels[rows, together + 1 : end]
         scored = masked_log_probs(hidden[:, :-1], head, targets, targets != -100, 1.0, dtype)
         parts.append([torch.nn.functional.pad(part, (together, width - end)) for part in scored])
-    back = torch.tensor([row for rows in passes for row in rows], device=input_ids.device).argsort()
-    log_probs, entropies, likeliest = (torch.cat(columns)[back] for columns in zip(*parts, strict=True))
+    log_probs, entropies, likeliest = _in_order(parts, passes)
     return log_probs, entropies, likeliest
+
+
+def _in_order(parts: list[list[torch.Tensor]], passes: list[list[int]]) -> Iterator[torch.Tensor]:
+    """Join what the passes gave, each one tensor or more with a row for each of its rows, in the order of the rows."""
+    back = torch.tensor([row for rows in passes for row in rows], device=parts[0][0].device).argsort()
+    return (torch.cat(columns)[back] for columns in zip(*parts, strict=True))
 
 
 def distinct_prompts(
