@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "similarity": "models",
     "servers": "errors processes generation settings cli prompts models runs",
     "workers": "errors processes generation decoding settings cli prompts runs servers",
-    "fit": "errors processes settings cli problems prompts models runs reports servers workers",
+    "fit": "errors processes settings cli problems prompts models decoding runs reports servers workers",
     "pipeline": "plans generation grading settings prompts models decoding similarity workers",
     "rewards": "errors processes plans generation settings problems reports pipeline",
     "merging": "errors settings cli prompts models runs reports decoding workers",

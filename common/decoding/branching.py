@@ -347,12 +347,16 @@ _BRANCHING_TYPES = {"llama", "qwen2", "qwen3", "mistral"}
 
 def can_branch(model: Any) -> bool:
     """Whether `Branched` works for this model: on a CPU, of a known type, with plain causal attention."""
+    return next(model.parameters()).device.type == "cpu" and has_known_attention(model)
+
+
+def has_known_attention(model: Any) -> bool:
+    """Whether a model is of a known type, with plain causal attention. It may be without weights (meta device)."""
     config = model.config
     sliding = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return (
-        next(model.parameters()).device.type == "cpu"
-        and config.model_type in _BRANCHING_TYPES
+        config.model_type in _BRANCHING_TYPES
         and _attention_of(model) in ("sdpa", "eager")
         and not sliding
         and not windowed

@@ -22,7 +22,7 @@ import torch
 from transformers import DynamicCache, Trainer
 from transformers.cache_utils import DynamicLayer
 
-from common.decoding.branching import can_branch
+from common.decoding.branching import can_branch, has_known_attention
 
 # What one more pass over a micro-batch costs on a CPU, in tokens: the weights are read again.
 TOKENS_OF_A_PASS = 64
@@ -239,11 +239,18 @@ def shared_cache(trainer: Trainer) -> DynamicCache | None:
     return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
-def frozen_head(model: Any) -> torch.Tensor | None:
-    """Weights of a base model's head (V, H), if it is plain and frozen and the model runs on a CPU; else None."""
+def has_known_head(model: Any) -> bool:
+    """Whether a model has a plain linear head and nothing behind it. It may be without weights (meta device)."""
     head = model.get_output_embeddings()
-    plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
-    return head.weight if plain and can_branch(model) else None
+    return type(head) is torch.nn.Linear and head.bias is None and has_known_attention(model)
+
+
+def frozen_head(model: Any) -> torch.Tensor | None:
+    """Weights of a base model's head (V, H), if it is known and frozen and the model runs on a CPU; else None."""
+    if not (has_known_head(model) and can_branch(model)):
+        return None
+    weight: torch.Tensor = model.get_output_embeddings().weight
+    return None if weight.requires_grad else weight
 
 
 def masked_log_probs(

@@ -240,7 +240,7 @@ def _layer(
 def _head(shape: ModelShape, machine: Machine, tokens: int, checkpointing: bool) -> float:
     """Bytes of the tiles in which log-probabilities are computed, and of the gradient of the hidden states."""
     hidden = 4 * tokens * shape.hidden
-    if not machine.gpu and not checkpointing:  # `common.decoding.log_probs`
+    if shape.known_head and not machine.gpu and not checkpointing:  # `common.decoding.log_probs`
         return (2 * shape.head if machine.half else 0) + 4 * 4 * 128 * shape.vocabulary + hidden
     tile = min(tokens, HEAD_TOKENS) * min(shape.vocabulary, HEAD_COLUMNS)
     return (2 * tile if machine.gpu else 4 * HEAD_TILES_WITHOUT_TRITON * tile) + hidden

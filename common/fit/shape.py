@@ -31,6 +31,7 @@ class ModelShape:
         trained: number of the adapter's parameters.
         rank: of the adapter.
         open_layers: number of layers that gradients pass through, from the first adapted layer to the last layer.
+        known_head: whether on a CPU the head's products are our own (`common.decoding.log_probs`) instead of TRL's.
     """
 
     parameters: int
@@ -47,6 +48,7 @@ class ModelShape:
     trained: int
     rank: int
     open_layers: int
+    known_head: bool
 
     @property
     def cached_elements(self) -> int:
@@ -66,6 +68,8 @@ def model_shape(config: Any, args: LoraSettings) -> ModelShape:
     """
     import torch
     from transformers import AutoModelForCausalLM
+
+    from common.decoding.log_probs import has_known_head
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
@@ -99,6 +103,7 @@ def model_shape(config: Any, args: LoraSettings) -> ModelShape:
         trained=sum(math.prod(shape) for shape in tensors.values()),
         rank=max(ranks, default=0),
         open_layers=layers - min(adapted, default=0),
+        known_head=has_known_head(model),
     )
 
 
