@@ -39,6 +39,7 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
     if args.lora_layers is not None:
         count = model.config.get_text_config().num_hidden_layers
         layers = list(range(first_adapted(args, count), count))
+        targets = targets or _linear_names(model)  # PEFT takes no "all-linear" for some layers only
     linears = [
         module
         for name, module in model.named_modules()
@@ -55,6 +56,18 @@ def lora_config(args: LoraSettings, model: Any) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def _linear_names(model: Any) -> list[str]:
+    """Last parts of the names of a model's linear layers, without the head: what PEFT's "all-linear" stands for."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linears = [
+        name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear | Conv1D) and part is not head
+    ]
+    return sorted({name.rsplit(".", 1)[-1] for name in linears})
 
 
 def check_rank(rank: int, linears: Iterable[Any]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import flags, free_port, needs_bf16, run_script
-from transformers import AutoConfig, LlamaConfig
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from common import models
 from common.fit.check import _memory_table, _step_lines, does_not_fit
@@ -75,6 +76,23 @@ def test_the_estimate_is_what_a_training_step_holds(tiny_args, cpu_dtype):
     parts = estimate(tiny_args, shape, replace(step, planner_prompt=prompt), machine)
     activations = next(part.bytes for part in parts if part.name.startswith("activations"))
     assert 0.9 < activations / sum(kept.values()) < 1.3, (activations, sum(kept.values()))
+
+
+@pytest.mark.parametrize("layers", [1, None])
+def test_models_with_fused_projections_get_an_adapter_on_as_many_layers_as_asked_for(layers):
+    """GPT-NeoX has none of the usual names; what is counted without weights is what the run would train."""
+    config = GPTNeoXConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+    )
+    args = TrainingArgs(lora_layers=layers, lora_r=4)
+    base = AutoModelForCausalLM.from_config(config)
+    model = get_peft_model(base, models.lora_config(args, base))
+    trained = {name: value.numel() for name, value in model.named_parameters() if value.requires_grad}
+    assert all(".layers.2." in name for name in trained) == (layers == 1)
+    for name in ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"):
+        assert any(f"{name}.lora_A" in each for each in trained)
+    shape = model_shape(config, args)
+    assert (sum(trained.values()), shape.open_layers, shape.known_head) == (shape.trained, layers or 3, False)
 
 
 def test_a_check_reads_no_weights_writes_nothing_and_says_what_a_step_is(tiny_args, tmp_path):
