@@ -37,6 +37,7 @@ def test_a_message_is_one_line_whatever_texts_come_into_it():
         ("max_steps", "3", "--max-steps must be int, found '3'"),
         ("max_steps", True, "--max-steps must be int, found True"),
         ("max_steps", 10**400, "--max-steps is too large a number"),
+        ("seed", 2**32, "--seed must be below 4294967296, found 4294967296"),
         ("lr", [], r"--lr must be float, found \[\]"),
         ("planner_style", "long", "--planner-style must be full, short, found 'long'"),
         ("dataset", None, "--dataset must be str, found None"),
@@ -60,7 +61,7 @@ def test_settings_beside_a_served_adapter_are_checked_too(tmp_path):
 def test_a_record_that_no_run_wrote_is_told(tmp_path, change):
     record = {"settings": {"output_dir": "x"}, "script": "grpo_training.py"}
     (tmp_path / "training_config.json").write_text(json.dumps({**record, **change}))
-    with pytest.raises(UserError, match=r"training_config\.json to go on from"):
+    with pytest.raises(UserError, match=r"training_config\.json cannot be read"):
         read_run_record(tmp_path)
 
 
@@ -179,6 +180,7 @@ def test_code_in_a_model_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeyp
     """Without the setting, transformers would ask the user on the terminal, and run the file after a "y"."""
     folder = tmp_path / "model"
     sample_tokenizer(folder)
+    (folder / "model.safetensors").write_bytes(b"")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     (folder / "config.json").write_text(
         json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}})

@@ -152,13 +152,9 @@ def check_base_files(name: str, size: float, offline: str | None) -> str | None:
 
     Raises:
         UserError: with exit code 1, if the weights are missing and cannot be downloaded, or do not fit on the disk.
+            A folder's are looked at before (`common.fit.start.base_config`).
     """
-    if not _on_hub(name):
-        folder = Path(models.unconverted(name)[0])
-        if not any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "gguf")):
-            raise UserError(f"--base-model {name} holds no weights (*.safetensors): copy or save the model again")
-        return None
-    if _cached(name):
+    if not _on_hub(name) or _cached(name):
         return None
     if offline is not None:
         raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from common.models import check_base_model, first_adapted, unconverted
 from common.problems.questions import tell_other_family
 from common.runs.adapters import A, check_adapter_base, check_adapter_prompts, check_adds_to_base, with_adapters_lora
@@ -27,9 +28,10 @@ def check_models(args: A, given: Mapping[str, Any]) -> A:
         UserError: if one of them cannot be used.
     """
     check_base_model(args.base_model)
+    config = base_config(args.base_model)
     if args.adapter_path is None:
-        layers = _layers(args.base_model)
-        if layers is not None:
+        layers = config.get("text_config", config).get("num_hidden_layers")
+        if isinstance(layers, int):
             first_adapted(args, layers)
         return args
     check_adapter_base(args.adapter_path, args.base_model)
@@ -41,11 +43,24 @@ def check_models(args: A, given: Mapping[str, Any]) -> A:
     return args
 
 
-def _layers(base_model: str) -> int | None:
-    """Number of layers of a base model in a folder; None if that cannot be told before transformers is imported."""
+def base_config(base_model: str) -> dict[str, Any]:
+    """The config of a base model in a folder, {} of one that is not; read before transformers is imported.
+
+    Raises:
+        UserError: if the folder's config cannot be read, or it holds no weights.
+    """
+    folder = Path(unconverted(base_model)[0]).expanduser()
+    if not folder.is_dir():
+        return {}
+    again = "copy or save the model again"
     try:
-        config = json.loads(Path(unconverted(base_model)[0], "config.json").expanduser().read_text(encoding="utf-8"))
-        layers = config.get("text_config", config)["num_hidden_layers"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None  # a damaged config is explained when the model is loaded
-    return layers if isinstance(layers, int) else None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config.get("text_config", config), dict):
+            raise ValueError("its text_config is no object")
+    except FileNotFoundError:
+        return {}  # a packaged GGUF file holds its config
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"--base-model {base_model}: its config.json cannot be read ({error}): {again}") from error
+    if not any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "gguf")):
+        raise UserError(f"--base-model {base_model} holds no weights (*.safetensors): {again}")
+    return dict(config)

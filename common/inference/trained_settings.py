@@ -54,10 +54,13 @@ def read_training_settings(path: Path) -> dict[str, Any]:
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        if not isinstance(settings, dict):
+            raise TypeError("its settings are no object")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no {TRAINING_CONFIG} of a run ({type(error).__name__}: {error})") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is no {TRAINING_CONFIG} of a run: its settings are no object")
+        raise UserError(
+            f"{path} is no {TRAINING_CONFIG} of a run ({type(error).__name__}: {error}): name a good one with "
+            "--training-config"
+        ) from error
     return settings
 
 

@@ -131,8 +131,9 @@ def read_run_record(output_dir: Path) -> dict[str, Any]:
         if not isinstance(record.get("processes", 1), int):
             raise ValueError(f"processes is {record['processes']!r:.40}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = "there is none" if not path.exists() else f"it cannot be read: {error}"
-        raise UserError(f"no {path} to go on from ({reason}): --output-dir must name the folder of a run") from error
+        if path.exists():
+            raise UserError(f"{path} cannot be read ({error}): put a good copy of it there, or start anew") from error
+        raise UserError(f"there is no {path} to go on from: --output-dir must name the folder of a run") from error
     return record
 
 

@@ -57,7 +57,7 @@ class TrainingArgs:
     scale_rewards: Literal["group", "batch", "none"] = setting("group", "training", "what advantages are divided by: the standard deviation within the group (GRPO), of the whole batch, or nothing (Dr. GRPO). With 'group', a group whose answers are all right turns its small differences in length and independence into full-size advantages")
     max_grad_norm: float = setting(1.0, "training", "gradients are clipped to this norm", positive=True)
     gradient_checkpointing: bool | None = setting(None, "training", "recompute activations to save memory (default: on a GPU only)")
-    seed: int = setting(42, "training", "seed of initialisation, data order and sampling", minimum=0)
+    seed: int = setting(42, "training", "seed of initialisation, data order and sampling", minimum=0, below=2**32)
 
     num_generations: int = setting(4, "planner", "completions per question (the GRPO group, G)", minimum=2)
     temperature: float = setting(0.7, "planner", "sampling temperature of the planner", positive=True)

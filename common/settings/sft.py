@@ -41,7 +41,7 @@ class SupervisedArgs:
     num_epochs: float = setting(MISSING, "training", "passes over the data", positive=True)
     warmup_steps: int = setting(0, "training", "steps of linear warm-up", minimum=0)
     gradient_checkpointing: bool | None = setting(None, "training", "recompute activations to save memory (default: on a GPU only)")
-    seed: int = setting(42, "training", "seed of initialisation, data order and demonstrated plans", minimum=0)
+    seed: int = setting(42, "training", "seed of initialisation, data order and demonstrated plans", minimum=0, below=2**32)
 
     output_dir: str = setting(MISSING, "output", "folder for all files of the run", metavar="DIR", local="path")
     save_steps: int = setting(100, "output", "steps between checkpoints and evaluations", positive=True)

@@ -244,8 +244,9 @@ class InvalidWarning(StepWarning):
         cut_off = metrics.get("completions/clipped_ratio") or 0.0
         longer = f"{cut_off:.0%} of them were cut off: raise --max-completion-length; or " if cut_off >= 0.5 else ""
         logger.warning(
-            "step %d: all plans of the last %d steps are invalid, so nothing is learned: %steach the base model the "
-            "format first, with dummy_planner.py --format json-plan, and start from that with --adapter-path",
+            "step %d: all plans of the last %d steps are invalid, so nothing is learned: %steach the planner the "
+            "format first, or for longer, with dummy_planner.py --format json-plan, and start from that adapter "
+            "(--adapter-path)",
             step,
             self.steps,
             longer,

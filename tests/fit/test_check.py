@@ -116,8 +116,11 @@ def test_a_check_reads_no_weights_writes_nothing_and_says_what_a_step_is(tiny_ar
     tiny_args.lora_r = 64
     assert check(tiny_args).returncode == 0
     (folder / "model.safetensors").unlink()
-    done = check(tiny_args)
-    assert done.returncode == 2 and "holds no weights" in done.stderr
+    for done in (check(tiny_args), run_script("grpo_training.py", *flags(tiny_args))):
+        assert done.returncode == 2 and "holds no weights" in done.stderr
+    (folder / "config.json").write_text('{"model_type": "llama", "hidd')
+    done = run_script("grpo_training.py", *flags(tiny_args))
+    assert done.returncode == 2 and "its config.json cannot be read (Unterminated string" in done.stderr
 
 
 def test_one_of_a_kind_has_no_plural_and_numbers_end_in_one_column():
