@@ -22,7 +22,7 @@ import torch
 from transformers import DynamicCache, Trainer
 from transformers.cache_utils import DynamicLayer
 
-from common.decoding.branching import can_branch, has_known_attention
+from common.decoding.branching import has_known_attention
 
 # What one more pass over a micro-batch costs on a CPU, in tokens: the weights are read again.
 TOKENS_OF_A_PASS = 64
@@ -247,10 +247,10 @@ def has_known_head(model: Any) -> bool:
 
 def frozen_head(model: Any) -> torch.Tensor | None:
     """Weights of a base model's head (V, H), if it is known and frozen and the model runs on a CPU; else None."""
-    if not (has_known_head(model) and can_branch(model)):
+    if not has_known_head(model):
         return None
     weight: torch.Tensor = model.get_output_embeddings().weight
-    return None if weight.requires_grad else weight
+    return weight if weight.device.type == "cpu" and not weight.requires_grad else None
 
 
 def masked_log_probs(

@@ -30,7 +30,7 @@ def check_models(args: A, given: Mapping[str, Any]) -> A:
     check_base_model(args.base_model)
     config = base_config(args.base_model)
     if args.adapter_path is None:
-        layers = config.get("text_config", config).get("num_hidden_layers")
+        layers = (config.get("text_config") or config).get("num_hidden_layers")
         if isinstance(layers, int):
             first_adapted(args, layers)
         return args
@@ -55,7 +55,7 @@ def base_config(base_model: str) -> dict[str, Any]:
     again = "copy or save the model again"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config.get("text_config", config), dict):
+        if not isinstance(config.get("text_config") or config, dict):
             raise ValueError("its text_config is no object")
     except FileNotFoundError:
         return {}  # a packaged GGUF file holds its config

@@ -94,22 +94,7 @@ def train(
         say(
             f"{longer} of {counted(len(training), 'row')}: longer than --max-seq-len {args.max_seq_len}, cut at the end"
         )
-    trainer = ImitationTrainer(
-        model=base,
-        args=sft_config(args, base.config),
-        train_dataset=training,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        peft_config=models.lora_config(args, base),
-        callbacks=[
-            callbacks.ReportCallback(output_dir, plot=plot_loss_curves),
-            callbacks.FollowSettings(),
-            callbacks.ReturnMemory(),
-            callbacks.DropReplacedRun(output_dir),
-            progress.ProgressCallback(),
-        ],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
+    trainer = build_trainer(args, base, tokenizer, training, validation)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if args.adapter_path is not None:
         models.load_adapter_weights(model, args.adapter_path)
@@ -246,6 +231,30 @@ class ImitationTrainer(WithoutCard, SFTTrainer):
             )
 
         return super().compute_loss(scored, inputs, *others, **options)
+
+
+def build_trainer(
+    args: SupervisedArgs, base: Any, tokenizer: Any, training: Dataset, validation: Dataset
+) -> ImitationTrainer:
+    """TRL's trainer with the adapter of a run on its base model. The rows are those of `tokenised`."""
+    output_dir = Path(args.output_dir)
+    trainer = ImitationTrainer(
+        model=base,
+        args=sft_config(args, base.config),
+        train_dataset=training,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        peft_config=models.lora_config(args, base),
+        callbacks=[
+            callbacks.ReportCallback(output_dir, plot=plot_loss_curves),
+            callbacks.FollowSettings(),
+            callbacks.ReturnMemory(),
+            callbacks.DropReplacedRun(output_dir),
+            progress.ProgressCallback(),
+        ],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ def test_what_prompts_begin_with_is_run_once_with_the_loss_gradient_and_metrics_
 
     from common import models
     from common.problems.demonstrations import load_demonstrations
-    from common.training.sft import ImitationTrainer, load_rows, sft_config, tokenised
+    from common.training.sft import ImitationTrainer, build_trainer, load_rows, tokenised
 
     given = {
         "base_model": tiny_planner, "format": "json-plan", "dataset": "generated:shares", "planner_style": style,
@@ -137,14 +137,7 @@ def test_what_prompts_begin_with_is_run_once_with_the_loss_gradient_and_metrics_
     base = models.load_base(tiny_planner, four_bit=False)
     demonstrations, _ = load_rows(args, load_demonstrations(args))
     rows_of = tokenised(tokenizer, demonstrations, frozenset([tokenizer.eos_token_id]))
-    trainer = ImitationTrainer(
-        model=base,
-        args=sft_config(args, base.config),
-        train_dataset=rows_of,
-        eval_dataset=rows_of,
-        processing_class=tokenizer,
-        peft_config=models.lora_config(args, base),
-    )
+    trainer = build_trainer(args, base, tokenizer, rows_of, rows_of)
     model = trainer.accelerator.unwrap_model(trainer.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
