@@ -133,7 +133,10 @@ def read_run_record(output_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if path.exists():
             raise UserError(f"{path} cannot be read ({error}): put a good copy of it there, or start anew") from error
-        raise UserError(f"there is no {path} to go on from: --output-dir must name the folder of a run") from error
+        raise UserError(
+            f"there is no {path} to go on from: --output-dir must name the folder of a run; "
+            "if the run ended before it wrote this file, start anew"
+        ) from error
     return record
 
 
