@@ -47,20 +47,24 @@ def base_config(base_model: str) -> dict[str, Any]:
     """The config of a base model in a folder, {} of one that is not; read before transformers is imported.
 
     Raises:
-        UserError: if the folder's config cannot be read, or it holds no weights.
+        UserError: if the folder's config or its tokenizer's files cannot be read, or it holds no weights.
     """
     folder = Path(unconverted(base_model)[0]).expanduser()
     if not folder.is_dir():
         return {}
     again = "copy or save the model again"
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config.get("text_config") or config, dict):
-            raise ValueError("its text_config is no object")
-    except FileNotFoundError:
-        return {}  # a packaged GGUF file holds its config
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"--base-model {base_model}: its config.json cannot be read ({error}): {again}") from error
+    configs: dict[str, Any] = {}
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        try:
+            configs[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            if not isinstance(configs[name].get("text_config") or configs[name], dict):
+                raise ValueError("its text_config is no object")
+        except FileNotFoundError:
+            continue  # a packaged GGUF file holds its config, and some tokenizers are stored in other files
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"--base-model {base_model}: its {name} cannot be read ({error}): {again}") from error
+    if "config.json" not in configs:
+        return {}
     if not any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "gguf")):
         raise UserError(f"--base-model {base_model} holds no weights (*.safetensors): {again}")
-    return dict(config)
+    return dict(configs["config.json"])

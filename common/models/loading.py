@@ -165,15 +165,13 @@ def explained(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # after reading a damaged config, libraries raise errors of any type
-        reason = first_line(error)
-        hint = "check the name, the network, and access to a gated model (HF_TOKEN or `hf auth login`)"
+        hint = (
+            "check the name, the network, and access to a gated model (HF_TOKEN or `hf auth login`); without network "
+            f"use a local folder, or --base-model {PACKAGED_MODEL}"
+        )
         if Path(name).exists():
             hint = "the folder must hold a Hugging Face model with its tokenizer"
-        raise UserError(
-            f"model {name!r} could not be loaded ({reason}): {hint}; without network use a local folder, or "
-            f"--base-model {PACKAGED_MODEL}",
-            exit_code=1,
-        ) from error
+        raise UserError(f"model {name!r} could not be loaded ({first_line(error)}): {hint}", exit_code=1) from error
 
 
 def check_base_model(base_model: str) -> None:

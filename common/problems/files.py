@@ -77,7 +77,7 @@ def as_question(row: Any, where: str) -> Question:
     try:
         parse_gold(row["answer"])
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}, column 'answer': {error}") from error
     return Question(row["question"], row["answer"])
 
 
@@ -154,8 +154,10 @@ def read_records(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[tuple
         )
     try:
         yield from _parquet_rows(path) if path.suffix.casefold() == ".parquet" else _json_rows(path, columns)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"--dataset {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--dataset {path} is not UTF-8 ({error}): save it as UTF-8") from error
 
 
 def read_lines(path: Path) -> list[str]:
@@ -206,5 +208,5 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"--dataset {path} is not a parquet file: {error}") from error
+        raise UserError(f"--dataset {path} is not a parquet file ({error}): copy or download it again") from error
     yield from ((f"{path} row {number}", row) for number, row in enumerate(table.to_pylist(), start=1))

@@ -118,9 +118,10 @@ def test_a_check_reads_no_weights_writes_nothing_and_says_what_a_step_is(tiny_ar
     (folder / "model.safetensors").unlink()
     for done in (check(tiny_args), run_script("grpo_training.py", *flags(tiny_args))):
         assert done.returncode == 2 and "holds no weights" in done.stderr
-    (folder / "config.json").write_text('{"model_type": "llama", "hidd')
-    done = run_script("grpo_training.py", *flags(tiny_args))
-    assert done.returncode == 2 and "its config.json cannot be read (Unterminated string" in done.stderr
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).write_text('{"model_type": "llama", "hidd')
+        done = run_script("grpo_training.py", *flags(tiny_args))
+        assert done.returncode == 2 and f"its {name} cannot be read (Unterminated string" in done.stderr
 
 
 def test_one_of_a_kind_has_no_plural_and_numbers_end_in_one_column():
