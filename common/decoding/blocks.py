@@ -13,6 +13,7 @@ S cached tokens, D size of one attention head.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -84,6 +85,11 @@ class Heads:
             kept = torch.tensor(used)
             layers = [(keys[kept], values[kept]) for keys, values in layers]
         return Heads(layers, lengths, [used.index(group) for group in member])
+
+    def row(self, row: int) -> list[Part]:
+        """Cached keys and values of one row's head, one part per layer. These are views, not copies."""
+        group, length = self._member[row], self.lengths[row]
+        return [(keys[group, :, :length], values[group, :, :length]) for keys, values in self._layers]
 
     def scores(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """Attention scores of queries against the heads' keys.
@@ -170,6 +176,12 @@ class Block:
         length = self.lengths[row]
         return [(keys[row, :, :length], values[row, :, :length]) for keys, values in self._layers]
 
+    def whole_row(self, row: int, layer: int) -> Part:
+        """What one layer holds of one row: prefix, head and own tokens, twice (Hkv, S, D)."""
+        parts = [self.prefix, [] if self.heads is None else self.heads.row(row), self.row(row)]
+        keys, values = zip(*(part[layer] for part in parts if part), strict=True)
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows (indices, in the order given) and free the others."""
         if len(rows) < len(self.lengths):
@@ -178,6 +190,38 @@ class Block:
             self.lengths = [self.lengths[row] for row in rows]
             if self.heads is not None and rows:
                 self.heads = self.heads.select(rows)
+
+
+class Kept:
+    """What goes into one layer of a model at the tokens of B rows, kept while the rows are generated.
+
+    Args:
+        layer: the layer.
+        rows, width, size: B, the most tokens of a row (W), and the size of a state (H), an even number.
+
+    Attributes:
+        states: (B, W, H) in fp32. A row's last token has none: it is chosen, but not run.
+    """
+
+    def __init__(self, layer: torch.nn.Module, rows: int, width: int, size: int) -> None:
+        self.layer = layer
+        memory = mmap.mmap(-1, rows * width * size * 4)  # shared with copies of the process, which write to it
+        self.states = torch.frombuffer(memory, dtype=torch.float32).view(rows, width, size)
+        self._rows: dict[tuple[int, ...], int] = {}
+
+    def name(self, rows: Sequence[Sequence[int]]) -> None:
+        """Tell the ids of all tokens of the B rows, by which `find` knows them."""
+        self._rows = {tuple(ids): row for row, ids in enumerate(rows)}
+
+    def find(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+        """The states of rows (R, S) with a mask that is 1 for their tokens: (R, S, H); None if one was not kept."""
+        rows = [self._rows.get(tuple(row[seen].tolist())) for row, seen in zip(ids, mask == 1, strict=True)]
+        states = self.states.new_zeros(*ids.shape, self.states.shape[-1])
+        for into, seen, row in zip(states, mask == 1, rows, strict=True):
+            if row is None:
+                return None
+            into[seen] = self.states[row, : int(seen.sum())]
+        return states
 
 
 def attend(

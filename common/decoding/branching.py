@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from common.decoding.blocks import Block, Heads, Part, attend, tokens_in
+from common.decoding.blocks import Block, Heads, Kept, Part, attend, tokens_in
 from common.decoding.sharing import (
     MIN_KEPT_APART,
     MIN_SHARED_PREFIX,
@@ -122,6 +122,12 @@ class _Pass:
         mixed = (found[0] if len(found) == 1 else torch.cat(found, dim=1)).flatten(0, 1)  # (R · Q, Hq, D)
         return mixed if self._gather is None else mixed[self._gather]
 
+    def keep(self, layer: int, states: torch.Tensor) -> None:
+        """Store states (1, T, H) of the pass's tokens as if they were the keys and values of one more layer."""
+        halves = states[:, self._here].chunk(2, dim=-1)
+        for store, half in zip(self._block.layer(layer, halves[0]), halves, strict=True):
+            self._write(store, half)
+
     def _write(self, store: torch.Tensor, states: torch.Tensor) -> None:
         """Store the tokens' keys or values (Hkv, N, D) at their rows and columns in (R, Hkv, room, D)."""
         if self._wiped is not None:
@@ -144,21 +150,45 @@ class Branched:
         model: a causal LM for which `can_branch` holds.
         prefixes: shared beginnings of earlier calls, which this one reads and updates. None for a model whose weights
             change between calls: its cached keys and values would be outdated.
+        kept: keeps the states that go into a layer, or None.
+        places: for each row, its index in `kept`.
     """
 
-    def __init__(self, model: Any, prefixes: Prefixes | None = None) -> None:
+    def __init__(
+        self, model: Any, prefixes: Prefixes | None = None, kept: Kept | None = None, places: Sequence[int] = ()
+    ) -> None:
         self._model = model
+        self._kept, self._places = kept, list(places)
         self._prefixes: Prefixes = {} if prefixes is None else prefixes
         self._dtype = next(model.parameters()).dtype
         self._blocks: list[Block] = []  # each holds consecutive rows
 
     def __enter__(self) -> Branched:
-        self._before = _attention_of(self._model)
+        self._before = attention_of(self._model)
         self._model.set_attn_implementation(_NAME)
+        if self._kept is not None:
+            self._hook = self._kept.layer.register_forward_pre_hook(self._see)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._model.set_attn_implementation(self._before)
+        if self._kept is not None:
+            self._hook.remove()
+            self._keep(set())
+
+    def _see(self, layer: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        self._seen = given[0]  # (1, T, H)
+
+    def _keep(self, left: set[int]) -> None:
+        """Copy the states of all rows but those `left` out of the cache."""
+        if self._kept is None:
+            return
+        for block, mine in self._by_block(range(len(self._places))):
+            for place, row in enumerate(mine):
+                if row not in left:
+                    states = torch.cat(block.whole_row(place, self._model.config.num_hidden_layers), dim=-1)[0]
+                    self._kept.states[self._places[row], : len(states)] = states
+        self._places = [place for row, place in enumerate(self._places) if row in left]
 
     def read(self, prompts: Sequence[list[int]], kinds: Sequence[Hashable], room: int) -> torch.Tensor:
         """Prefill: run all prompts through the model, and reserve memory for their completions.
@@ -201,6 +231,7 @@ class Branched:
         """Keep only these rows; indices ascend."""
         total = sum(len(block.lengths) for block in self._blocks)
         chosen = set(rows)
+        self._keep(chosen)
         for block, mine in self._by_block(range(total)):
             block.select([place for place, row in enumerate(mine) if row in chosen])
         self._blocks = [block for block in self._blocks if block.lengths]
@@ -307,6 +338,8 @@ class Branched:
         finally:
             _active.reset(active)
         for one in passes:
+            if self._kept is not None:
+                one.keep(self._model.config.num_hidden_layers, self._seen)
             one.done()
         return logits[0]
 
@@ -336,7 +369,7 @@ def _branched_attention(
 AttentionInterface.register(_NAME, _branched_attention)
 
 
-def _attention_of(model: Any) -> str:
+def attention_of(model: Any) -> str:
     """Name of the model's attention implementation. transformers has a public setter for it, but no public getter."""
     return str(model.config._attn_implementation)
 
@@ -357,7 +390,7 @@ def has_known_attention(model: Any) -> bool:
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return (
         config.model_type in _BRANCHING_TYPES
-        and _attention_of(model) in ("sdpa", "eager")
+        and attention_of(model) in ("sdpa", "eager")
         and not sliding
         and not windowed
     )

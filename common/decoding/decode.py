@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from common.decoding.blocks import Kept
 from common.decoding.branching import Branched, Prefixes, can_branch
 from common.decoding.drafts import Drafts
 from common.decoding.sharing import MIN_SHARED_PREFIX, matching, shared_prefix_length
@@ -53,6 +54,7 @@ def decode(
     kinds: Sequence[Hashable] | None = None,
     prefixes: Prefixes | None = None,
     log_probs: list[list[float]] | None = None,
+    kept: Kept | None = None,
 ) -> list[list[int]]:
     """Continue each prompt: greedily (temperature 0), or by sampling.
 
@@ -70,6 +72,7 @@ def decode(
         prefixes: shared beginnings kept between calls (CPU only). Only for a model whose weights do not change.
         log_probs: an empty list. It is filled with B lists: the log-probability of each sampled token at this
             temperature, with respect to all tokens, not only the nucleus. Only for sampled completions.
+        kept: room for the states that go into one of the layers (only where `can_branch` holds).
 
     Returns:
         B lists of token ids; each ends with an end-of-sequence token unless it was cut off.
@@ -88,14 +91,14 @@ def decode(
         if len(parts) > 1:  # read what all prompts of a kind share here, once, and not in each process
             prefixes = {} if prefixes is None else prefixes
             order = [index for mine in by_kind.values() for index in mine]
-            with Branched(model, prefixes) as cache:
+            with Branched(model, prefixes, kept) as cache:
                 cache.keep_prefixes([list(prompts[index]) for index in order], [labels[index] for index in order])
     else:
         parts = list(by_kind.values())
 
     def run(part: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
         rows = [list(prompts[index]) for index in part]
-        cache = Branched(model, prefixes) if branches else _Repeated(model, pad_id)
+        cache = Branched(model, prefixes, kept, part) if branches else _Repeated(model, pad_id)
         drafts = Drafts(rows) if isinstance(cache, Branched) else None
         source = [generator[index] for index in part] if isinstance(generator, Sequence) else generator
         found: list[list[int]] = [[] for _ in part]

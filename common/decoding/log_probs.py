@@ -1,8 +1,11 @@
-"""Log-probabilities of completions: passes with little padding, and a head for a CPU that takes two products.
+"""Log-probabilities of completions: passes with little padding, fewer layers, and a head that takes two products.
 
 **Passes.** TRL runs all completions of a micro-batch in one pass, padded to the longest of its whole generation batch,
 each with its own copy of the prompt. Here each distinct prompt is run once, what all prompts begin with is run once for
 all of them, and completions of similar length share a pass. Gradients flow through the shared keys and values.
+
+**Layers.** With LoRA on the last layers alone, the layers before them give in training what they gave when the
+completions were sampled. So those states are kept then (`common.decoding.blocks.Kept`), and training runs the rest.
 
 **Head.** The language-model head is about a third of a small model's arithmetic in a training step. TRL multiplies by
 it three times: for the logits, for the logits again in the backward pass, and in fp32 for the gradient.
@@ -22,7 +25,7 @@ import torch
 from transformers import DynamicCache, Trainer
 from transformers.cache_utils import DynamicLayer
 
-from common.decoding.branching import has_known_attention
+from common.decoding.branching import attention_of, has_known_attention
 
 # What one more pass over a micro-batch costs on a CPU, in tokens: the weights are read again.
 TOKENS_OF_A_PASS = 64
@@ -57,39 +60,49 @@ def passes_by_length(lengths: Sequence[int], cost_of_a_pass: int) -> list[list[i
     return passes[::-1]
 
 
+# Runs R rows of T tokens and adds their keys and values to a cache. Gets ids (R, T), or states that go into some layer
+# (R, T, H); an attention mask (R, S + T), whose first S columns are cached; and the cache.
+Read = Callable[[torch.Tensor, torch.Tensor, DynamicCache], Any]
+
+
 def completion_log_probs(
-    model: Any,
+    read: Read,
     prompts: tuple[torch.Tensor, torch.Tensor],
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     cache: DynamicCache,
-    score: Callable[[torch.Tensor, torch.Tensor, DynamicCache], tuple[torch.Tensor, torch.Tensor]],
+    score: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DynamicCache], tuple[torch.Tensor, torch.Tensor]],
     cost_of_a_pass: int,
     *,
     own_positions: bool,
+    states: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies (nats) of B completions, each (B, T); 0 where there is padding.
 
     Each distinct prompt is run once. Its gradient is that of all its completions together.
 
     Args:
-        model: the language model.
+        read: runs prompts.
         prompts: what `distinct_prompts` returned for all tokens of the prompts but the last one, which runs with the
             completion because it predicts its first token.
         input_ids: prompts, padded on the left, followed by completions, padded on the right (B, P + T).
         attention_mask: 1 for real tokens (B, P + T).
         cache: an empty KV cache of the model.
-        score: gets the last prompt token and the first t tokens of the completions of R rows (R, 1 + t), the attention
-            mask of the cached prompts, that token and the completions (R, S + 1 + t), and a cache of the prompts.
-            Returns log-probabilities and entropies, whose last t columns count.
+        score: gets what `read` gets of R rows, for the last prompt token and the first t tokens of the completions,
+            their ids (R, 1 + t), the attention mask of the cached prompts, that token and the completions
+            (R, S + 1 + t), and a cache of the prompts. Returns log-probabilities and entropies, whose last t columns
+            count.
         cost_of_a_pass: see `passes_by_length`.
-        own_positions: whether the model is told each token's position (`positions`), as `score` must do then. Only so
-            can what all prompts begin with be run once, because padding then follows it.
+        own_positions: whether the model is told each token's position (`positions`), by `read` and `score`. Only so can
+            what all prompts begin with be run once, because padding then follows it.
+        states: what `read` and `score` get instead of ids (B, P + T, H), or None.
     """
     distinct, member = prompts
     head = distinct.shape[1]
     kept = input_ids.shape[1] - head - 1
-    cached = _read_prompts(model, distinct, cache, cost_of_a_pass if own_positions else None)
+    inputs = input_ids if states is None else states
+    firsts = [int((member == number).nonzero()[0]) for number in range(len(distinct))]
+    cached = _read_prompts(read, distinct, inputs[firsts, :head], cache, cost_of_a_pass if own_positions else None)
     places = torch.arange(1, kept + 1, device=attention_mask.device)
     lengths = (attention_mask[:, -kept:] * places).amax(dim=1).clamp(min=1).tolist()
     passes = passes_by_length(lengths, cost_of_a_pass)
@@ -98,7 +111,7 @@ def completion_log_probs(
         longest = lengths[rows[0]]
         now = slice(head, head + 1 + longest)
         mask = torch.cat([cached[member[rows]], attention_mask[rows, now]], dim=1)
-        found = score(input_ids[rows, now], mask, _for_rows(cache, member[rows]))
+        found = score(inputs[rows, now], input_ids[rows, now], mask, _for_rows(cache, member[rows]))
         parts.append([torch.nn.functional.pad(part[:, -longest:], (0, kept - longest)) for part in found])
     log_probs, entropies = _in_order(parts, passes)
     return log_probs, entropies
@@ -109,40 +122,71 @@ def positions(mask: torch.Tensor, count: int) -> torch.Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -count:]
 
 
-def _read_prompts(model: Any, distinct: torch.Tensor, cache: DynamicCache, cost_of_a_pass: int | None) -> torch.Tensor:
+def read_tokens(model: Any, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    """A `Read` of ids that tells positions. Returns last hidden states (R, T, H); `model` has no head."""
+    place = positions(mask, tokens.shape[1])
+    found = model(input_ids=tokens, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
+    hidden: torch.Tensor = found.last_hidden_state
+    return hidden
+
+
+def read_states(model: Any, first: int, states: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    """A `Read` of the states that go into layer `first`: only the layers from there on are run, as by `read_tokens`."""
+    count = states.shape[1]
+    place = positions(mask, count)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    own = columns[-count:, None]
+    # Padding sees itself: without any key to see, its softmax would be NaN.
+    seen = ((columns <= own) & (mask[:, None, None] == 1)) | (columns == own)  # (R, 1, T, S + T)
+    if attention_of(model) != "sdpa":  # eager attention adds its mask to the scores
+        seen = torch.zeros_like(seen, dtype=states.dtype).masked_fill(~seen, torch.finfo(states.dtype).min)
+    states = states.to(model.norm.weight.dtype)
+    turned = model.rotary_emb(states, place)
+    for layer in model.layers[first:]:
+        states = layer(
+            states,
+            attention_mask=seen,
+            position_ids=place,
+            past_key_values=cache,
+            use_cache=True,
+            position_embeddings=turned,
+        )
+    hidden: torch.Tensor = model.norm(states)
+    return hidden
+
+
+def _read_prompts(
+    read: Read, distinct: torch.Tensor, inputs: torch.Tensor, cache: DynamicCache, cost_of_a_pass: int | None
+) -> torch.Tensor:
     """Fill an empty cache with keys and values of D prompts; return the attention mask of its columns (D, S).
 
     What all of them begin with is run once, if that saves more than another pass costs.
 
     Args:
-        model: the language model.
-        distinct: the prompts, padded on the left with -1 (D, P).
+        read: runs inputs.
+        distinct: the prompts' ids, padded on the left with -1 (D, P).
+        inputs: what `read` gets of them (D, P) or (D, P, H).
         cache: the empty cache.
         cost_of_a_pass: see `passes_by_length`; None if the model gets no positions.
     """
+    real = distinct >= 0
     together = 0
     if cost_of_a_pass is not None and len(distinct) > 1:
         prompts = [row[row >= 0] for row in distinct]
         shortest = torch.stack([prompt[: min(map(len, prompts))] for prompt in prompts])
         together = _leading((shortest == shortest[0]).all(dim=0))
-        if together * (len(distinct) - 1) > cost_of_a_pass:
-            model(input_ids=prompts[0][None, :together], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache.batch_select_indices(torch.zeros(len(distinct), dtype=torch.long, device=distinct.device))
-            rests = [prompt[together:] for prompt in prompts]
-            distinct = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True, padding_value=-1, padding_side="left")
-        else:
+        if together * (len(distinct) - 1) <= cost_of_a_pass:
             together = 0
-    real = (distinct >= 0).long()
-    mask = torch.cat([real.new_ones(len(real), together), real], dim=1)
-    placed = {} if cost_of_a_pass is None else {"position_ids": positions(mask, distinct.shape[1])}
-    model(
-        input_ids=distinct.clamp(min=0),
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-        **placed,
-    )
+    if together:
+        begins = distinct.shape[1] - real.sum(dim=1)  # (D,)
+        first = int(begins[0])
+        read(inputs[:1, first : first + together], real.new_ones(1, together).long(), cache)
+        cache.batch_select_indices(torch.zeros(len(distinct), dtype=torch.long, device=distinct.device))
+        rest = int(begins.min()) + together  # before this column there is nothing but padding and what has been run
+        real = torch.arange(distinct.shape[1], device=distinct.device) >= begins[:, None] + together
+        real, inputs = real[:, rest:], inputs[:, rest:]
+    mask = torch.cat([real.new_ones(len(real), together), real], dim=1).long()
+    read(inputs, mask, cache)
     return mask
 
 
@@ -223,6 +267,22 @@ def _for_rows(cache: DynamicCache, members: torch.Tensor) -> DynamicCache:
     rows.layers = [copy.copy(layer) for layer in cache.layers]
     rows.batch_select_indices(members)
     return rows
+
+
+def with_trl_head(model: Any) -> tuple[Read, Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
+    """What runs prompts, and what scores completions after them: log-probabilities and entropies by TRL's head."""
+
+    def read(tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> None:
+        model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def score(
+        _: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = tokens.masked_fill(mask[:, -tokens.shape[1] :] == 0, -100)
+        scored = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, labels=labels, fused_lm_head=True)
+        return scored.log_probs, scored.entropy
+
+    return read, score
 
 
 def shared_cache(trainer: Trainer) -> DynamicCache | None:

@@ -114,6 +114,7 @@ def estimate(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine
         parts.append(Part(SERVER, share))
     copies = 0 if machine.gpu else _packed(shape, machine)
     if local_rollouts:
+        parts.append(Part("states of the rollouts, kept for training", _states(args, shape, step, machine)))
         parts.append(Part(f"rollouts: {PACKED}", copies, "rollouts"))
         parts.append(Part("rollouts: keys and values, logits", _rollouts(args, shape, step, machine), "rollouts"))
     if local_worker:
@@ -164,7 +165,15 @@ def _packed(shape: ModelShape, machine: Machine) -> float:
 def _rollouts(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> float:
     cached = step.completions * (step.planner_prompt + args.max_completion_length) * shape.cached_elements
     # Logits, their softmax, its cumulative sum and two temporary tensors, all in fp32.
-    return machine.width * cached + 5 * 4 * step.completions * shape.vocabulary
+    logits = 5 * 4 * step.completions * shape.vocabulary
+    return machine.width * cached + logits + _states(args, shape, step, machine)
+
+
+def _states(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> float:
+    """Bytes of what went into the first adapted layer, of all completions; 0 if training runs all layers anyway."""
+    if not _has_own_pass(args, shape, machine) or shape.open_layers == shape.layers:
+        return 0.0
+    return 4 * step.completions * (step.planner_prompt + args.max_completion_length) * shape.hidden
 
 
 def _worker(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> float:
@@ -190,7 +199,7 @@ def _micro_batch(args: TrainingArgs, shape: ModelShape, wave: Wave, machine: Mac
 def _training(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machine) -> list[Part]:
     """Memory of the forward and backward pass of one micro-batch."""
     rows, answer = args.batch_size, args.max_completion_length
-    checkpointing = machine.gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
+    checkpointing = _checkpoints(args, machine)
     if checkpointing or machine.processes > 1:
         prompt_rows, per_row = 0, step.planner_prompt + answer
     else:  # a group's prompt is run once, except its last token, which is run with each answer
@@ -203,13 +212,25 @@ def _training(args: TrainingArgs, shape: ModelShape, step: Step, machine: Machin
         kept = shape.open_layers * layer
         # Keys and values of prompt and answer, in all layers.
         kept += machine.width * rows * (step.planner_prompt + per_row) * shape.cached_elements if prompt_rows else 0
-        if machine.half and not machine.gpu and not machine.four_bit:
-            kept += 2 * shape.head  # autocast's copy of it: the pass over the prompts uses it
+        own = _has_own_pass(args, shape, machine)
+        if machine.half and not machine.gpu and not machine.four_bit and not own:
+            kept += 2 * shape.head  # autocast's copy of it: TRL's pass over the prompts uses it
     label = "activations, checkpointed" if checkpointing else "activations of forward and backward"
     return [
         Part(label, kept, "training"),
-        Part("logits of forward and backward", _head(shape, machine, rows * answer, checkpointing), "training"),
+        Part("logits of forward and backward", _head(args, shape, machine, rows * answer), "training"),
     ]
+
+
+def _checkpoints(args: TrainingArgs, machine: Machine) -> bool:
+    """Whether the training step computes activations again instead of keeping them."""
+    return machine.gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
+
+
+def _has_own_pass(args: TrainingArgs, shape: ModelShape, machine: Machine) -> bool:
+    """Whether the training step runs the model as `common.decoding.log_probs` does."""
+    alone = machine.processes == 1 and not _checkpoints(args, machine)
+    return shape.known_head and not machine.gpu and alone
 
 
 def _layer(
@@ -237,10 +258,10 @@ def _layer(
     return kept
 
 
-def _head(shape: ModelShape, machine: Machine, tokens: int, checkpointing: bool) -> float:
+def _head(args: TrainingArgs, shape: ModelShape, machine: Machine, tokens: int) -> float:
     """Bytes of the tiles in which log-probabilities are computed, and of the gradient of the hidden states."""
     hidden = 4 * tokens * shape.hidden
-    if shape.known_head and not machine.gpu and not checkpointing:  # `common.decoding.log_probs`
+    if _has_own_pass(args, shape, machine):
         return (2 * shape.head if machine.half else 0) + 4 * 4 * 128 * shape.vocabulary + hidden
     tile = min(tokens, HEAD_TOKENS) * min(shape.vocabulary, HEAD_COLUMNS)
     return (2 * tile if machine.gpu else 4 * HEAD_TILES_WITHOUT_TRITON * tile) + hidden

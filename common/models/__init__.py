@@ -15,6 +15,7 @@ from common.models.lora import check_rank as check_rank
 from common.models.lora import first_adapted as first_adapted
 from common.models.lora import load_adapter_weights as load_adapter_weights
 from common.models.lora import lora_config as lora_config
+from common.models.lora import untrained_layers as untrained_layers
 from common.models.packaged import cache_dir as cache_dir
 from common.models.packaged import packaged_encoder as packaged_encoder
 from common.models.packaged import resolve_model as resolve_model

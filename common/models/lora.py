@@ -146,3 +146,16 @@ def add_reference_adapter(model: Any) -> None:
 
 
 LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def untrained_layers(model: Any) -> int:
+    """How many of the first layers of a known model, which has no head, training leaves as they are.
+
+    What goes into the next layer is then the same in a rollout and in the training step after it. 0 if something before
+    the layers is trained, or dropout changes what attention gives.
+    """
+    outside = (each for name, each in model.named_parameters() if not name.startswith("layers."))
+    if any(each.requires_grad for each in outside) or bool(getattr(model.config, "attention_dropout", 0.0)):
+        return 0
+    trained = [any(each.requires_grad for each in layer.parameters()) for layer in model.layers]
+    return trained.index(True) if True in trained else 0

@@ -6,7 +6,6 @@ are listed in `PRIVATE_NAMES`. A test reports the names that another version of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,22 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from common.decoding.blocks import Kept
 from common.decoding.decode import decode
 from common.decoding.log_probs import (
     TOKENS_OF_A_PASS,
+    Read,
     completion_log_probs,
     distinct_prompts,
     frozen_head,
     masked_log_probs,
-    positions,
+    read_states,
+    read_tokens,
     shared_cache,
+    with_trl_head,
 )
 from common.decoding.packing import packed_linears
+from common.models import untrained_layers
 from common.processes import ranks
 from common.reports.step_clock import StepClock
 from common.runs.checkpoints import answers_file
@@ -113,6 +117,7 @@ class PlannerTrainer(WithoutCard, GRPOTrainer):
         self._compares = True  # compare log-probabilities of the first rollouts with those of the training step
         self._log_probs: torch.Tensor | None = None  # of the micro-batch in training, (B, T)
         self._agreement: dict[str, float] = {}
+        self._kept: Kept | None = None  # what went into the first layer in training while the rollouts were made
         self.worker: FrozenWorker | None = None  # its cached answers are stored in each checkpoint
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -289,43 +294,41 @@ class PlannerTrainer(WithoutCard, GRPOTrainer):
         whole = batch_size is None or batch_size >= len(ids)
         cache = shared_cache(self)
         if whole and len(shared[0]) < len(ids) and cache is not None:
-            head = frozen_head(self.accelerator.unwrap_model(self.model).get_base_model())
-            score = self._score(model) if head is None else partial(self._with_own_head, head)
+            base = self.accelerator.unwrap_model(self.model).get_base_model()
+            head, states = frozen_head(base), None if self._kept is None else self._kept.find(ids, mask)
+            if head is None:
+                read, score = with_trl_head(model)
+            else:
+                body = base.base_model
+                read = (
+                    partial(read_tokens, body) if states is None else partial(read_states, body, untrained_layers(body))
+                )
+                score = partial(self._with_own_head, head, read)
             with self.accelerator.autocast():
                 # On a GPU padding is cheaper than another pass over a micro-batch.
                 cost = ids.numel() if torch.cuda.is_available() else TOKENS_OF_A_PASS
-                own_positions = head is not None
-                parts = completion_log_probs(model, shared, ids, mask, cache, score, cost, own_positions=own_positions)
+                told = head is not None
+                parts = completion_log_probs(
+                    read, shared, ids, mask, cache, score, cost, own_positions=told, states=states
+                )
         else:
             parts = super()._get_per_token_logps_and_entropies(model, ids, mask, kept, batch_size, True)[:2]
         log_probs, entropies = (torch.nn.functional.pad(part, (0, width - end)) for part in parts)
         self._log_probs = log_probs.detach()
         return log_probs, entropies if compute_entropy else None, None
 
-    def _score(self, model: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-        """What computes log-probabilities and entropies of completions after a cached prompt, with TRL's head."""
-
-        def with_fused_head(
-            tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            labels = tokens.masked_fill(mask[:, -tokens.shape[1] :] == 0, -100)
-            scored = model(
-                input_ids=tokens, attention_mask=mask, past_key_values=cache, labels=labels, fused_lm_head=True
-            )
-            return scored.log_probs, scored.entropy
-
-        return with_fused_head
-
     def _with_own_head(
-        self, head: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+        self,
+        head: torch.Tensor,
+        read: Read,
+        inputs: torch.Tensor,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        cache: DynamicCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of all real tokens (B, T) except each row's first, and entropies, each (B, T − 1)."""
-        model = self.accelerator.unwrap_model(self.model).get_base_model()
-        count = tokens.shape[1]
-        hidden = model.base_model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions(mask, count), past_key_values=cache
-        ).last_hidden_state
-        wanted = mask[:, 1 - count :] == 1
+        hidden = read(inputs, mask, cache)
+        wanted = mask[:, 1 - tokens.shape[1] :] == 1
         temperature: float = self.temperature
         dtype: torch.dtype = getattr(torch, self._cpu_dtype)
         log_probs, entropies, _ = masked_log_probs(hidden[:, :-1], head, tokens[:, 1:], wanted, temperature, dtype)
@@ -369,6 +372,12 @@ class PlannerTrainer(WithoutCard, GRPOTrainer):
         if self.use_vllm or torch.cuda.is_available():
             return super()._generate_single_turn(prompt_ids, *others, **options)
         log_probs: list[list[float]] | None = [] if self._compares else None
+        base = self.accelerator.unwrap_model(self.model).get_base_model()
+        depth = 0 if frozen_head(base) is None or shared_cache(self) is None else untrained_layers(base.base_model)
+        self._kept = None  # frees the states of the step before
+        if depth:
+            most = max(map(len, prompt_ids)) + (args.max_completion_length or 0)
+            self._kept = Kept(base.base_model.layers[depth], len(prompt_ids), most, base.config.hidden_size)
         with inference(self.accelerator.unwrap_model(self.model), adapter=True) as model:
             completions = decode(
                 model,
@@ -379,5 +388,10 @@ class PlannerTrainer(WithoutCard, GRPOTrainer):
                 temperature=args.temperature,
                 top_p=args.top_p,
                 log_probs=log_probs,
+                kept=self._kept,
+            )
+        if self._kept is not None:
+            self._kept.name(
+                [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completions, strict=True)]
             )
         return completions, log_probs

@@ -8,6 +8,7 @@ from conftest import QUESTIONS
 from transformers import TopPLogitsWarper
 
 from common import prompts
+from common.decoding.blocks import Kept
 from common.decoding.decode import _sample, decode
 from common.decoding.drafts import Drafts
 from common.decoding.packing import packed_linears, packing_kept
@@ -368,3 +369,23 @@ def test_a_small_model_reads_a_few_prompts_on_all_threads_and_decodes_them_on_on
         assert torch.get_num_threads() == 2, "what runs afterwards has all threads again"
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("apart", [0, 10**9], ids=["kept apart", "copied"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_goes_into_a_layer_is_kept_for_every_row(smollm2, threads_as_before, monkeypatch, apart, count):
+    """Prefix, head, drafted and forgotten tokens, rows that end early, and rows of another process."""
+    model, tokenizer = smollm2
+    torch.set_num_threads(count)
+    monkeypatch.setattr("common.decoding.branching.MIN_KEPT_APART", apart)
+    texts = [prompts.render(tokenizer, prompts.direct_messages(question)) for question in SUMS for _ in (0, 1)]
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    options = {"max_new_tokens": 24, "eos_ids": end_token_ids(model, tokenizer), "pad_id": tokenizer.pad_token_id}
+    kept = Kept(model.model.layers[20], len(ids), max(map(len, ids)) + 24, model.config.hidden_size)
+    told = decode(model, ids, temperature=0.7, generator=torch.Generator().manual_seed(1), kept=kept, **options)
+    assert len(set(map(len, told))) > 1
+    for row, (prompt, completion) in enumerate(zip(ids, told, strict=True)):
+        tokens = [*prompt, *completion]
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states[20][0, :-1]
+        torch.testing.assert_close(kept.states[row, : len(tokens) - 1], expected, rtol=1e-3, atol=1e-3)

@@ -308,14 +308,8 @@ def test_fewer_questions_than_a_step_takes_is_said_before_anything_is_trained(ti
     assert "gives 4 questions, one step takes 8" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("beginning", "longest", "read_tokens"),
-    [(0, 3, 2 * 5 + 4 * 4), (0, 40, 2 * 5 + 3 * 4 + 41), (80, 3, 82 + 2 * 3 + 4 * 4)],
-)
-def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args, beginning, longest, read_tokens):
-    """Each prompt is run once, and what both begin with once for both; padding is not computed: all is as in TRL."""
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
+def trainer_with_an_adapter(tiny_args):
+    """The trainer of a run in fp32, with an adapter that changes the planner."""
     from common.training.grpo import build_trainer
 
     tiny_args.gradient_checkpointing, tiny_args.cpu_dtype = False, "float32"
@@ -326,18 +320,19 @@ def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args,
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)  # at 0 no gradient reaches lora_A
-    first = list(range(70, 70 + beginning))
-    prompts_of = [[*first, 5, 6, 7, 8, 9, 10], [*first, 5, 6, 11, 12]]
-    rows = [
-        (prompts_of[0], [20, 21, 22]),
-        (prompts_of[1], [23, 24]),
-        (prompts_of[0], [25]),
-        (prompts_of[1], list(range(26, 26 + longest))),
-    ]
-    wide, left = longest + 2, beginning + 8
-    # TRL pads to the longest prompt (here two tokens longer) and completion (two longer than ours) of all micro-batches.
+    return trainer, model
+
+
+def padded(rows: list[tuple[list[int], list[int]]], left: int, wide: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of prompts and completions, as TRL pads them."""
     ids = torch.tensor([[0] * (left - len(p)) + p + c + [0] * (wide - len(c)) for p, c in rows])
     mask = torch.tensor([[0] * (left - len(p)) + [1] * len(p + c) + [0] * (wide - len(c)) for p, c in rows])
+    return ids, mask
+
+
+def scored_as_by_trl(trainer, model, ids: torch.Tensor, mask: torch.Tensor, wide: int) -> tuple[int, int]:
+    """Log-probabilities, entropies and gradient equal TRL's. Returns how many tokens the embedding reads: TRL's, ours."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     read: list[int] = []
     handle = model.get_input_embeddings().register_forward_hook(lambda *call: read.append(call[1][0].numel()))
@@ -346,16 +341,15 @@ def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args,
         model.zero_grad()
         read.clear()
         logps, entropy, _ = method(trainer, model, ids, mask, wide, compute_entropy=True)
-        real = mask[:, left:] == 1
+        real = mask[:, -wide:] == 1
         assert logps.shape == entropy.shape == real.shape
-        (logps * torch.arange(1.0, 4.0 * wide + 1).view(4, wide))[real].sum().backward()
+        (logps * torch.arange(1.0, logps.numel() + 1).view(logps.shape))[real].sum().backward()
         gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         return logps.detach()[real], entropy.detach()[real], gradient, sum(read)
 
     expected = scored(GRPOTrainer._get_per_token_logps_and_entropies)
     ours = scored(type(trainer)._get_per_token_logps_and_entropies)
     handle.remove()
-    assert (expected[3], ours[3]) == (4 * (left + wide), read_tokens), "tokens that the model reads"
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours[1], expected[1], rtol=1e-4, atol=1e-4)
     for name, gradient in expected[2].items():
@@ -363,3 +357,43 @@ def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args,
             ours[2][name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-8, msg=name
         )
     assert any(float(gradient.abs().max()) > 0 for name, gradient in expected[2].items() if "lora_A" in name)
+    return expected[3], ours[3]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "longest", "read_tokens"),
+    [(0, 3, 2 * 5 + 4 * 4), (0, 40, 2 * 5 + 3 * 4 + 41), (80, 3, 82 + 2 * 3 + 4 * 4)],
+)
+def test_shared_prompts_and_passes_by_length_give_the_gradient_of_trl(tiny_args, beginning, longest, read_tokens):
+    """Each prompt is run once, and what both begin with once for both; padding is not computed: all is as in TRL."""
+    trainer, model = trainer_with_an_adapter(tiny_args)
+    first = list(range(70, 70 + beginning))
+    prompts_of = [[*first, 5, 6, 7, 8, 9, 10], [*first, 5, 6, 11, 12]]
+    rows = [
+        (prompts_of[0], [20, 21, 22]),
+        (prompts_of[1], [23, 24]),
+        (prompts_of[0], [25]),
+        (prompts_of[1], list(range(26, 26 + longest))),
+    ]
+    # TRL pads to the longest prompt (here two tokens longer) and completion (two longer than ours) of all micro-batches.
+    wide, left = longest + 2, beginning + 8
+    ids, mask = padded(rows, left, wide)
+    assert scored_as_by_trl(trainer, model, ids, mask, wide) == (4 * (left + wide), read_tokens)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_layers_without_an_adapter_run_in_rollouts_only(tiny_args, attention):
+    """The training step takes over what they gave then, and its loss is as in TRL. It runs them for other rows."""
+    tiny_args.lora_layers = 1
+    trainer, model = trainer_with_an_adapter(tiny_args)
+    model.get_base_model().set_attn_implementation(attention)
+    first = list(range(70, 150))  # read once for both prompts in the rollouts, and once more in the training step
+    asked = [[*first, 5, 6, 7, 8, 9, 10], [*first, 5, 6, 11, 12]] * 2
+    told, _ = trainer._generate_single_turn(asked)
+    wide = max(map(len, told)) + 2
+    rows = list(zip(asked, told, strict=True))
+    ids, mask = padded(rows, 88, wide)
+    assert scored_as_by_trl(trainer, model, ids, mask, wide) == (4 * (88 + wide), 0)
+    rows[3] = asked[3], [20, 21, 22]
+    ids, mask = padded(rows, 88, wide)
+    assert scored_as_by_trl(trainer, model, ids, mask, wide)[1] > 0
