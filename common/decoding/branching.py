@@ -170,11 +170,12 @@ class Branched:
             self._hook = self._kept.layer.register_forward_pre_hook(self._see)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._model.set_attn_implementation(self._before)
         if self._kept is not None:
             self._hook.remove()
-            self._keep(set())
+            if error is None:
+                self._keep(set())
 
     def _see(self, layer: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         self._seen = given[0]  # (1, T, H)

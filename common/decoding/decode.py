@@ -76,12 +76,17 @@ def decode(
 
     Returns:
         B lists of token ids; each ends with an end-of-sequence token unless it was cut off.
+
+    Raises:
+        ValueError: if states are to be kept where `can_branch` does not hold.
     """
     labels = list(kinds or [None] * len(prompts))
     by_kind: dict[Hashable, list[int]] = {}
     for index, kind in enumerate(labels):
         by_kind.setdefault(kind, []).append(index)
     branches = can_branch(model)
+    if kept is not None and not branches:
+        raise ValueError("states are kept on a CPU only, of models with plain causal attention")
     few = branches and len(prompts) < torch.get_num_threads() * MIN_ROWS_EACH
     small = few and sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
     if branches:
