@@ -196,15 +196,17 @@ class Kept:
     """What goes into one layer of a model at the tokens of B rows, kept while the rows are generated.
 
     Args:
-        layer: the layer.
+        layers: of the model.
+        first: index of the layer.
         rows, width, size: B, the most tokens of a row (W), and the size of a state (H), an even number.
 
     Attributes:
+        layer: the layer.
         states: (B, W, H) in fp32. A row's last token has none: it is chosen, but not run.
     """
 
-    def __init__(self, layer: torch.nn.Module, rows: int, width: int, size: int) -> None:
-        self.layer = layer
+    def __init__(self, layers: torch.nn.ModuleList, first: int, rows: int, width: int, size: int) -> None:
+        self.layer, self.first = layers[first], first
         memory = mmap.mmap(-1, rows * width * size * 4)  # shared with copies of the process, which write to it
         self.states = torch.frombuffer(memory, dtype=torch.float32).view(rows, width, size)
         self._rows: dict[tuple[int, ...], int] = {}

@@ -72,7 +72,8 @@ def decode(
         prefixes: shared beginnings kept between calls (CPU only). Only for a model whose weights do not change.
         log_probs: an empty list. It is filled with B lists: the log-probability of each sampled token at this
             temperature, with respect to all tokens, not only the nucleus. Only for sampled completions.
-        kept: room for the states that go into one of the layers (only where `can_branch` holds).
+        kept: room for the states that go into one of the layers (only where `can_branch` holds). `prefixes` of calls
+            without it lack these states.
 
     Returns:
         B lists of token ids; each ends with an end-of-sequence token unless it was cut off.

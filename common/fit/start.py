@@ -53,18 +53,20 @@ def base_config(base_model: str) -> dict[str, Any]:
     if not folder.is_dir():
         return {}
     again = "copy or save the model again"
-    configs: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         try:
-            configs[name] = json.loads((folder / name).read_text(encoding="utf-8"))
-            if not isinstance(configs[name].get("text_config") or configs[name], dict):
+            found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            if not isinstance(found[name], dict):
+                raise ValueError("it is no object")
+            if name == "config.json" and not isinstance(found[name].get("text_config") or {}, dict):
                 raise ValueError("its text_config is no object")
         except FileNotFoundError:
             continue  # a packaged GGUF file holds its config, and some tokenizers are stored in other files
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"--base-model {base_model}: its {name} cannot be read ({error}): {again}") from error
-    if "config.json" not in configs:
+    if "config.json" not in found:
         return {}
     if not any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "gguf")):
         raise UserError(f"--base-model {base_model} holds no weights (*.safetensors): {again}")
-    return dict(configs["config.json"])
+    return dict(found["config.json"])

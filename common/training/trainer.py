@@ -295,21 +295,20 @@ class PlannerTrainer(WithoutCard, GRPOTrainer):
         cache = shared_cache(self)
         if whole and len(shared[0]) < len(ids) and cache is not None:
             base = self.accelerator.unwrap_model(self.model).get_base_model()
-            head, states = frozen_head(base), None if self._kept is None else self._kept.find(ids, mask)
+            head, states = frozen_head(base), None
             if head is None:
                 read, score = with_trl_head(model)
             else:
-                body = base.base_model
-                read = (
-                    partial(read_tokens, body) if states is None else partial(read_states, body, untrained_layers(body))
-                )
+                read = partial(read_tokens, base.base_model)
+                if self._kept is not None and (states := self._kept.find(ids, mask)) is not None:
+                    read = partial(read_states, base.base_model, self._kept.first)
                 score = partial(self._with_own_head, head, read)
             with self.accelerator.autocast():
                 # On a GPU padding is cheaper than another pass over a micro-batch.
                 cost = ids.numel() if torch.cuda.is_available() else TOKENS_OF_A_PASS
-                told = head is not None
+                own = head is not None
                 parts = completion_log_probs(
-                    read, shared, ids, mask, cache, score, cost, own_positions=told, states=states
+                    read, shared, ids, mask, cache, score, cost, own_positions=own, states=states
                 )
         else:
             parts = super()._get_per_token_logps_and_entropies(model, ids, mask, kept, batch_size, True)[:2]
@@ -377,7 +376,7 @@ class PlannerTrainer(WithoutCard, GRPOTrainer):
         self._kept = None  # frees the states of the step before
         if depth:
             most = max(map(len, prompt_ids)) + (args.max_completion_length or 0)
-            self._kept = Kept(base.base_model.layers[depth], len(prompt_ids), most, base.config.hidden_size)
+            self._kept = Kept(base.base_model.layers, depth, len(prompt_ids), most, base.config.hidden_size)
         with inference(self.accelerator.unwrap_model(self.model), adapter=True) as model:
             completions = decode(
                 model,

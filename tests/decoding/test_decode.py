@@ -381,7 +381,7 @@ def test_what_goes_into_a_layer_is_kept_for_every_row(smollm2, threads_as_before
     texts = [prompts.render(tokenizer, prompts.direct_messages(question)) for question in SUMS for _ in (0, 1)]
     ids = tokenizer(texts, add_special_tokens=False).input_ids
     options = {"max_new_tokens": 24, "eos_ids": end_token_ids(model, tokenizer), "pad_id": tokenizer.pad_token_id}
-    kept = Kept(model.model.layers[20], len(ids), max(map(len, ids)) + 24, model.config.hidden_size)
+    kept = Kept(model.model.layers, 20, len(ids), max(map(len, ids)) + 24, model.config.hidden_size)
     told = decode(model, ids, temperature=0.7, generator=torch.Generator().manual_seed(1), kept=kept, **options)
     assert len(set(map(len, told))) > 1
     for row, (prompt, completion) in enumerate(zip(ids, told, strict=True)):
