@@ -12,7 +12,9 @@ it three times: for the logits, for the logits again in the backward pass, and i
 
 Two products are enough, in fp32 or in bf16. With hidden state h, head W (row W_v for token v), chosen token t and
 p = softmax(W h / temperature), the gradient is d log p_t / d h = (W_t − Σ_v p_v W_v) / temperature. The sum is known as
-soon as the logits are, so the forward pass computes it and the backward pass only scales it.
+soon as the logits are, so the forward pass computes it and the backward pass only scales it. It is computed as
+((1 − p_t) W_t − Σ_{v≠t} p_v W_v) / temperature, with 1 − p_t = Σ_{v≠t} p_v: for a token that is almost certain, W_t and
+p_t W_t are nearly equal, and their difference would be little but rounding errors.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ TOKENS_OF_A_PASS = 64
 
 # Tokens whose logits are held at once: 25 MB at 49,152 vocabulary entries, about the size of a processor's cache.
 TOKENS_AT_ONCE = 128
+
+# Vocabulary entries in one product. For few tokens MKL adds all entries of a product one after the other, in fp32. Next
+# to the sum of the likely tokens, the thousands of unlikely ones would each be lost in rounding.
+ENTRIES_AT_ONCE = 2048
 
 
 def passes_by_length(lengths: Sequence[int], cost_of_a_pass: int) -> list[list[int]]:
@@ -370,10 +376,16 @@ class _TokenLogProbs(torch.autograd.Function):
             chosen = logits.gather(1, targets[now, None])
             likeliest[now] = chosen.squeeze(1) == 0
             odds = logits.exp()
-            total = odds.sum(dim=1, keepdim=True)
+            mean = torch.linalg.vecdot(odds, logits)
+            odds.scatter_(1, targets[now, None], 0)
+            others = odds.sum(dim=1, keepdim=True)
+            total = chosen.exp() + others
             log_probs[now] = (chosen - total.log()).squeeze(1)
-            entropies[now] = total.log().squeeze(1) - torch.linalg.vecdot(odds, logits) / total.squeeze(1)
-            slopes[now] = head[targets[now]] - (odds.to(dtype) @ weights).float() / total
+            entropies[now] = total.log().squeeze(1) - mean / total.squeeze(1)
+            slopes[now] = others * head[targets[now]]
+            for part, columns in zip(odds.split(ENTRIES_AT_ONCE, dim=1), weights.split(ENTRIES_AT_ONCE), strict=True):
+                slopes[now] -= part.to(dtype) @ columns
+            slopes[now] /= total
         ctx.save_for_backward(slopes.div_(temperature))
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(entropies, likeliest)

@@ -227,6 +227,23 @@ def test_log_probabilities_entropies_and_gradient_of_the_head(count, dtype, near
         assert similar > (0.999 if dtype is torch.bfloat16 else 0.999999)
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.1), (torch.float32, 1e-4)])
+def test_the_gradient_of_few_and_of_almost_certain_tokens_is_exact_too(dtype, near):
+    """A trained planner is nearly certain of most tokens, and thousands that never occur are all as unlikely."""
+    generator = torch.Generator().manual_seed(3)
+    common = torch.randn(64, generator=generator) / 2
+    head = torch.randn(49_152, 64, generator=generator) * 0.02
+    head[:10] *= 20  # the tokens that occur
+    targets = torch.tensor([1, 2, 3, 4, 9_000])
+    hidden = head[[1, 2, 3, 4, 0]] * torch.tensor([1.0, 1.5, 2.0, 2.3, 2.05])[:, None]
+    head, hidden = (head + common).to(dtype), hidden.to(dtype)
+    odds = torch.softmax(hidden.double() @ head.double().T, dim=-1)
+    expected = head[targets].double() - odds @ head.double()
+    hidden = hidden.float().requires_grad_()
+    (ours,) = torch.autograd.grad(token_log_probs(hidden, head.float(), targets, 1.0, dtype)[0].sum(), hidden)
+    assert float(((ours - expected).norm(dim=1) / expected.norm(dim=1)).max()) < near
+
+
 def test_a_training_step_has_the_gradient_of_fp32(bf16, tiny_args):
     """Uses the trainer's own method with shared prompts. Masks and shapes are equal, numbers are close."""
     from common.training.grpo import build_trainer
