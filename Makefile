@@ -11,7 +11,8 @@ PORT ?= 8000
 ADAPTER ?= demo_adapter
 TEST_PROCESSES ?= 2
 
-# Where a container forbids it, every start of a script and of a server would compile thousands of files anew.
+# Python keeps what it has compiled, also where the environment forbids that, as in many containers. Otherwise every start
+# of a script or a server would compile hundreds of files anew.
 export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo serve-demo test lint

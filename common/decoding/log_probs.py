@@ -376,16 +376,16 @@ class _TokenLogProbs(torch.autograd.Function):
             chosen = logits.gather(1, targets[now, None])
             likeliest[now] = chosen.squeeze(1) == 0
             odds = logits.exp()
-            mean = torch.linalg.vecdot(odds, logits)
+            weighted = torch.linalg.vecdot(odds, logits)
             odds.scatter_(1, targets[now, None], 0)
             others = odds.sum(dim=1, keepdim=True)
             total = chosen.exp() + others
             log_probs[now] = (chosen - total.log()).squeeze(1)
-            entropies[now] = total.log().squeeze(1) - mean / total.squeeze(1)
-            slopes[now] = others * head[targets[now]]
-            for part, columns in zip(odds.split(ENTRIES_AT_ONCE, dim=1), weights.split(ENTRIES_AT_ONCE), strict=True):
-                slopes[now] -= part.to(dtype) @ columns
-            slopes[now] /= total
+            entropies[now] = total.log().squeeze(1) - weighted / total.squeeze(1)
+            slope = others * head[targets[now]]
+            for part, rows in zip(odds.split(ENTRIES_AT_ONCE, dim=1), weights.split(ENTRIES_AT_ONCE), strict=True):
+                slope -= part.to(dtype) @ rows
+            slopes[now] = slope / total
         ctx.save_for_backward(slopes.div_(temperature))
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(entropies, likeliest)

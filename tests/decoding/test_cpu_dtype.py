@@ -231,12 +231,12 @@ def test_log_probabilities_entropies_and_gradient_of_the_head(count, dtype, near
 def test_the_gradient_of_few_and_of_almost_certain_tokens_is_exact_too(dtype, near):
     """A trained planner is nearly certain of most tokens, and thousands that never occur are all as unlikely."""
     generator = torch.Generator().manual_seed(3)
-    common = torch.randn(64, generator=generator) / 2
+    shared = torch.randn(64, generator=generator) / 2  # by all rows, as in a real head
     head = torch.randn(49_152, 64, generator=generator) * 0.02
     head[:10] *= 20  # the tokens that occur
     targets = torch.tensor([1, 2, 3, 4, 9_000])
     hidden = head[[1, 2, 3, 4, 0]] * torch.tensor([1.0, 1.5, 2.0, 2.3, 2.05])[:, None]
-    head, hidden = (head + common).to(dtype), hidden.to(dtype)
+    head, hidden = (head + shared).to(dtype), hidden.to(dtype)
     odds = torch.softmax(hidden.double() @ head.double().T, dim=-1)
     expected = head[targets].double() - odds @ head.double()
     hidden = hidden.float().requires_grad_()

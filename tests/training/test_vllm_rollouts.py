@@ -208,10 +208,7 @@ def test_the_base_in_the_adapters_place_stops_the_run(served, planner_adapter, q
 def test_a_server_that_is_killed_and_started_again_costs_no_sample(served, planner_adapter, questions_file, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        [
-            sys.executable, str(ROOT / "grpo_training.py"),
-            *command(served.url, planner_adapter, questions_file, folder, "--max-steps", "3"),
-        ],
+        [sys.executable, str(ROOT / "grpo_training.py"), *command(served.url, planner_adapter, questions_file, folder)],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     wait_for(process, folder / "metrics.jsonl")
@@ -220,7 +217,7 @@ def test_a_server_that_is_killed_and_started_again_costs_no_sample(served, plann
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     lines = read_jsonl(folder / "metrics.jsonl")
-    assert len(lines) == 3 and all(line["served_policy_gap/max"] < 1e-3 for line in lines)
+    assert len(lines) == STEPS and all(line["served_policy_gap/max"] < 1e-3 for line in lines)
     assert not any(line["rollout_failures"] for line in lines)
 
 
