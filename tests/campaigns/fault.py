@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forks import Forks, Run, Trigger
 from misbehaving import MisbehavingServer, hang
 
 from . import kill, networks, served
 from .cgroup import memory_limit, place_for_groups
-from .forks import Forks, Run, Trigger
 from .kill import Subject
 from .outcomes import difference
 from .stage import PLANTED, Stage

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from forks import SECONDS, Forks, Run, Trigger
 from misbehaving import MisbehavingServer, hang
 
 from common.runs.checkpoints import complete_checkpoints
 
-from .forks import SECONDS, Forks, Run, Trigger
 from .outcomes import (
     batch_outcome,
     board_outcome,

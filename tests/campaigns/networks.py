@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forks import Forks, Run
 from hub_server import WRITE, Fault, HubServer
 from misbehaving import FAULTS, MisbehavingServer, hang
 from wandb_server import WandbServer
 
-from .forks import Forks, Run
 from .kill import Subject
 from .stage import PLANTED, Stage, digest
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from conftest import free_port
+from forks import ROOT, Forks, Run
 
 from common.reports.jsonl import read_jsonl
 from common.servers import vllm
 
-from .forks import ROOT, Forks, Run
 from .kill import Subject
 from .outcomes import broken_run
 from .stage import Stage

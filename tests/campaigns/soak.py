@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from forks import Forks, Run
 from misbehaving import FAULTS, MisbehavingServer
 
 from common.reports.jsonl import read_jsonl
 
-from .forks import Forks, Run
 from .stage import PLANTED, Stage
 
 QUESTIONS, KILLS, STEPS = 10_000, 5, 300

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags, run_script
+from conftest import flags, run_script, start_script
 
 from common.reports.jsonl import read_jsonl
 from common.settings.sft import SupervisedArgs
@@ -39,7 +39,7 @@ def test_documented_constants_are_the_defaults():
 
 def test_json_plans_then_grpo_from_the_adapter(tiny_planner, tmp_path):
     warm = tmp_path / "warm"
-    done = run_script(
+    done = start_script(
         "dummy_planner.py", *small(tiny_planner, str(warm)), "--format", "json-plan", "--dataset", "generated:shares",
         "--max-samples", "50", "--batch-size", "8", "--planner-style", "short", "--lora-r", "4", "--lora-layers", "1",
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Runs of the scripts, forked from an interpreter that has imported torch, transformers, TRL and PEFT once.
 
 The script itself runs: its file as `__main__`, with its own flags, messages and exit codes. Only the imports are
-shared, so a run, or killing a run, takes only seconds. `Forks` belongs to the campaign's process. This file, run as a
-program, is the interpreter that forks.
+shared, so a run, or killing a run, takes only seconds. `Forks` belongs to the process of the tests or of a campaign.
+This file, run as a program, is the interpreter that forks.
 
 A run may have a trigger. Changes of its output folder are numbered: a file opened for writing, or a file or folder
 made, moved or removed. At one of them the run ends itself with SIGKILL. Or it lets the kernel end it in the middle of
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
     "torch", "transformers", "transformers.models.llama.modeling_llama", "transformers.trainer", "datasets", "peft",
     "trl.trainer.grpo_trainer", "trl.trainer.sft_trainer", "sentence_transformers", "matplotlib.pyplot",
@@ -66,6 +66,7 @@ class Run:
 
     pids: list[int]
     printed: Path
+    errors: Path
     _forks: Forks
     codes: dict[int, int] = field(default_factory=dict)
 
@@ -127,7 +128,8 @@ class Forks:
 
     Args:
         logs: folder for the printed texts of the runs.
-        env: additional environment variables of all runs.
+        env: additional environment variables of all runs. Libraries read some when they are imported, so what a run adds
+            in `start` comes too late for those.
         wandb: whether runs may import wandb; else it is missing, as with --no-wandb. TRL looks for it when imported.
     """
 
@@ -166,6 +168,7 @@ class Forks:
         privileged: bool = True,
         group: Path | None = None,
         ranks: int = 1,
+        apart: bool = False,
     ) -> Run:
         """Fork a run of a script.
 
@@ -180,9 +183,11 @@ class Forks:
             privileged: whether root may write files that permissions protect.
             group: `cgroup.procs` of the cgroup that it joins.
             ranks: number of processes. They find each other as under `torchrun`.
+            apart: what they print on stderr goes to a file of its own, `Run.errors`.
         """
         self._number += 1
         printed = self._logs / f"{self._number:04d}-{script.removesuffix('.py')}.log"
+        errors = printed.with_suffix(".errors") if apart else printed
         port = 20_000 + (os.getpid() * 31 + self._number) % 20_000
         pids = []
         for rank in range(ranks):
@@ -195,7 +200,7 @@ class Forks:
             }  # fmt: skip
             order = {
                 "script": script, "flags": flags, "env": {**(env or {}), **own}, "printed": str(printed),
-                "limits": limits or {}, "clock": clock, "privileged": privileged, "trigger": armed,
+                "errors": str(errors), "folder": str(Path.cwd()), "limits": limits or {}, "clock": clock, "privileged": privileged, "trigger": armed,
                 "group": None if group is None else str(group),
             }  # fmt: skip
             assert self._process.stdin is not None
@@ -204,7 +209,7 @@ class Forks:
             reply = self.reply(SECONDS)
             assert reply is not None, "the interpreter that forks is gone"
             pids.append(reply["started"])
-        return Run(pids, printed, self)
+        return Run(pids, printed, errors, self)
 
     def reply(self, seconds: float) -> dict[str, Any] | None:
         """The interpreter's next message; None after `seconds` without one."""
@@ -289,10 +294,11 @@ def _run(order: dict[str, Any]) -> None:
     """Run the script in this process."""
     with contextlib.suppress(PermissionError):  # the parent has already made it a group leader
         os.setsid()
-    stream = os.open(order["printed"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    os.close(stream)
+    for number, name in ((1, "printed"), (2, "errors")):
+        stream = os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(order["folder"])
     os.environ.update(order["env"])
     for name, value in order["limits"].items():
         kind = getattr(resource, name)
