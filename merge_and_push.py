@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--repo-name is required, also with --no-push: the model card names the repo")
     args = MergeArgs(**given)
     args.validate()
+    if options.token is not None and not args.push:
+        raise UserError("--token is the Hub's, and --no-push needs no Hub: leave one of them out")
     record, base = adapter_origin(args.adapter_path, args.base_model)
     if args.revision is not None and (Path(base).expanduser().exists() or base == PACKAGED_MODEL):
         raise UserError(f"--revision {args.revision}: {base} is no Hub id, so it has no revisions: leave it out")

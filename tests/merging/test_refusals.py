@@ -48,6 +48,7 @@ def test_wrong_input_is_one_line_exit_code_2_and_light(finished_run, adapter, me
         "bad repo name": (["--repo-name", "a/b/c"], "a/b/c is no Hub repo"),
         "no owner": (["--repo-name", "name", "--no-push"], "--repo-name name has no owner"),
         "private, no push": ([*name, "--private", "--no-push"], "leave one of them out"),
+        "token, no push": ([*good, "--token", "hf_secret"], "--token is the Hub's, and --no-push needs no Hub"),
         "no adapter": ([*name, "--adapter-path", str(tmp_path / "none")], "is not a folder"),
         "no adapter in it": ([*name, "--adapter-path", str(tmp_path / "full")], "adapter_config.json is missing"),
         "cut off": ([*name, "--adapter-path", str(tmp_path / "cut")], "its header promises"),
