@@ -18,7 +18,8 @@ server answers instead of a local model.
 
 Where all plans for a question are right, or all are wrong, GRPO learns next to nothing from it. --write-unlike stores
 the questions that some arm solves and another does not, as data to train on (as the dynamic sampling of DAPO,
-arXiv:2503.14476, but once and before training), with --single problems that no composed question contains.
+arXiv:2503.14476, but once and before training), with --single problems that none of them contains: first those that the
+worker solved alone (as parts of by-hand in the other questions), since a plan that splits these can only lose.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table({arm: [records[arm, item.question] for item in questions] for arm in arms}))
     if options.write_unlike is not None:
         unlike = [item for item in questions if len({records[arm, item.question]["correct"] for arm in arms}) > 1]
-        alone = single_problems(options, questions)
+        agreed = [item for item in questions if item not in unlike]
+        known = solved_parts(agreed, records) if BY_HAND in arms else []
+        alone = [*known, *single_problems(options, questions, options.single - len(known))][: options.single]
         write_questions(options.write_unlike, [*unlike, *alone])
         composed, single = counted(len(unlike), "composed question"), counted(len(alone), "single problem")
         print(f"{options.write_unlike}: {composed} on which the arms differ, {single}")
@@ -139,14 +142,26 @@ def settings_of(options: argparse.Namespace) -> Record:
     }
 
 
-def single_problems(options: argparse.Namespace, questions: Sequence[Question]) -> list[Question]:
-    """The first --single problems of the source that none of the composed questions contains."""
+def solved_parts(questions: Sequence[Question], records: dict[tuple[str, str], Record]) -> list[Question]:
+    """The problems of these questions that the worker solved alone, as parts of `by-hand`."""
+    return [
+        part
+        for item in questions
+        for part, right in zip(item.parts, records[BY_HAND, item.question]["parts_right"], strict=False)
+        if right
+    ]
+
+
+def single_problems(options: argparse.Namespace, questions: Sequence[Question], count: int) -> list[Question]:
+    """The first `count` problems of the source that none of the composed questions contains."""
+    if count <= 0:
+        return []
     used = {part.question for item in questions for part in item.parts}
     # What is read is read anyway; what is generated takes time.
-    limit = options.single if is_generated(options.source) else MAX_GENERATED
+    limit = count if is_generated(options.source) else MAX_GENERATED
     every = load_questions(options.source, limit=limit, split=options.split, exclude=used)
     usable = [item for item in every if options.max_steps is None or item.steps <= options.max_steps]
-    return usable[: options.single]
+    return usable[:count]
 
 
 def write_questions(path: Path, questions: Sequence[Question]) -> None:

@@ -274,7 +274,7 @@ def test_real_golds_are_right(split):
 
 
 def test_questions_on_which_the_arms_differ_are_stored_for_training(tmp_path, capsys):
-    """With single problems that none of the composed questions contains. All answers are known, so no model runs."""
+    """With single problems, first those that the worker solved alone. All answers are known, so no model runs."""
     source, out, stored = tmp_path / "problems.jsonl", tmp_path / "answers.jsonl", tmp_path / "unlike.jsonl"
     problems = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(12)]
     problems.append({"question": "What is 5 * 2 + 3 - 1?", "answer": "5*2 = 10\n10+3 = 13\n13-1 = 12\n#### 12"})
@@ -283,16 +283,18 @@ def test_questions_on_which_the_arms_differ_are_stored_for_training(tmp_path, ca
     command += ["--arms", "direct-composed,by-hand", "--write-unlike", str(stored), "--single", "4"]
     questions = load_questions(f"multi:{source}?parts=2&max_steps=1&kind=sum", limit=3, seed=1)
     settings = benchmark.settings_of(benchmark.build_parser().parse_args(command))
+    alone = [[True, False], [True, True], [False, True]]
     for arm, right in (("direct-composed", [True, False, False]), ("by-hand", [True, True, False])):
-        for item, correct in zip(questions, right, strict=True):
-            record = benchmark._record(item, correct, 20, "", [], [], None)
+        for item, correct, parts in zip(questions, right, alone, strict=True):
+            record = benchmark._record(item, correct, 20, "", [], parts if arm == "by-hand" else [], None)
             append_jsonl(out, {"arm": arm, **record, **settings})
     assert benchmark.main(command) == 0
     rows = [json.loads(line) for line in stored.read_text().splitlines()]
     assert rows[0] == {"question": questions[1].question, "answer": questions[1].answer}
     single = [row["question"] for row in rows[1:]]
     assert len(single) == 4 and len(set(single)) == 4
-    assert not any(part.question in single for item in questions for part in item.parts)
+    assert single[:2] == [questions[0].texts[1], questions[2].texts[2]], "solved alone, in questions not stored"
+    assert not any(part.question in single[2:] for item in questions for part in item.parts)
     assert "What is 5 * 2 + 3 - 1?" not in single, "it has more steps"
     assert "1 composed question on which the arms differ, 4 single problems" in capsys.readouterr().out
     assert [item.question for item in load_questions(str(stored), limit=9)] == [row["question"] for row in rows]
