@@ -44,7 +44,9 @@ def read_card(path: str) -> ModelCard:
         block = REGEX_YAML_BLOCK.search(text)
         # The metadata as written in the file, because ModelCard would split tags that are one text.
         values = (yaml.safe_load(block.group(2)) if block else None) or {}
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"--model-card {path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"--model-card {path} is not a valid model card ({first}): correct its metadata") from error
     wrong = [key for key in _LISTS if key in values and not _texts(values[key])]

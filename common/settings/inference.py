@@ -57,6 +57,9 @@ class ServingArgs:
             problem = None if url is None else url_problem(url)
             if problem is not None:
                 problems.append(f"{flag} {problem}")
+        for flag, name in (("--lora-adapter", self.lora_adapter), ("--worker-model", self.worker_model)):
+            if name == "":
+                problems.append(f"{flag} is empty: name a model of the server, or leave it out")
         if (problem := advice_problem(self.plan_to_worker, self.worker_style)) is not None:
             problems.append(problem)
         if (problem := api_key_problem(self.api_key)) is not None:

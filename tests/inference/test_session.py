@@ -151,6 +151,8 @@ def test_wrong_input_is_told_before_any_server_is_asked(server, tmp_path):
         ("--base-url", "localhost:8000"): "use http://HOST:PORT/v1",
         ("--worker-url", "http://h:port/v1"): "--worker-url",
         ("--temperature", "-1"): "--temperature must be at least 0",
+        ("--lora-adapter", ""): "--lora-adapter is empty",
+        ("--worker-model", ""): "--worker-model is empty",
         ("--json",): "--json goes with --question",
         ("--question", " "): "--question is empty",
         ("--question", "q", "--benchmark"): "exclude each other",

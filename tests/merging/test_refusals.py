@@ -63,7 +63,7 @@ def test_wrong_input_is_one_line_exit_code_2_and_light(finished_run, adapter, me
         "card": ([*good, "--model-card", str(tmp_path / "none.md")], "is not a file"),
         "card broken": ([*good, "--model-card", str(tmp_path / "broken.md")], "is not a valid model card"),
         "card list": ([*good, "--model-card", str(tmp_path / "list.md")], "is not a valid model card"),
-        "card bytes": ([*good, "--model-card", str(tmp_path / "latin.md")], "is not a valid model card"),
+        "card bytes": ([*good, "--model-card", str(tmp_path / "latin.md")], "): save it as UTF-8"),
         "card tags": ([*good, "--model-card", str(tmp_path / "tags.md")], "a list of texts"),
         "target a file": ([*good, "--local-save-path", str(tmp_path / "file")], "is a file"),
         "target in use": ([*good, "--local-save-path", str(tmp_path / "full"), "--overwrite"], "no merge of this script"),
