@@ -200,7 +200,8 @@ class Forks:
             }  # fmt: skip
             order = {
                 "script": script, "flags": flags, "env": {**(env or {}), **own}, "printed": str(printed),
-                "errors": str(errors), "folder": str(Path.cwd()), "limits": limits or {}, "clock": clock, "privileged": privileged, "trigger": armed,
+                "errors": str(errors), "folder": str(Path.cwd()), "limits": limits or {}, "clock": clock,
+                "privileged": privileged, "trigger": armed,
                 "group": None if group is None else str(group),
             }  # fmt: skip
             assert self._process.stdin is not None

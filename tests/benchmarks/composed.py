@@ -19,7 +19,7 @@ server answers instead of a local model.
 Where all plans for a question are right, or all are wrong, GRPO learns next to nothing from it. --write-unlike stores
 the questions that some arm solves and another does not, as data to train on (as the dynamic sampling of DAPO,
 arXiv:2503.14476, but once and before training), with --single problems that none of them contains: first those that the
-worker solved alone (as parts of by-hand in the other questions), since a plan that splits these can only lose.
+worker solved alone (as parts of by-hand in the other questions), which splitting cannot make more right.
 """
 
 from __future__ import annotations
